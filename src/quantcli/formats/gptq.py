@@ -1,0 +1,147 @@
+"""GPTQ v1 checkpoints: `qweight`, `qzeros`, `scales`, `g_idx` per linear, as AutoGPTQ began and gptqmodel writes them.
+
+For a linear with K inputs, N outputs and G groups of g columns:
+
+- qweight [ceil(K*b/32), N] int32: codes packed along K (`bitpack`);
+- qzeros  [G, ceil(N*b/32)] int32: zero - 1 packed along N. Readers add the 1 back, some of them to whole words, where a
+  stored 2**b - 1 would carry into its neighbour: so zeros are 1 or more here (`LOWEST_ZERO`);
+- scales  [G, N] float16;
+- g_idx   [K] int32: the group of each column. A group size that does not divide K leaves the last group shorter.
+
+Where K*b or N*b is not a multiple of 32 the last word is padded with zero bits; our loader reads that, gptqmodel asks
+for multiples of 32. The v2 variant (`checkpoint_format: gptq_v2`) stores the zero itself; we read both, write v1.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
+from quantcli.scheme import Scheme
+from quantcli.tensors.quantized import QuantizedTensor, group_index
+
+__all__ = ["BITS", "LOWEST_ZERO", "PARTS", "config_for", "pack", "scheme_of", "unpack"]
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+LOWEST_ZERO = 1
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The four stored tensors of one linear."""
+    bits = tensor.scheme.bits
+    zeros = tensor.zero.to(torch.int16) - 1
+    if int(zeros.min()) < 0:
+        raise AssertionError("GPTQ v1 holds zero points of 1 or more; the scheme should have said so")
+    return {
+        "qweight": pack_rows(tensor.codes.T, bits),
+        "qzeros": pack_rows(zeros.to(torch.uint8), bits).T.contiguous(),
+        "scales": tensor.scale.T.contiguous(),
+        "g_idx": tensor.group.to(torch.int32).contiguous(),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, version: int = 1) -> QuantizedTensor:
+    """Reads one linear back.
+
+    Args:
+        tensors: qweight, qzeros, scales and, optionally, g_idx.
+        scheme: Its bits and group size; `symmetric` is taken on trust, the stored zeros are used.
+        version: 1 stores zero - 1, 2 stores the zero.
+    """
+    scales = tensors["scales"].T.contiguous()
+    rows, groups = scales.shape
+    given = tensors.get("g_idx")
+    if given is not None:
+        columns = given.shape[0]
+    else:
+        columns = tensors["qweight"].shape[0] * 32 // scheme.bits
+    group = given.to(torch.int32) if given is not None else group_index(columns, scheme, scales.device)
+    expected = packed_words(columns, scheme.bits), rows
+    if tuple(tensors["qweight"].shape) != expected:
+        raise InputError(f"qweight has shape {list(tensors['qweight'].shape)}, expected {list(expected)}")
+    if int(group.min()) < 0 or int(group.max()) >= groups:
+        raise InputError(f"g_idx names group {int(group.max())}, there are {groups}")
+    zero = unpack_rows(tensors["qzeros"].T.contiguous(), scheme.bits, rows)
+    if version == 1:
+        zero = (zero + 1) & (scheme.levels - 1)
+    return QuantizedTensor(
+        codes=unpack_rows(tensors["qweight"], scheme.bits, columns).T.contiguous(),
+        scale=scales,
+        zero=zero.contiguous(),
+        scheme=scheme,
+        group=group,
+    )
+
+
+def config_for(
+    default: Scheme,
+    exceptions: Mapping[str, Scheme],
+    excluded: list[str],
+    *,
+    desc_act: bool,
+    lm_head: bool,
+    producer: str,
+    damp_percent: float | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as gptqmodel writes it.
+
+    Args:
+        default: Scheme of the linears that have no entry of their own.
+        exceptions: Linears with another scheme, by module name.
+        excluded: Linears that stayed float, by module name.
+        desc_act: Whether `g_idx` is not in order.
+        lm_head: Whether the head is quantized.
+        producer: Name and version of the tool.
+        damp_percent: Damping that the solver began with, if any.
+    """
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{_escape(name)}$": {} for name in excluded}
+    for name, scheme in exceptions.items():
+        dynamic[f"+:^{_escape(name)}$"] = {
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "sym": scheme.symmetric,
+        }
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "method": "gptq",
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "sym": default.symmetric,
+        "desc_act": desc_act,
+        "lm_head": lm_head,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [producer]},
+    }
+    if damp_percent is not None:
+        config["damp_percent"] = damp_percent
+    if dynamic:
+        config["dynamic"] = dynamic
+    return config
+
+
+def scheme_of(config: Mapping[str, Any], name: str) -> Scheme | None:
+    """The scheme of one linear by a `quantization_config`; None where it stays float."""
+    bits, group_size, sym = config.get("bits", 4), config.get("group_size", 128), config.get("sym", True)
+    for pattern, values in (config.get("dynamic") or {}).items():
+        sign, _, expression = pattern.partition(":")
+        if sign not in ("+", "-"):
+            sign, expression = "+", pattern
+        if re.match(expression, name):
+            if sign == "-":
+                return None
+            bits = values.get("bits", bits)
+            group_size = values.get("group_size", group_size)
+            sym = values.get("sym", sym)
+            break
+    return Scheme(bits=int(bits), group_size=int(group_size), symmetric=bool(sym))
+
+
+def _escape(name: str) -> str:
+    return name.replace(".", r"\.")

@@ -1,0 +1,275 @@
+"""A Hugging Face checkpoint as a set of named tensors, read and written one at a time; never pickle.
+
+Headers are checked before a byte of data is read: a damaged or hostile file is refused with its name.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.folder import write_json
+
+__all__ = ["Checkpoint", "CheckpointWriter", "TensorEntry", "copy_companions", "read_config"]
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# a quantized copy brings its own weights and indexes; everything else of a folder travels along
+_NOT_COMPANIONS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|pkl|h5|msgpack|gguf|onnx|onnx\.data|data)$|.*\.index\.json$|\..*"
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor stands."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.stop - self.start
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder.
+
+    Raises:
+        InputError: there is none, or it is not JSON; the message says what was found instead.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:5]
+        what = f"found {', '.join(found)}" if found else "it is empty"
+        raise InputError(
+            f"{folder} is not a model folder: no config.json ({what})", hint="give a checkpoint folder"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], entries: dict[str, TensorEntry]):
+        """Use `open`."""
+        self.folder = folder
+        self.config = config
+        self.entries = entries
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Opens a folder and checks every header.
+
+        Raises:
+            InputError: no config, no safetensors weights, or a file that is damaged.
+        """
+        config = read_config(folder)
+        entries: dict[str, TensorEntry] = {}
+        for path, wanted in _weight_files(folder).items():
+            found = read_header(path)
+            missing = [name for name in wanted or () if name not in found]
+            if missing:
+                raise InputError(f"{path}: the index places tensor {missing[0]} here, it is not in the file")
+            entries.update(found if wanted is None else {name: found[name] for name in wanted})
+        if not entries:
+            raise InputError(f"{folder} holds no tensors")
+        return cls(folder, config, entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, in memory of its own (no mapping that would count as resident)."""
+        entry = self.entries[name]
+        buffer = torch.empty(entry.size_bytes, dtype=torch.uint8)
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start)
+            view, done = memoryview(buffer.numpy()), 0
+            while done < entry.size_bytes:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{entry.file} ends in the middle of tensor {name}")
+                done += count
+        return (
+            buffer.view(entry.dtype).reshape(entry.shape)
+            if entry.size_bytes
+            else torch.empty(entry.shape, dtype=entry.dtype)
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.size_bytes for e in self.entries.values())
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file says it holds, checked against the format and the file's size."""
+    size = path.stat().st_size
+
+    def damaged(why: str) -> InputError:
+        return InputError(f"{path} is damaged: {why}", hint="copy or download the file again")
+
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise damaged(f"{size} bytes are too few for a safetensors file")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(size - 8, _MAX_HEADER):
+            raise damaged(f"its header length {length} exceeds the file's {size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            items = [(n, v["dtype"], v["shape"], v["data_offsets"]) for n, v in header.items()]
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+            raise damaged(f"its header cannot be read ({type(error).__name__})") from error
+    entries = {}
+    data = 8 + length
+    for name, dtype, shape, offsets in items:
+        if dtype not in _DTYPES:
+            raise damaged(f"tensor {name} has unknown dtype {dtype!r}")
+        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+            raise damaged(f"tensor {name} has shape {shape!r}")
+        if not (
+            isinstance(offsets, list)
+            and len(offsets) == 2
+            and all(type(n) is int and n >= 0 for n in offsets)
+        ):
+            raise damaged(f"tensor {name} has offsets {offsets!r}")
+        start, stop = offsets
+        if stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise damaged(
+                f"tensor {name} of shape {shape} and dtype {dtype} does not take {stop - start} bytes"
+            )
+        if data + stop > size:
+            raise damaged(f"tensor {name} ends at byte {data + stop}, the file has {size}")
+        entries[name] = TensorEntry(path, _DTYPES[dtype], tuple(shape), data + start, data + stop)
+    ordered = sorted((e.start, e.stop, n) for n, e in entries.items() if e.size_bytes)
+    for (_, stop, name), (start, _, other) in zip(ordered, ordered[1:], strict=False):
+        if start < stop:
+            raise damaged(f"tensors {name} and {other} overlap")
+    return entries
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files to read, each with the tensors that the index places there; None is all of them."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            pairs = [(str(n), f) for n, f in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index ({type(error).__name__})") from error
+        files: dict[Path, list[str] | None] = {}
+        for name, file in pairs:
+            if (
+                not isinstance(file, str)
+                or file != os.path.basename(file)
+                or not file.endswith(".safetensors")
+            ):
+                raise InputError(
+                    f"{index} names the shard {file!r}: a plain *.safetensors file name is allowed"
+                )
+            path = folder / file
+            if not path.is_file():
+                raise InputError(
+                    f"shard {file} is named in {INDEX} but missing from {folder}",
+                    hint="copy or download it again",
+                )
+            (files.setdefault(path, []) or files[path]).append(name)  # type: ignore[union-attr]
+        return files
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return {p: None for p in found if not p.name.startswith("adapter_")}
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder} holds pickle weights ({pickles[0]}), which can run code when opened; only safetensors is read",
+            hint="convert them with transformers' save_pretrained on a machine that trusts them",
+        )
+    names = sorted(p.name for p in folder.iterdir())[:5]
+    raise InputError(f"{folder} holds no safetensors weights (found {', '.join(names)})")
+
+
+class CheckpointWriter:
+    """Writes shards that appear whole or not at all, then the index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def shard(self, number: int) -> Path:
+        """The file of one shard while the number of shards is not known yet."""
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> Path:
+        """Writes one shard."""
+        path = self.shard(number)
+        temporary = path.with_suffix(".tmp")
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+        return path
+
+    def finish(self, count: int) -> None:
+        """Gives shards 0..count-1 the names that transformers expects and writes the index; may be repeated."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number in range(count):
+            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            if self.shard(number).exists():
+                os.replace(self.shard(number), self.folder / name)
+            for tensor, entry in read_header(self.folder / name).items():
+                weight_map[tensor] = name
+                total += entry.size_bytes
+        if count > 1:
+            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies what is not weights (tokenizer, chat template, generation config, remote code); returns the names."""
+    copied = []
+    for path in _files_below(source):
+        relative = path.relative_to(source)
+        if relative.name == "config.json" and len(relative.parts) == 1:
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / relative)
+        copied.append(str(relative))
+    return copied
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if (
+            path.is_file()
+            and not _NOT_COMPANIONS.fullmatch(path.name)
+            and not any(p.startswith(".") for p in parts)
+        ):
+            yield path

@@ -1,0 +1,249 @@
+"""What each command was asked to do: frozen, checked once, passed whole.
+
+A field's docstring is its help text on the command line. `None` means "inherit"; `pipelines` resolve it in one place.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import UsageError, nearest
+from quantcli.scheme import PER_CHANNEL
+
+__all__ = [
+    "PRESETS",
+    "CalibrationOptions",
+    "CaptureOptions",
+    "EvaluateOptions",
+    "Override",
+    "QuantizeOptions",
+]
+
+PRESETS = ("fast", "balanced", "best")
+DTYPES = ("keep", "float32", "float16", "bfloat16")
+SELF, BUILTIN = "self", "builtin"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Which text statistics are gathered on."""
+
+    data: str | None = None
+    """Text to calibrate on: a txt, jsonl, csv or parquet file, `self` (text that the model writes itself) or
+    `builtin` (Python's own documentation). Default: self, or builtin where sampling would cost more than quantizing."""
+    data_name: str | None = None
+    """Data set on the Hugging Face hub or in its cache."""
+    data_split: str = "train"
+    """Split of the hub data set."""
+    text_field: str | None = None
+    """Field of a jsonl, csv, parquet or hub row that holds the text (default: text)."""
+    text_template: str | None = None
+    """Text made of several fields, as in "Q: {question}\\nA: {answer}"."""
+    use_chat_template: bool = False
+    """Render rows with a `messages` field by the model's chat template."""
+    num_samples: int = 64
+    """Calibration rows."""
+    seq_len: int = 512
+    """Tokens per calibration row."""
+    batch_size: int = 4
+    """Rows that go through a block together; more is rarely faster and takes more memory."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.data is not None and self.data_name is not None:
+            raise UsageError("--data and --data-name exclude each other", hint="leave one out")
+        chosen = [n for n in ("text_field", "text_template") if getattr(self, n) is not None]
+        chosen += ["use_chat_template"] if self.use_chat_template else []
+        if len(chosen) > 1:
+            flags = " and ".join("--" + n.replace("_", "-") for n in chosen)
+            raise UsageError(f"{flags} exclude each other", hint="leave one out")
+        if chosen and self.data in (SELF, BUILTIN):
+            raise UsageError(
+                f"--{chosen[0].replace('_', '-')} needs --data FILE or --data-name, not --data {self.data}"
+            )
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another scheme for the linears whose name matches."""
+
+    pattern: str
+    """Regular expression, searched in the module name."""
+    bits: int | None = None
+    """Bits per weight there."""
+    group_size: int | None = None
+    """Group size there."""
+    symmetric: bool | None = None
+    """Symmetric grid there."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Reads `REGEX=bits=8,group_size=32,sym=true`."""
+        hint = "write --override 'REGEX=bits=8,group_size=32'"
+        match = re.fullmatch(r"(?P<pattern>.+?)=(?P<settings>(?:[a-z_-]+=[^=,]+)(?:,[a-z_-]+=[^=,]+)*)", text)
+        if match is None:
+            raise UsageError(f"override {text!r} is not of the form REGEX=KEY=VALUE,...", hint=hint)
+        values: dict[str, Any] = {}
+        for setting in match["settings"].split(","):
+            key, value = setting.split("=")
+            key = {"sym": "symmetric"}.get(key.replace("-", "_"), key.replace("-", "_"))
+            if key not in ("bits", "group_size", "symmetric"):
+                raise UsageError(
+                    f"override {text!r}: unknown key {key!r}, {nearest(key, ('bits', 'group_size', 'sym'))}",
+                    hint=hint,
+                )
+            values[key] = _parse_bool(value, text) if key == "symmetric" else _parse_int(value, text)
+        return cls(compile_regex(match["pattern"], "--override"), **values)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `quantcli quantize` was asked to do."""
+
+    model: str
+    """Model to quantize: a checkpoint folder, an output folder of an earlier command, or a hub id."""
+    output: Path
+    """Folder to write."""
+    algorithm: str | None = None
+    """Algorithm; `quantcli algorithms` lists them. Default: what the preset says, gptq for balanced."""
+    preset: str | None = None
+    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: that, then scale
+    refit and coordinate descent. Default: balanced."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Further options of the algorithm, by name, as `quantcli algorithms NAME` lists them."""
+    bits: int = 4
+    """Bits per weight."""
+    group_size: int = 64
+    """Input columns that share a scale; -1 is one scale per output row."""
+    symmetric: bool = False
+    """Symmetric grid (zero point fixed in the middle) or asymmetric."""
+    quantize_lm_head: bool = False
+    """Quantize the output head too; a head tied to the embedding gets its own codes."""
+    quantize_embeddings: bool = False
+    """Quantize the input embedding too (8 bits, rtn); read by quantcli's own loader and capture only."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of linears that stay float."""
+    overrides: tuple[Override, ...] = ()
+    """Other bits, group size or symmetry for some linears; the last match wins."""
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """Calibration text."""
+    correct_earlier: bool = False
+    """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
+    dtype: str = "keep"
+    """Type of the tensors that stay float: keep, float32, float16 or bfloat16."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    max_memory: int | None = None
+    """Bytes of memory that the run may take; default: what is free."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    evaluate: bool = False
+    """Evaluate the written folder against the original."""
+    force: bool = False
+    """Replace an output folder of ours, or an interrupted run with other options."""
+    dry_run: bool = False
+    """Print the plan with estimated size, memory and time, and do nothing."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
+        if self.group_size != PER_CHANNEL and self.group_size < 16:
+            raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        for pattern in self.exclude:
+            compile_regex(pattern, "--exclude")
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What `quantcli capture-onnx-graph` was asked to do."""
+
+    model: str
+    """Checkpoint folder, float or quantized, or an output folder of an earlier command."""
+    output: Path = Path("onnx-model")
+    """Folder to write."""
+    exporter: str = "genai"
+    """genai: the ONNX Runtime GenAI model builder; torch: torch.onnx with a KV cache."""
+    precision: str | None = None
+    """fp32, fp16, int4 or int8 for float input (default fp32). A quantized checkpoint keeps its codes."""
+    target_opset: int | None = None
+    """ONNX opset of the torch exporter."""
+    block_size: int | None = None
+    """Columns per scale when a float model is captured as int4 or int8 (default 32)."""
+    accuracy_level: int | None = None
+    """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8. Default: 4 where it keeps the top tokens
+    (measured), else 0."""
+    lm_head_bits: int | None = None
+    """Bits of the output head: 4, 8 or 16 (float). Default: as in the checkpoint."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    force: bool = False
+    """Replace an output folder of ours."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `quantcli evaluate` was asked to do."""
+
+    model: str
+    """Folder to judge: float, quantized or ONNX GenAI."""
+    reference: str | None = None
+    """Folder to compare with, usually the original."""
+    data: str | None = None
+    """Text to evaluate on; default: Python's own documentation."""
+    text_field: str | None = None
+    """Field of a jsonl, csv or parquet row that holds the text (default: text)."""
+    num_samples: int = 16
+    """Windows of text."""
+    seq_len: int = 512
+    """Tokens per window."""
+    max_kl: float | None = None
+    """Fail with exit code 5 where the mean KL divergence is above this."""
+    max_perplexity_increase: float | None = None
+    """Fail with exit code 5 where perplexity grows by more than this share (0.05 is 5%)."""
+    speed: bool = True
+    """Measure prefill and decode speed."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_kl", "max_perplexity_increase"):
+            if getattr(self, name) is not None and self.reference is None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL"
+                )
+
+
+def compile_regex(pattern: str, flag: str) -> str:
+    """The pattern itself, once it is known to be a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{flag} {pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+def _parse_int(value: str, text: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"override {text!r}: {value!r} is not a whole number") from error
+
+
+def _parse_bool(value: str, text: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise UsageError(f"override {text!r}: sym is true or false, got {value!r}")
+    return value.lower() == "true"

@@ -1,0 +1,63 @@
+"""The grid of a quantized tensor: how many bits, how many columns share a scale, symmetric or not."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantcli.errors import UsageError
+
+__all__ = ["PER_CHANNEL", "Scheme"]
+
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Dequantized weight = (code - zero) * scale, with one scale and zero per row and group of columns.
+
+    Symmetric grids are full-range signed: zero is always 2**(bits-1) and the scale may be negative, so that the
+    weight of largest magnitude in a group sits exactly on code 0.
+    """
+
+    bits: int = 4
+    """Bits per weight, 2 to 8."""
+    group_size: int = 128
+    """Input columns that share a scale, 16 or more; -1 is one scale per output row. The last group of a row is
+    shorter where the group size does not divide the row."""
+    symmetric: bool = False
+    """Whether the zero point is fixed in the middle of the grid."""
+    lowest_zero: int = 0
+    """Smallest zero point that the target format can hold (GPTQ v1: 1)."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if self.group_size != PER_CHANNEL and self.group_size < 16:
+            raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
+        if not 0 <= self.lowest_zero < self.levels:
+            raise UsageError(f"lowest zero must be below {self.levels}, got {self.lowest_zero}")
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are; codes run from 0 to levels - 1."""
+        return 1 << self.bits
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric grids."""
+        return 1 << (self.bits - 1)
+
+    def columns_per_group(self, columns: int) -> int:
+        """Group size in columns for rows of `columns` inputs: never more than the row."""
+        return columns if self.group_size == PER_CHANNEL else min(self.group_size, columns)
+
+    def group_count(self, columns: int) -> int:
+        """Groups per row, a shorter last one counted."""
+        return -(-columns // self.columns_per_group(columns))
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Stored bits per weight with 16-bit scales and packed zero points."""
+        return self.bits + (16 + self.bits) * self.group_count(columns) / columns
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report."""
+        return asdict(self)
