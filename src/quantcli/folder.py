@@ -68,9 +68,7 @@ def resolve_model_folder(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"model folder {path} does not exist")
     if not path.is_dir():
-        raise InputError(
-            f"{path} is a file, expected a model folder", hint="give the folder that holds config.json"
-        )
+        raise InputError(f"{path} is a file, expected a model folder", hint="give the folder that holds config.json")
     if (path / MANIFEST).is_file() and (path / "model").is_dir():
         return path / "model"
     return path
@@ -94,9 +92,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fingerprint(
-    folder: Path, patterns: Sequence[str] = ("*.json", "*.safetensors", "*.onnx", "*.data")
-) -> str:
+def fingerprint(folder: Path, patterns: Sequence[str] = ("*.json", "*.safetensors", "*.onnx", "*.data")) -> str:
     """Tells one model from another without reading all of it: names, sizes and 64 samples of each file.
 
     It finds changed inputs and keys caches; it is not proof against somebody who means to deceive.

@@ -222,9 +222,7 @@ class EvaluateOptions:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
         for name in ("max_kl", "max_perplexity_increase"):
             if getattr(self, name) is not None and self.reference is None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL"
-                )
+                raise UsageError(f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL")
 
 
 def compile_regex(pattern: str, flag: str) -> str:

@@ -52,8 +52,7 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     step = max(32, _CHUNK // max(columns, 1) // 32 * 32)
     for start in range(0, padded, step):
         part = (
-            words[start * bits // 32 : (start + step) * bits // 32].view(-1, bits, columns).to(torch.int64)
-            & 0xFFFFFFFF
+            words[start * bits // 32 : (start + step) * bits // 32].view(-1, bits, columns).to(torch.int64) & 0xFFFFFFFF
         )
         codes = out[start : start + step].view(-1, 32, columns)
         for index in range(32):

@@ -63,9 +63,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         found = sorted(p.name for p in folder.iterdir())[:5]
         what = f"found {', '.join(found)}" if found else "it is empty"
-        raise InputError(
-            f"{folder} is not a model folder: no config.json ({what})", hint="give a checkpoint folder"
-        )
+        raise InputError(f"{folder} is not a model folder: no config.json ({what})", hint="give a checkpoint folder")
     try:
         config = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
@@ -157,17 +155,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise damaged(f"tensor {name} has unknown dtype {dtype!r}")
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
             raise damaged(f"tensor {name} has shape {shape!r}")
-        if not (
-            isinstance(offsets, list)
-            and len(offsets) == 2
-            and all(type(n) is int and n >= 0 for n in offsets)
-        ):
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)):
             raise damaged(f"tensor {name} has offsets {offsets!r}")
         start, stop = offsets
         if stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise damaged(
-                f"tensor {name} of shape {shape} and dtype {dtype} does not take {stop - start} bytes"
-            )
+            raise damaged(f"tensor {name} of shape {shape} and dtype {dtype} does not take {stop - start} bytes")
         if data + stop > size:
             raise damaged(f"tensor {name} ends at byte {data + stop}, the file has {size}")
         entries[name] = TensorEntry(path, _DTYPES[dtype], tuple(shape), data + start, data + stop)
@@ -189,14 +181,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             raise InputError(f"{index} is not a safetensors index ({type(error).__name__})") from error
         files: dict[Path, list[str] | None] = {}
         for name, file in pairs:
-            if (
-                not isinstance(file, str)
-                or file != os.path.basename(file)
-                or not file.endswith(".safetensors")
-            ):
-                raise InputError(
-                    f"{index} names the shard {file!r}: a plain *.safetensors file name is allowed"
-                )
+            if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+                raise InputError(f"{index} names the shard {file!r}: a plain *.safetensors file name is allowed")
             path = folder / file
             if not path.is_file():
                 raise InputError(
@@ -267,9 +253,5 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 def _files_below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if (
-            path.is_file()
-            and not _NOT_COMPANIONS.fullmatch(path.name)
-            and not any(p.startswith(".") for p in parts)
-        ):
+        if path.is_file() and not _NOT_COMPANIONS.fullmatch(path.name) and not any(p.startswith(".") for p in parts):
             yield path

@@ -50,9 +50,7 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
         """The quantized rows [start, stop): how one solve over q, k and v is taken apart again."""
-        return replace(
-            self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop]
-        )
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
