@@ -1,0 +1,1 @@
+"""Rounders: a weight, a scheme and perhaps statistics in, codes on a grid out."""

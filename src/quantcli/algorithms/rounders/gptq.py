@@ -1,0 +1,401 @@
+"""GPTQ: round column by column, feed each column's error into those still to come (https://arxiv.org/abs/2210.17323).
+
+Symbols: W [N, K] weight; H [K, K] second moment of the input; U [K, K] upper factor, U^T U = (H + damping)^-1; C [N, K]
+codes; S, Z [N, G] scale and zero; Q = (C - Z) S.
+
+Beyond the paper, each step measured (docs/algorithms.md):
+
+- act-order with static groups: columns of large diag(H) first, while groups stay in memory order and their grids are
+  fixed beforehand, so that nothing changes at run time;
+- grids by a search that weighs squared errors with diag(H);
+- `refit`: for fixed codes, the scales that minimize tr((W-Q) H (W-Q)^T), one G x G system per row;
+- `sweeps`: coordinate descent over the codes under the exact H (QuantEase, https://arxiv.org/abs/2309.01885);
+- correction of earlier layers: where the input of the float model is known, W is first replaced by the least-squares
+  map from the quantized model's input to the float output (GPTAQ, https://arxiv.org/abs/2504.02692; Qronos,
+  https://arxiv.org/abs/2505.11695).
+
+Where tokens were held out, each of refit, sweeps and correction is kept only if it lowers the error on those.
+The paper's natural order with lazily chosen grids is `order=dynamic`; `order=desc_act` permutes groups as AutoGPTQ
+does. Left out: mixture of group orders (GAR), which measured behind static act-order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from quantcli.algorithms import Algorithm
+from quantcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.scheme import Scheme
+    from quantcli.tensors.hessian import Statistics
+    from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["ALGORITHM", "GptqOptions", "quantize"]
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """How GPTQ orders columns, chooses grids and improves the result."""
+
+    damp_percent: float = 0.01
+    """Share of the Hessian's mean diagonal that is added to it; doubled while it cannot be factored."""
+    order: Literal["static", "none", "dynamic", "desc_act"] = "static"
+    """static: columns by falling diag(H), groups and grids fixed beforehand, no run-time cost; none: memory order,
+    grids fixed beforehand; dynamic: memory order, each group's grid from the weights as corrected so far; desc_act:
+    columns by falling diag(H) and groups along that order (needs g_idx at run time)."""
+    grid: Literal["weighted", "minmax"] = "weighted"
+    """weighted: search scale and zero under diag(H); minmax: each group's range."""
+    grid_steps: int = 60
+    """Ranges that the weighted search tries."""
+    refit: bool = False
+    """Refit the scales to the final codes in closed form."""
+    sweeps: int = 0
+    """Sweeps of coordinate descent over the codes."""
+    correction: float = 1.0
+    """Share of the earlier layers' error that is corrected, where the walk brings the float model's inputs."""
+    block_size: int = 128
+    """Columns between two feedbacks by matrix product; results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp_percent < 10:
+            raise UsageError(f"gptq: damp_percent must be 0 to 10, got {self.damp_percent}")
+        if self.sweeps < 0 or self.grid_steps < 1 or self.block_size < 1:
+            raise UsageError("gptq: sweeps must be 0 or more, grid_steps and block_size 1 or more")
+        if not 0 <= self.correction <= 1:
+            raise UsageError(f"gptq: correction must be 0 to 1, got {self.correction}")
+
+
+def quantize(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Statistics | None) -> QuantizedTensor:
+    """Quantizes W [N, K] under the statistics of its input.
+
+    Rows are independent given the factor: q, k and v of one input may come stacked, at the cost of one.
+    """
+    if statistics is None:
+        raise AssertionError("gptq needs statistics")
+    if statistics.held_out is None:
+        return _solve(weight, scheme, options, statistics)[-1]
+    options = _choose(weight, scheme, options, statistics)
+    return _solve(weight, scheme, options, statistics.everything())[-1]
+
+
+def _choose(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Statistics) -> GptqOptions:
+    """The options, less what does not lower the error on held-out tokens."""
+    plain = replace(options, correction=0.0)
+    corrected = options.correction > 0 and statistics.cross is not None
+    if not (corrected or options.refit or options.sweeps):
+        return options
+    best, best_error = options, float("inf")
+    for candidate in [plain, options] if corrected else [plain]:
+        results = _solve(weight, scheme, candidate, statistics)
+        stages = [
+            replace(candidate, refit=False, sweeps=0),
+            replace(candidate, sweeps=0),
+            candidate,
+        ]
+        # _solve returns the plain result, then one per improvement that the options ask for
+        kept = [stages[0], *([stages[1]] if candidate.refit else []), *([stages[2]] if candidate.sweeps else [])]
+        for chosen, result in zip(kept, results, strict=True):
+            error = _held_out_error(weight, result.dequantize(weight.dtype), statistics)
+            if error < best_error:
+                best, best_error = chosen, error
+    return best
+
+
+def _held_out_error(weight: Tensor, quantized: Tensor, statistics: Statistics) -> float:
+    """Squared output error on held-out tokens, less a constant: tr(Q H Q^T) - 2 tr(W C Q^T)."""
+    hessian = statistics.held_out
+    assert hessian is not None
+    target = statistics.held_out_cross if statistics.held_out_cross is not None else hessian
+    hessian, target = hessian.to(weight.dtype), target.to(weight.dtype)
+    # written around W so that small differences are not lost between two large numbers
+    difference = weight - quantized
+    drift = target - hessian
+    return float(((difference @ hessian) * difference).sum() - 2 * ((weight @ drift) * quantized).sum())
+
+
+def _solve(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Statistics) -> list[QuantizedTensor]:
+    """The result of error feedback, then one after refit and one after the sweeps where they are asked for."""
+    import torch
+
+    from quantcli.tensors.affine import SCALE_DTYPE
+    from quantcli.tensors.quantized import QuantizedTensor, group_index
+
+    columns = weight.shape[1]
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    hessian = statistics.hessian.to(dtype)
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0  # inputs that were always zero: their weights are irrelevant, keep them from the solve
+    if bool(dead.any()):
+        hessian = hessian.clone()
+        hessian.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
+    natural = torch.arange(columns, device=weight.device)
+    by_size = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = by_size if options.order in ("static", "desc_act") else natural
+    group = group_index(columns, scheme, weight.device)
+    if options.order == "desc_act":
+        group = torch.empty_like(group).scatter_(0, order, group)
+
+    def factor() -> Tensor:
+        from quantcli.tensors.hessian import inverse_factor
+
+        return inverse_factor(hessian[order][:, order], options.damp_percent)
+
+    upper = statistics.cached(("factor", options.damp_percent, options.order, dtype), factor)
+    target = weight.to(dtype)
+    if options.correction > 0 and statistics.cross is not None:
+        target = _corrected(target, hessian, statistics.cross.to(dtype), upper, order, options.correction)
+
+    grid_order = order if options.order == "desc_act" else natural
+    if options.order == "dynamic" or (options.order == "desc_act" and scheme.group_size != -1):
+        codes, scale, zero = _feed_back_dynamic(target, upper, order, hessian.diagonal(), scheme, options)
+    else:
+        scale, zero = _grid(target[:, grid_order], hessian.diagonal()[grid_order], scheme, options)
+        codes = _feed_back(target[:, order].contiguous(), upper, scale, zero, group[order], scheme, options.block_size)
+    at = group[order]
+
+    def result() -> QuantizedTensor:
+        in_memory = torch.empty_like(codes)
+        in_memory[:, order] = codes
+        return QuantizedTensor(in_memory, scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
+
+    results = [result()]
+    if options.refit or options.sweeps:
+        goal, ordered = target[:, order], hessian[order][:, order]
+        if options.refit:
+            scale = _refit(goal, ordered, codes, scale, zero, at)
+            results.append(result())
+        if options.sweeps:
+            codes = _descend(goal, ordered, codes.clone(), scale, zero, at, scheme, options)
+            if options.refit:
+                scale = _refit(goal, ordered, codes, scale, zero, at)
+            results.append(result())
+    return results
+
+
+def _grid(weight: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions) -> tuple[Tensor, Tensor]:
+    from quantcli.tensors.affine import minmax_grid, searched_grid
+
+    if options.grid == "minmax":
+        return minmax_grid(weight, scheme)
+    return searched_grid(weight, scheme, diagonal, steps=options.grid_steps)
+
+
+def _corrected(weight: Tensor, hessian: Tensor, cross: Tensor, upper: Tensor, order: Tensor, share: float) -> Tensor:
+    """W + share * W (C - H) (H + damping)^-1: the float output as well as the quantized model's input can tell it."""
+    drift = (weight @ (cross - hessian))[:, order]
+    step = (drift @ upper.T) @ upper
+    out = weight.clone()
+    out[:, order] += share * step
+    return out
+
+
+def _feed_back(
+    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: Tensor, scheme: Scheme, block_size: int
+) -> Tensor:
+    """Codes [N, K] uint8 in solving order; `weight` [N, K], `upper` and `group` are in that order and W is consumed."""
+    import torch
+
+    columns = weight.shape[1]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        errors = _round_block(weight, codes, upper, scale, zero, group, scheme.levels - 1, start, stop)
+        if stop < columns:
+            weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes
+
+
+def _feed_back_dynamic(
+    weight: Tensor, upper: Tensor, order: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `_feed_back`, with each group's grid chosen when its turn comes; codes, S, Z.
+
+    A block is a group: its grid must see the errors of every earlier column.
+    """
+    import torch
+
+    weight, diagonal = weight[:, order].contiguous(), diagonal[order]
+    columns = weight.shape[1]
+    size = scheme.columns_per_group(columns)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales, zeros = [], []
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        scale, zero = _grid(weight[:, start:stop], diagonal[start:stop], scheme, options)
+        scales.append(scale)
+        zeros.append(zero)
+        alone = torch.zeros(columns, dtype=torch.int32, device=weight.device)
+        errors = _round_block(weight, codes, upper, scale, zero, alone, scheme.levels - 1, start, stop)
+        if stop < columns:
+            weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def _round_block(
+    weight: Tensor,
+    codes: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    top: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Rounds columns [start, stop) with feedback among themselves; returns their errors [N, B]."""
+    import torch
+
+    block = weight[:, start:stop].contiguous()
+    errors = torch.empty_like(block)
+    factor = upper[start:stop, start:stop].contiguous()
+    if block.device.type == "cpu":
+        from quantcli.tensors import kernels
+
+        part = torch.empty(block.shape, dtype=torch.uint8)
+        kernels.round_block(
+            block.numpy(),
+            part.numpy(),
+            errors.numpy(),
+            factor.numpy(),
+            scale.contiguous().numpy(),
+            zero.contiguous().numpy(),
+            group[start:stop].contiguous().numpy(),
+            top,
+        )
+        codes[:, start:stop] = part
+        return errors
+    at = group.long()
+    for j in range(stop - start):
+        s, z = scale[:, at[start + j]], zero[:, at[start + j]]
+        code = ((block[:, j] / s).round() + z).clamp(0, top)
+        codes[:, start + j] = code.to(torch.uint8)
+        errors[:, j] = (block[:, j] - (code - z) * s) / factor[j, j]
+        block[:, j + 1 :] -= errors[:, j, None] * factor[j, None, j + 1 :]
+    return errors
+
+
+def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Tensor:
+    """For fixed codes, the scales [N, G] that minimize the output error: (P^T H P) s = P^T H w per row.
+
+    P [K, G] holds a row's C - Z in the column of each weight's group. Kept per row only where the error falls.
+    """
+    import torch
+
+    from quantcli.tensors.affine import stored_scale
+
+    at = group.long()
+    groups = scale.shape[1]
+    ridge = hessian + torch.diag(1e-4 * hessian.diagonal().mean().expand(hessian.shape[0]))
+    out = torch.empty_like(scale)
+    members = [torch.nonzero(at == g)[:, 0] for g in range(groups)]
+    rows = max(1, (1 << 26) // max(groups * groups, weight.shape[1]))
+    for first in range(0, weight.shape[0], rows):
+        part = slice(first, first + rows)
+        levels = codes[part].to(weight.dtype) - zero[part][:, at]
+        right = torch.zeros(levels.shape[0], groups, dtype=weight.dtype, device=weight.device)
+        right.index_add_(1, at, (weight[part] @ ridge) * levels)
+        system = torch.zeros(levels.shape[0], groups, groups, dtype=weight.dtype, device=weight.device)
+        for g, columns in enumerate(members):
+            system[:, g].index_add_(1, at, (levels[:, columns] @ ridge[columns]) * levels)
+        system, right = system.double(), right.double()
+        trace = system.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        system.diagonal(dim1=1, dim2=2).add_(1e-9 * trace / groups + 1e-12)
+        solved = torch.linalg.solve(system, right)
+        usable = torch.isfinite(solved) & (solved.abs() >= 1e-8)
+        candidate = stored_scale(torch.where(usable, solved, scale[part].double()))
+
+        def error(s: Tensor, a: Tensor = system, b: Tensor = right) -> Tensor:
+            return torch.einsum("ng,ngh,nh->n", s, a, s) - 2 * (b * s).sum(1)
+
+        better = error(candidate) < error(scale[part].double())
+        out[part] = torch.where(better[:, None], candidate, scale[part].double()).to(scale.dtype)
+    return out
+
+
+def _descend(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    scheme: Scheme,
+    options: GptqOptions,
+) -> Tensor:
+    """Sweeps of cyclic coordinate descent over the codes [N, K], all in solving order."""
+    top, columns = scheme.levels - 1, weight.shape[1]
+    at = group.long()
+    for _ in range(options.sweeps):
+        quantized = (codes.to(weight.dtype) - zero[:, at]) * scale[:, at]
+        residual = (weight - quantized) @ hessian
+        changed = False
+        for start in range(0, columns, options.block_size):
+            stop = min(start + options.block_size, columns)
+            steps = _descend_block(residual, quantized, codes, hessian, scale, zero, group, top, start, stop)
+            changed = changed or bool(steps.any())
+            if stop < columns:
+                residual[:, stop:] -= steps @ hessian[start:stop, stop:]
+        if not changed:
+            break
+    return codes
+
+
+def _descend_block(
+    residual: Tensor,
+    quantized: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    top: int,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Re-rounds columns [start, stop) one after another; returns how far their values moved, [N, B]."""
+    import torch
+
+    rest = residual[:, start:stop].contiguous()
+    block = hessian[start:stop, start:stop].contiguous()
+    steps = torch.empty_like(rest)
+    if rest.device.type == "cpu":
+        from quantcli.tensors import kernels
+
+        values, part = quantized[:, start:stop].contiguous(), codes[:, start:stop].contiguous()
+        kernels.descend_block(
+            rest.numpy(),
+            values.numpy(),
+            part.numpy(),
+            steps.numpy(),
+            block.numpy(),
+            scale.contiguous().numpy(),
+            zero.contiguous().numpy(),
+            group[start:stop].contiguous().numpy(),
+            top,
+        )
+        codes[:, start:stop] = part
+        return steps
+    at = group.long()
+    for j in range(stop - start):
+        s, z = scale[:, at[start + j]], zero[:, at[start + j]]
+        value = quantized[:, start + j]
+        code = (((value + rest[:, j] / block[j, j]) / s).round() + z).clamp(0, top)
+        steps[:, j] = (code - z) * s - value
+        codes[:, start + j] = code.to(torch.uint8)
+        rest[:, j + 1 :] -= steps[:, j, None] * block[j, None, j + 1 :]
+    return steps
+
+
+ALGORITHM = Algorithm(
+    name="gptq",
+    kind="rounder",
+    summary="error feedback under the Hessian of the layer's input; needs calibration text",
+    bits=(2, 3, 4, 8),
+    calibration="required",
+    options=GptqOptions,
+    run=quantize,
+)

@@ -1,0 +1,44 @@
+"""Round to nearest on the grid that spans each group's range: no data, the base line that every other method must beat.
+
+Symmetric grids are full-range signed (as GGUF's Q4_0 and onnxruntime's default): the weight of largest magnitude sits
+on code 0, so that no code is wasted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantcli.algorithms import Algorithm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.scheme import Scheme
+    from quantcli.tensors.hessian import Statistics
+    from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["ALGORITHM", "RtnOptions", "quantize"]
+
+
+@dataclass(frozen=True)
+class RtnOptions:
+    """Nothing to choose."""
+
+
+def quantize(weight: Tensor, scheme: Scheme, options: RtnOptions, statistics: Statistics | None) -> QuantizedTensor:
+    """Rounds each weight of W [N, K] to the nearest code of its group's min/max grid."""
+    from quantcli.tensors.affine import minmax_grid, round_to_grid
+
+    return round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+
+
+ALGORITHM = Algorithm(
+    name="rtn",
+    kind="rounder",
+    summary="round to nearest on each group's range; no data",
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    calibration="none",
+    options=RtnOptions,
+    run=quantize,
+)

@@ -1,0 +1,136 @@
+"""Second moments of a linear's input, and the triangular factor that GPTQ runs on.
+
+H = X^T X / T over T calibration tokens, X [T, K]. One Hessian serves every linear that reads the same input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+
+__all__ = ["Moments", "Statistics", "inverse_factor", "output_error"]
+
+_TILES = 6  # triangle by tiles: (1 + 1/6) / 2 = 58% of a full product, each still wide enough for the BLAS
+_MIN_TILE = 128
+_MAX_DAMP_DOUBLINGS = 12
+
+
+class Moments:
+    """X^T X (and, with a second stream F, F^T X) summed batch by batch in float32."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        """Zero moments of inputs with `columns` columns."""
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._cross: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
+        """Adds tokens [..., K]; `reference` are the same tokens' inputs in the float model."""
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        columns = x.shape[1]
+        tile = max(_MIN_TILE, -(-columns // _TILES))
+        for start in range(0, columns, tile):  # lower triangle only: H is symmetric
+            stop = min(start + tile, columns)
+            self._sum[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        self.tokens += x.shape[0]
+        if reference is not None:
+            f = reference.reshape(-1, reference.shape[-1]).float()
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            self._cross.addmm_(f.T, x)
+
+    def matrix(self) -> Tensor:
+        """H [K, K] float32, symmetric."""
+        lower = self._sum.tril()
+        return (lower + lower.T - torch.diag(lower.diagonal())) / max(self.tokens, 1)
+
+    def cross(self) -> Tensor | None:
+        """F^T X / T [K, K] float32, where a reference was given."""
+        return None if self._cross is None else self._cross / max(self.tokens, 1)
+
+
+@dataclass
+class Statistics:
+    """What a rounder may know about the input of a linear."""
+
+    hessian: Tensor
+    """[K, K] float32, mean over tokens of x x^T."""
+    tokens: int
+    """Calibration tokens behind it."""
+    held_out: Tensor | None = None
+    """The same from tokens that no solver saw; they decide which of several results is kept."""
+    held_out_tokens: int = 0
+    """Tokens behind `held_out`."""
+    cross: Tensor | None = None
+    """[K, K] F^T X / T: inputs of the float model against those of the quantized one."""
+    held_out_cross: Tensor | None = None
+    """The same from held-out tokens."""
+    cache: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    """Factors, shared by the linears that read this input."""
+
+    def everything(self) -> "Statistics":
+        """All tokens together, with nothing held out any more."""
+        if self.held_out is None:
+            return self
+        total, held = self.tokens, self.held_out_tokens
+        share = held / max(total + held, 1)
+
+        def mixed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else a * (1 - share) + b * share
+
+        hessian = mixed(self.hessian, self.held_out)
+        assert hessian is not None
+        return Statistics(hessian, total + held, cross=mixed(self.cross, self.held_out_cross))
+
+    def cached(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A derived matrix, made once for all linears that share this input."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+    """Upper U [K, K] with U^T U = (H + damp * mean(diag H) * I)^-1, without forming the inverse.
+
+    H reversed in rows and columns is L L^T; the inverse of L, reversed back, is U: 2/3 K^3 operations where inverse and
+    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0.
+
+    Raises:
+        InputError: H holds NaN or infinity, or no damping helps.
+    """
+    mean = hessian.diagonal().mean()
+    if not torch.isfinite(hessian).all():
+        raise InputError("activations hold NaN or infinite values")
+    damp = damp_percent
+    for _ in range(_MAX_DAMP_DOUBLINGS):
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damp * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return _invert_lower(lower).flip(0, 1).contiguous()
+        damp = max(2 * damp, 1e-6)
+    raise InputError(f"the Hessian cannot be factored, even with damping {damp:.3g}", hint="give more calibration text")
+
+
+def _invert_lower(lower: Tensor, base: int = 256) -> Tensor:
+    """Inverse of a lower triangular matrix by halves: matrix products instead of a solve against I."""
+    size = lower.shape[0]
+    if size <= base:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = size // 2
+    out = torch.zeros_like(lower)
+    first, last = _invert_lower(lower[:half, :half], base), _invert_lower(lower[half:, half:], base)
+    out[:half, :half], out[half:, half:] = first, last
+    out[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return out
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the relative squared error of the layer's output."""
+    difference = weight - quantized
+    reference = float(((weight @ hessian) * weight).sum())
+    return float(((difference @ hessian) * difference).sum()) / reference if reference > 0 else 0.0
