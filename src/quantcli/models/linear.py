@@ -1,0 +1,265 @@
+"""Linear and embedding layers that run from packed codes, on CPU and CUDA, with no package beside torch.
+
+Symbols: K inputs, N outputs, G groups. The weight is never kept in float unless asked for: a few rows of input are
+multiplied straight from the codes, more rows by blocks of outputs that are dequantized, used and dropped.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import InputError
+from quantcli.formats import gptq
+from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
+from quantcli.models import packed_matmul
+from quantcli.scheme import Scheme
+from quantcli.tensors.quantized import QuantizedTensor, group_index
+
+__all__ = ["PackedEmbedding", "PackedLinear"]
+
+# Rows of input up to which unpacking in registers beats dequantizing and a matrix product, measured on 2 cores.
+_FEW_ROWS = 32
+# Float weights that may exist for a moment (32 MB): large heads go through in several blocks.
+_BLOCK_ELEMENTS = 1 << 23
+
+
+class PackedLinear(nn.Module):
+    """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        scheme: Scheme,
+        *,
+        bias: Tensor | None = None,
+        version: int = 1,
+        cache: bool = False,
+    ):
+        """Takes over the tensors of a GPTQ checkpoint as they are stored.
+
+        Args:
+            tensors: qweight, qzeros, scales and, optionally, g_idx; see `formats.gptq`.
+            scheme: Their grid.
+            bias: [N], any float dtype.
+            version: 1 where qzeros holds zero - 1, 2 where it holds the zero.
+            cache: Keep the float weight once it was computed: fast over long inputs, at the memory of a float model.
+
+        Raises:
+            InputError: the shapes do not fit together.
+        """
+        super().__init__()
+        self.out_features, self.in_features = _checked_shape(tensors, scheme)
+        self.scheme, self.version, self.cache = scheme, version, cache
+        for name in ("qweight", "qzeros", "scales"):
+            self.register_buffer(name, tensors[name].contiguous())
+        given = tensors.get("g_idx")
+        group = group_index(self.in_features, scheme, tensors["qweight"].device) if given is None else given
+        self.register_buffer("g_idx", group)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._grid: tuple[Tensor, Tensor, Tensor] | None = None
+        self._dense: Tensor | None = None
+
+    @classmethod
+    def from_quantized(
+        cls, tensor: QuantizedTensor, *, bias: Tensor | None = None, cache: bool = False
+    ) -> "PackedLinear":
+        """Packs a tensor in the v2 layout, which holds every zero point."""
+        bits = tensor.scheme.bits
+        tensors = {
+            "qweight": pack_rows(tensor.codes.T, bits),
+            "qzeros": pack_rows(tensor.zero, bits).T.contiguous(),
+            "scales": tensor.scale.T.contiguous(),
+            "g_idx": tensor.group,
+        }
+        return cls(tensors, tensor.scheme, bias=bias, version=2, cache=cache)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 is all of them."""
+        return self.scheme.group_size
+
+    def quantized(self) -> QuantizedTensor:
+        """The codes, scales and zeros, unpacked."""
+        return gptq.unpack(self._stored(), self.scheme, self.version)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight [N, K]."""
+        return self._transposed(0, self.out_features).to(dtype).T.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies.
+
+        Args:
+            x: [..., K], any float dtype. On CPU the product is taken in float32, elsewhere in x's dtype.
+
+        Returns:
+            [..., N] in x's dtype.
+        """
+        out: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, symmetric={self.scheme.symmetric}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        # `model.to(dtype)` must not touch what is stored: scales are part of the codes' meaning
+        self._grid = self._dense = None
+        stored = self._stored()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in stored.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in gptq.PARTS}
+
+    def _zero_scale_group(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros [G, N] uint8, scales [G, N] float32, groups [K] int32: what the kernels read, unpacked once."""
+        if self._grid is None:
+            zero = unpack_rows(self.qzeros.T.contiguous(), self.bits, self.out_features).T.contiguous()
+            if self.version == 1:
+                zero = (zero + 1) & (self.scheme.levels - 1)
+            self._grid = zero, self.scales.float().contiguous(), self.g_idx.to(torch.int32).contiguous()
+        return self._grid
+
+    def _transposed(self, start: int, stop: int) -> Tensor:
+        """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
+        zero, scale, group = self._zero_scale_group()
+        if self.qweight.device.type == "cpu":
+            return packed_matmul.dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
+        codes = unpack_rows(self.qweight[:, start:stop].contiguous(), self.bits, self.in_features)
+        index = group.long()
+        return (codes.float() - zero[index, start:stop].float()) * scale[index, start:stop]
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """[M, K] to [M, N], both in the dtype that the device computes in."""
+        if self.cache:
+            return rows @ self._cached(rows.dtype)
+        if rows.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS:
+            return packed_matmul.multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
+        blocks = self._blocks()
+        if len(blocks) == 1:
+            return rows @ self._transposed(0, self.out_features).to(rows.dtype)
+        out = rows.new_empty(rows.shape[0], self.out_features)
+        for start, stop in blocks:
+            out[:, start:stop] = rows @ self._transposed(start, stop).to(rows.dtype)
+        return out
+
+    def _multiply_transposed(self, rows: Tensor) -> Tensor:
+        """[M, N] to [M, K]: the gradient of the input."""
+        if self.cache:
+            return rows @ self._cached(rows.dtype).T
+        out = rows.new_zeros(rows.shape[0], self.in_features)
+        for start, stop in self._blocks():
+            out += rows[:, start:stop] @ self._transposed(start, stop).to(rows.dtype).T
+        return out
+
+    def _cached(self, dtype: torch.dtype) -> Tensor:
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self._transposed(0, self.out_features).to(dtype)
+        return self._dense
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        step = max(256, _BLOCK_ELEMENTS // self.in_features // 256 * 256)
+        return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
+
+
+def _checked_shape(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
+    """(N, K) of one linear, once its tensors are known to fit together: kernels do not check bounds."""
+    for name in ("qweight", "qzeros", "scales"):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise InputError(f"{name} is missing or has not 2 axes")
+    qweight, qzeros, scales, given = (tensors.get(name) for name in gptq.PARTS)
+    assert qweight is not None and qzeros is not None and scales is not None
+    groups, rows = scales.shape
+    columns = len(qweight) * 32 // scheme.bits if given is None else given.numel()
+    checks = (
+        ("qweight", qweight, (packed_words(columns, scheme.bits), rows)),
+        ("qzeros", qzeros, (scheme.group_count(columns), packed_words(rows, scheme.bits))),
+        ("scales", scales, (scheme.group_count(columns), rows)),
+    )
+    for name, tensor, shape in checks:
+        if tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for {scheme.bits} bits, "
+                f"group size {scheme.group_size}, {rows} outputs and {columns} inputs"
+            )
+    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
+        raise InputError(f"qweight and qzeros are {qweight.dtype} and {qzeros.dtype}, expected torch.int32")
+    if not (scales.is_floating_point() and bool(torch.isfinite(scales).all())):
+        raise InputError(f"scales ({scales.dtype}) are not finite numbers")
+    if given is not None and not 0 <= int(given.min()) <= int(given.max()) < groups:
+        raise InputError(f"g_idx names groups {int(given.min())} to {int(given.max())}, there are {groups}")
+    return rows, columns
+
+
+class _PackedProduct(torch.autograd.Function):
+    """Keeps the codes, not the float weight, for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        rows = x.reshape(-1, layer.in_features)
+        out = layer._multiply(rows.to(_compute_dtype(x)))
+        return out.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        rows = grad.reshape(-1, ctx.layer.out_features)
+        back = ctx.layer._multiply_transposed(rows.to(_compute_dtype(grad)))
+        return back.to(grad.dtype).view(*grad.shape[:-1], ctx.layer.in_features), None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    # half precision products on CPU are slow where the processor lacks them, and less exact everywhere
+    return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that dequantizes the rows that are looked up, and no others."""
+
+    _like: Tensor
+
+    def __init__(self, weight: PackedLinear, *, dtype: torch.dtype, embed_scale: float | Tensor | None = None):
+        """Wraps packed codes of a [vocabulary, hidden] matrix.
+
+        Args:
+            weight: The codes; N is the vocabulary, K the hidden size.
+            dtype: Type of the rows that come out.
+            embed_scale: Factor that the model's own embedding class applies (Gemma).
+        """
+        super().__init__()
+        self.packed = weight
+        self.num_embeddings, self.embedding_dim = weight.out_features, weight.in_features
+        self.embed_scale = embed_scale
+        # moves with `model.to(dtype)` and says which dtype the rows take
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Looks rows up: ids [...] int64 to [..., hidden]."""
+        packed, flat = self.packed, ids.reshape(-1)
+        zero, scale, group = packed._zero_scale_group()
+        index = group.long()
+        codes = unpack_rows(packed.qweight[:, flat].contiguous(), packed.bits, packed.in_features)
+        rows = (codes.float() - zero[:, flat].float()[index]) * scale[:, flat][index]
+        rows = rows.T.to(self._like.dtype).reshape(*ids.shape, self.embedding_dim)
+        return rows if self.embed_scale is None else rows * torch.as_tensor(self.embed_scale).to(rows)

@@ -1,0 +1,319 @@
+"""Opens a checkpoint folder as a transformers model that runs: float, GPTQ (v1, v2) or AWQ (gemm), ours or others'.
+
+Quantized linears stay packed (`models.linear`); no package beside torch and transformers takes part.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from quantcli.errors import InputError, UsageError
+from quantcli.folder import resolve_model_folder
+from quantcli.formats import awq, gptq
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.linear import PackedEmbedding, PackedLinear
+from quantcli.scheme import Scheme
+
+__all__ = ["choose_device", "load", "read_packed"]
+
+_GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+# tensors that old checkpoints carry and that models compute themselves
+_LEGACY = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
+
+Model: TypeAlias = Any  # transformers' PreTrainedModel; its stubs are not followed
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    cache_weights: bool = False,
+) -> Model:
+    """Opens a model for inference.
+
+    Args:
+        folder: Checkpoint folder, or an output folder X of ours that holds X/model.
+        device: cpu, cuda or cuda:N; default: cuda where there is one.
+        dtype: Type of the tensors that are not packed and of the activations; default: float32 on CPU (half precision
+            products are slow there), else the checkpoint's.
+        trust_remote_code: Run model code that the folder brings along.
+        cache_weights: Keep dequantized weights after their first use: faster over long inputs, at the memory of a
+            float model.
+
+    Returns:
+        A transformers model in evaluation mode, usable with `generate`.
+
+    Raises:
+        InputError: the folder is no model that we can read, or damaged.
+        UsageError: there is no such device or dtype.
+    """
+    path = resolve_model_folder(Path(folder))
+    checkpoint = Checkpoint.open(path)
+    place = choose_device(device)
+    kind = _choose_dtype(dtype, checkpoint.config, place)
+    if checkpoint.config.get("quantization_config") is None:
+        model = _load_float(path, kind, trust_remote_code).to(place)
+    else:
+        model = _load_packed(checkpoint, place, kind, trust_remote_code, cache_weights)
+    return model.eval()
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        UsageError: it does not exist here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: cpu, cuda or cuda:N is allowed") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported: cpu, cuda or cuda:N is allowed")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device!r}: {torch.cuda.device_count()} CUDA devices are available", "add --device cpu"
+        )
+    return chosen
+
+
+def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> PackedLinear:
+    """One quantized linear (or embedding) of a GPTQ or AWQ checkpoint.
+
+    Args:
+        checkpoint: An opened folder whose config has a `quantization_config`.
+        name: Module name as in the tensor names, without `.qweight`.
+        cache: As in `PackedLinear`.
+
+    Raises:
+        InputError: format, scheme or shapes are not what we read; the message names the linear.
+    """
+    config = checkpoint.config["quantization_config"]
+    method = _quantization_method(checkpoint)
+    parts = (*gptq.PARTS, "bias")
+    tensors = {p: checkpoint.read(f"{name}.{p}") for p in parts if f"{name}.{p}" in checkpoint}
+    bias = tensors.pop("bias", None)
+    try:
+        if method == "awq":
+            return PackedLinear.from_quantized(awq.unpack(tensors, awq.scheme_of(config)), bias=bias, cache=cache)
+        scheme = _gptq_scheme(config, name)
+        return PackedLinear(tensors, scheme, bias=bias, version=_gptq_version(config), cache=cache)
+    except (InputError, UsageError, KeyError) as error:
+        raise InputError(f"{checkpoint.folder}: linear {name}: {error}") from error
+
+
+def _gptq_version(config: Mapping[str, Any]) -> int:
+    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if layout not in _GPTQ_VERSIONS:
+        raise InputError(f"GPTQ checkpoint of layout {layout!r}: {', '.join(_GPTQ_VERSIONS)} are read")
+    return _GPTQ_VERSIONS[layout]
+
+
+def _gptq_scheme(config: Mapping[str, Any], name: str) -> Scheme:
+    embedding = (config.get("quantcli") or {}).get("embedding")
+    if embedding is not None and embedding["name"] == name:
+        return Scheme(embedding["bits"], embedding["group_size"], embedding["sym"])
+    scheme = gptq.scheme_of(config, name)
+    if scheme is None:
+        raise InputError("it is packed, but quantization_config says that it stays float")
+    return scheme
+
+
+def _quantization_method(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config["quantization_config"]
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in ("gptq", "awq"):
+        raise InputError(
+            f"{checkpoint.folder} is quantized with quant_method {method!r}: gptq (v1, v2) and awq (gemm) are read",
+            hint="give the float model that it was made from",
+        )
+    return str(method)
+
+
+def _choose_dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        nested = config.get("text_config") or {}
+        dtype = next((c[k] for c in (config, nested) for k in ("dtype", "torch_dtype") if c.get(k)), "float32")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(f"unknown dtype {dtype!r}: float32, float16 or bfloat16 is allowed")
+    return found
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns what transformers raises on a folder it cannot open into an error that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder} needs the model code that it brings along", hint="add --trust-remote-code if you trust it"
+            ) from error
+        raise InputError(f"{folder} cannot be opened by transformers: {lines[0]}") from error
+
+
+def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
+    with _explained(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _refuse_missing(folder, info["missing_keys"])
+    return model
+
+
+def _load_packed(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, cache: bool
+) -> Model:
+    _quantization_method(checkpoint)
+    packed = sorted(n.removesuffix(".qweight") for n in checkpoint.entries if n.endswith(".qweight"))
+    if not packed:
+        raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .qweight")
+    model = _skeleton(checkpoint, trust_remote_code)
+    model_names = _names_in_model(model)
+    done: set[str] = set()
+    for name in packed:
+        target = model_names(name)
+        if target is None:
+            raise InputError(f"{checkpoint.folder}: unexpected tensor {name}.qweight, the model has no module {name}")
+        layer = read_packed(checkpoint, name, cache=cache).to(device)
+        _replace(model, target, layer, dtype, f"{checkpoint.folder}: {name}")
+        done.update(f"{name}.{part}" for part in (*gptq.PARTS, "bias"))
+    _fill(model, checkpoint, [n for n in checkpoint.entries if n not in done], model_names, device, dtype)
+    _tie(model)
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    _refuse_missing(checkpoint.folder, left)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        with _explained(checkpoint.folder):
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    return model.to(device)
+
+
+def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
+    """The model without weights, its head untied where the checkpoint brings one of its own."""
+    with _explained(checkpoint.folder):
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # a head of its own stands at the top level: lm_head.qweight, embed_out.weight
+        own_head = any(n.count(".") == 1 and n.endswith(".qweight") for n in checkpoint.entries)
+        if own_head:
+            config.tie_word_embeddings = False
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _names_in_model(model: Model) -> Callable[[str], str | None]:
+    """Maps module names of a checkpoint to the model's: a base model's names lack or carry the model's prefix."""
+    known = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+
+    def find(name: str) -> str | None:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        return next((c for c in candidates if c in known), None)
+
+    return find
+
+
+def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, where: str) -> None:
+    """Puts a packed layer where the skeleton has a float one of the same shape."""
+    old = model.get_submodule(name)
+    shape = layer.out_features, layer.in_features
+    if not isinstance(old, nn.Linear | nn.Embedding | Conv1D):
+        raise InputError(f"{where} is packed, the model has a {type(old).__name__} there")
+    expected = tuple(old.weight.shape)[::-1] if isinstance(old, Conv1D) else tuple(old.weight.shape)
+    if shape != expected:
+        raise InputError(f"{where} holds {list(shape)} weights, the model expects {list(expected)}")
+    new: nn.Module = layer
+    if isinstance(old, nn.Embedding):
+        new = PackedEmbedding(layer, dtype=dtype, embed_scale=getattr(old, "embed_scale", None))
+    else:
+        wants_bias = old.bias is not None
+        if wants_bias != (layer.bias is not None):
+            raise InputError(f"{where}.bias is {'missing' if wants_bias else 'unexpected'}")
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.data.to(dtype)
+    model.set_submodule(name, new)
+
+
+def _fill(
+    model: Model,
+    checkpoint: Checkpoint,
+    names: list[str],
+    model_names: Callable[[str], str | None],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Reads the tensors that are not packed into the skeleton."""
+    ignored = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    unexpected = []
+    for name in names:
+        module_name, _, leaf = name.rpartition(".")
+        found = model_names(module_name)
+        module = None if found is None else model.get_submodule(found)
+        old = None if module is None else getattr(module, leaf, None)
+        if not isinstance(old, Tensor):
+            if not _LEGACY.search(name) and not any(p.search(name) for p in ignored):
+                unexpected.append(name)
+            continue
+        entry = checkpoint.entries[name]
+        if tuple(old.shape) != entry.shape:
+            raise InputError(
+                f"{checkpoint.folder}: tensor {name} has shape {list(entry.shape)}, the model expects {list(old.shape)}"
+            )
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if _stays_float32(model, name) else dtype)
+        tensor = tensor.to(device)
+        if isinstance(old, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        else:
+            setattr(module, leaf, tensor)
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        raise InputError(f"{checkpoint.folder}: unexpected tensor {unexpected[0]}{more}, the model has no such weight")
+
+
+def _stays_float32(model: Model, name: str) -> bool:
+    """Whether the model class insists on float32 for this tensor (some routers and norms)."""
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(rf"(^|\.){re.escape(p)}(\.|$)", name) for p in patterns)
+
+
+def _tie(model: Model) -> None:
+    """Gives a tied head the embedding that was read."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, PackedEmbedding):
+        model.tie_weights()
+    elif head is not None and head.weight.is_meta:
+        model.set_output_embeddings(embedding.packed)
+
+
+def _refuse_missing(folder: Path, names: Any) -> None:
+    missing = sorted(names)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder} lacks tensor {missing[0]}{more} that the model needs")
