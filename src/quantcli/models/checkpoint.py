@@ -3,6 +3,7 @@
 Headers are checked before a byte of data is read: a damaged or hostile file is refused with its name.
 """
 
+import itertools
 import json
 import math
 import os
@@ -164,7 +165,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise damaged(f"tensor {name} ends at byte {data + stop}, the file has {size}")
         entries[name] = TensorEntry(path, _DTYPES[dtype], tuple(shape), data + start, data + stop)
     ordered = sorted((e.start, e.stop, n) for n, e in entries.items() if e.size_bytes)
-    for (_, stop, name), (start, _, other) in zip(ordered, ordered[1:], strict=False):
+    for (_, stop, name), (start, _, other) in itertools.pairwise(ordered):
         if start < stop:
             raise damaged(f"tensors {name} and {other} overlap")
     return entries

@@ -1,0 +1,138 @@
+"""Where a language model keeps its blocks, embedding, final norm and head: facts per model type, and a fallback.
+
+A new family is one line in `FAMILIES`; a model that is not listed is looked at: its blocks are the longest list of
+modules of one class that hold linears.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quantcli.errors import InputError
+
+__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "is_linear", "weight_shape"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What cannot be seen in a model's modules."""
+
+    blocks: str
+    """Path of the list of blocks."""
+    final_norm: str
+    """Path of the norm between the last block and the head."""
+    keep_float: tuple[str, ...] = ()
+    """Ends of names of linears that are routers or gates, not weights worth quantizing."""
+
+
+_LLAMA = Family("model.layers", "model.norm")
+_GPT2 = Family("transformer.h", "transformer.ln_f")
+_SHARED_GATE = ("shared_expert_gate",)
+
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi3": _LLAMA,
+    "gpt2": _GPT2,
+    "falcon": _GPT2,
+    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "opt": Family("model.decoder.layers", "model.decoder.final_layer_norm"),
+    "mixtral": _LLAMA,
+    "qwen2_moe": Family("model.layers", "model.norm", _SHARED_GATE),
+    "qwen3_moe": _LLAMA,
+}
+_GATES = ("router", "gate", *_SHARED_GATE)  # in a family that nobody has described
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of one model, as module paths."""
+
+    blocks: tuple[str, ...]
+    """Path of each block, in order."""
+    linears: tuple[str, ...]
+    """Paths of the linears inside blocks that may be quantized, in order of registration."""
+    embedding: str
+    """Path of the input embedding."""
+    head: str | None
+    """Path of the output head."""
+    tied: bool
+    """Whether the head is the embedding's matrix."""
+    final_norm: str | None
+    """Path of the norm before the head, where known."""
+    known: bool
+    """Whether the family is in the table."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by one stored matrix."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(N outputs, K inputs) of a linear, whichever way round it stores them."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)  # type: ignore[return-value]
+
+
+def find_layout(model: Any) -> Layout:
+    """Finds the parts of a model.
+
+    Raises:
+        InputError: there are no repeated blocks with linears.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    path = family.blocks if family else _longest_list(model)
+    gates = family.keep_float if family else _GATES
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(f"{type(model).__name__} has no {path}; its code is newer or older than we know") from error
+    names = {id(module): name for name, module in model.named_modules()}
+    linears = tuple(
+        f"{path}.{number}.{name}"
+        for number, block in enumerate(blocks)
+        for name, module in block.named_modules()
+        if is_linear(module) and name.rsplit(".", 1)[-1] not in gates
+    )
+    if not linears:
+        raise InputError(f"{type(model).__name__} has no linear layers to quantize")
+    head = model.get_output_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return Layout(
+        blocks=tuple(f"{path}.{number}" for number in range(len(blocks))),
+        linears=linears,
+        embedding=names[id(model.get_input_embeddings())],
+        head=names.get(id(head)) if head is not None else None,
+        tied=tied,
+        final_norm=family.final_norm if family else _norm_beside(model, path),
+        known=family is not None,
+    )
+
+
+def _longest_list(model: nn.Module) -> str:
+    """The path of the longest ModuleList whose entries share a class and hold linears."""
+    candidates = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            _, count = Counter(type(entry) for entry in module).most_common(1)[0]
+            # lists within a block (experts, heads) repeat as often as the blocks: the shallowest wins
+            if count == len(module) and any(is_linear(m) for m in module[0].modules()):
+                candidates.append((-name.count("."), len(module), name))
+    if not candidates:
+        raise InputError(f"{type(model).__name__} has no repeated blocks with linear layers")
+    return max(candidates, key=lambda c: c[:2])[2]
+
+
+def _norm_beside(model: nn.Module, blocks: str) -> str | None:
+    parent = blocks.rpartition(".")[0]
+    norms = [n for n, m in model.get_submodule(parent).named_children() if "norm" in type(m).__name__.lower()]
+    return f"{parent}.{norms[-1]}".lstrip(".") if len(norms) == 1 else None

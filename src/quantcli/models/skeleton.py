@@ -1,0 +1,110 @@
+"""A model without weights: transformers' classes on the meta device, and the names their tensors have on disk."""
+
+import logging
+import warnings
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from quantcli.errors import InputError
+from quantcli.models.checkpoint import read_config
+from quantcli.models.experts import unfuse_experts
+
+__all__ = ["build_skeleton", "disk_name", "load_config", "materialize"]
+
+# module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
+_RENAMED = {"mixtral": ((".mlp.", ".block_sparse_moe."),)}
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a decoder-only language model.
+
+    Raises:
+        InputError: unknown architecture, code needed that is not trusted, or not a decoder-only language model.
+    """
+    raw = read_config(folder)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{folder / 'config.json'} names no model_type", hint="give a transformers checkpoint")
+    if "auto_map" in raw and not trust_remote_code and model_type not in _known_types():
+        raise InputError(
+            f"{model_type} brings its own model code, which is not run unasked",
+            hint="add --trust-remote-code if you trust the folder",
+        )
+    if "auto_map" not in raw and model_type not in _known_types():
+        raise InputError(f"model type {model_type!r} is not known to the installed transformers")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    architectures = getattr(config, "architectures", None) or []
+    decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    wrong = [a for a in architectures if a not in decoders] if "auto_map" not in raw else []
+    if getattr(config, "is_encoder_decoder", False) or (wrong and len(wrong) == len(architectures)):
+        what = wrong[0] if wrong else model_type
+        raise InputError(f"{folder} holds a {what}; a decoder-only language model (…ForCausalLM) is expected")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in raw:
+        raise InputError(f"{folder} holds a {model_type}; a decoder-only language model (…ForCausalLM) is expected")
+    return config
+
+
+def build_skeleton(folder: Path, config: Any = None, trust_remote_code: bool = False) -> Any:
+    """The model in eval mode with every parameter on the meta device and fused experts taken apart.
+
+    Buffers that are computed rather than stored (rotary frequencies) are real.
+    """
+    config = load_config(folder, trust_remote_code) if config is None else config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+        warnings.simplefilter("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"no model can be built from {folder / 'config.json'}: {reason}") from error
+        unfuse_experts(model, config.model_type)
+    return model.eval()
+
+
+def disk_name(name: str, model: Any, stored: Container[str]) -> str | None:
+    """The name on disk of a parameter of the skeleton; None where the files do not have it.
+
+    A head tied to the embedding has no tensor of its own.
+    """
+    for inside, outside in _RENAMED.get(model.config.model_type, ()):
+        name = name.replace(inside, outside)
+    prefix = model.base_model_prefix + "."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in stored:
+            return candidate
+    return None
+
+
+def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Gives a module on the meta device its tensors, by their names inside it; the module owns them afterwards.
+
+    Raises:
+        InputError: a shape differs from what the configuration says.
+    """
+    expected = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if tuple(expected[name].shape) != tuple(tensor.shape):
+            raise InputError(
+                f"tensor {name} has shape {list(tensor.shape)}, the configuration says {list(expected[name].shape)}"
+            )
+    module.load_state_dict(tensors, strict=False, assign=True)
+    module.requires_grad_(False)
+
+
+def _known_types() -> Container[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return CONFIG_MAPPING_NAMES
