@@ -1,0 +1,255 @@
+"""Other people's spellings, rewritten to ours before the command line is parsed.
+
+One table per command. Every flag of ours may also be written with underscores (`--group_size 64`), and switches written
+that way may carry a True or False (`--trust_remote_code True`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from quantcli.errors import UsageError, nearest
+
+__all__ = ["ALIASES", "Rewritten", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A flag with one value that has another name here, and perhaps other words for its values."""
+
+    to: str
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Their word to our words, the flag included; a word that is not here is passed on, unless `only`."""
+    only: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """A flag that took several words; ours takes them joined by commas."""
+
+    to: str
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag that is bare or carries True or False."""
+
+    on: tuple[str, ...]
+    off: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A flag that asks for what is so anyway; taken, and said."""
+
+    why: str
+    value: bool = False
+    only: tuple[str, ...] = ()
+    """The values that ask for nothing else."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A flag that we know and cannot serve."""
+
+    why: str
+    hint: str | None = None
+
+
+Alias = Rename | Words | Switch | Dropped | Refused
+
+_BITS = {
+    f"{sign}int{bits}": ("--bits", str(bits), *grid)
+    for bits in (2, 3, 4, 5, 6, 7, 8)
+    for sign, grid in (("", ()), ("u", ("--asym",)))
+}
+_GENAI, _TORCH = ("--exporter", "genai"), ("--exporter", "torch")
+
+_EVERYWHERE: dict[str, Alias] = {
+    "--model_name_or_path": Rename("--model"),
+    "--output_path": Rename("--output"),
+    "--log_level": Rename(
+        "", {"0": ("--verbose",), "1": (), "2": ("--quiet",), "3": ("--quiet",), "4": ("--quiet",)}, only=True
+    ),
+    "--disable_telemetry": Dropped("quantcli sends nothing anywhere"),
+    "--save_config_file": Dropped("the options are always kept in quantcli.json"),
+    "--account_name": Refused("there is no shared cache in the cloud"),
+    "--container_name": Refused("there is no shared cache in the cloud"),
+}
+_CHECKPOINT: dict[str, Alias] = {
+    "-t": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
+    "--task": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
+    "--adapter_path": Refused("it takes a model without adapter", "merge the adapter into the model first"),
+    "--model_script": Refused("only Hugging Face checkpoints are read, never a script"),
+    "--script_dir": Refused("only Hugging Face checkpoints are read, never a script"),
+    "--test": Refused("there is no test mode", "try a small model, or --dry-run"),
+}
+
+ALIASES: dict[str, dict[str, Alias]] = {
+    "quantize": {
+        **_EVERYWHERE,
+        **_CHECKPOINT,
+        "--algorithms": Words("--algorithm"),
+        "--precision": Rename("--bits", _BITS, only=True),
+        "--act_precision": Refused("activations stay float here, only weights are quantized"),
+        "--implementation": Dropped("the algorithms are our own", value=True, only=("olive",)),
+        "--use_qdq_encoding": Refused("a checkpoint holds packed codes, not ONNX nodes", "see capture-onnx-graph"),
+        "-d": Rename("--data-name"),
+        "--data_files": Rename("--data"),
+        "--split": Rename("--data-split"),
+        "--subset": Refused("subsets of hub data sets are not supported", "download the rows and give --data FILE"),
+        "--max_seq_len": Rename("--seq-len"),
+        "--max_samples": Rename("--num-samples"),
+        "--lm_head": Switch(("--quantize-lm-head",)),
+        "--embeds": Switch(("--quantize-embeddings",)),
+    },
+    "capture-onnx-graph": {
+        **_EVERYWHERE,
+        **_CHECKPOINT,
+        "--use_ort_genai": Switch(_GENAI, _TORCH),
+        "--use_model_builder": Switch(_GENAI, _TORCH),
+        "--use_dynamo_exporter": Switch(_TORCH, _GENAI),
+        "--use_mobius_builder": Refused("that builder is not supported", "use --exporter genai or torch"),
+        "--int4_block_size": Rename("--block-size"),
+        "--int4_accuracy_level": Rename("--accuracy-level"),
+        "--torch_dtype": Rename(
+            "--precision", {"float32": ("--precision", "fp32"), "float16": ("--precision", "fp16")}
+        ),
+        "--conversion_device": Dropped("the graph is made on the CPU", value=True, only=("cpu",)),
+        "--exclude_lm_head": Switch(("--lm-head-bits", "16")),
+        "--exclude_embeds": Refused("the graph takes token ids", None),
+        "--enable_cuda_graph": Refused("the graph is made for the CPU provider"),
+        "--extra_mb_options": Refused("options of the builder have flags of their own here"),
+        "--fixed_param_dict": Refused("the graph's shapes stay dynamic"),
+        "--past_key_value_name": Refused("the cache inputs have the names that ONNX Runtime GenAI expects"),
+    },
+    "evaluate": {
+        **_EVERYWHERE,
+        "--data_files": Rename("--data"),
+        "--max_seq_len": Rename("--seq-len"),
+        "--max_samples": Rename("--num-samples"),
+    },
+    "inspect": dict(_EVERYWHERE),
+    "algorithms": dict(_EVERYWHERE),
+}
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """Arguments in our spelling."""
+
+    args: list[str]
+    """What the parser gets."""
+    notes: list[str]
+    """What was dropped, and why."""
+
+
+def rewrite(command: str, args: Sequence[str], flags: Mapping[str, bool]) -> Rewritten:
+    """Rewrites the arguments that follow the command's name.
+
+    Args:
+        command: Name of the subcommand.
+        args: What follows it.
+        flags: Its own flags, each with whether it takes a value.
+
+    Raises:
+        UsageError: a known flag of others that we cannot serve, or a value that it cannot have.
+    """
+    table = ALIASES.get(command, {})
+    args = _without_file_format_name(list(args)) if "--data-name" in flags else list(args)
+    if "--use_dynamo_exporter" in args and command == "capture-onnx-graph":
+        # they ask for the torch exporter *and* GenAI's configuration, which our torch exporter writes anyway
+        args = _without_switch(args, "--use_ort_genai")
+    out: list[str] = []
+    notes: list[str] = []
+    at = 0
+    while at < len(args):
+        word = args[at]
+        if word == "--":
+            return Rewritten([*out, *args[at:]], notes)
+        at += 1
+        name, equals, inline = word.partition("=")
+        if name in flags and (name in table or "_" not in name):
+            out.append(word)
+            if flags[name] and not equals and at < len(args):
+                out.append(args[at])  # a value is never a flag, whatever it looks like
+                at += 1
+            continue
+        alias = table.get(name) or _own_spelling(name, flags)
+        if alias is None:
+            out.append(word)
+            continue
+        values = [inline] if equals else _values(alias, args[at:])
+        at += 0 if equals else len(values)
+        out += _apply(alias, name, values, command, notes)
+    return Rewritten(out, notes)
+
+
+def _own_spelling(name: str, flags: Mapping[str, bool]) -> Alias | None:
+    """Our flag written with underscores."""
+    own = name.replace("_", "-")
+    if not name.startswith("--") or "_" not in name or own not in flags:
+        return None
+    return Rename(own) if flags[own] else Switch((own,))
+
+
+def _values(alias: Alias, following: Sequence[str]) -> list[str]:
+    """The words after a flag that belong to it."""
+    if isinstance(alias, Words):
+        end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
+        return list(following[:end])
+    if isinstance(alias, Switch):
+        return [following[0]] if following and following[0].lower() in ("true", "false") else []
+    takes_one = isinstance(alias, Rename) or (isinstance(alias, Dropped) and alias.value)
+    return list(following[:1]) if takes_one else []
+
+
+def _apply(alias: Alias, name: str, values: list[str], command: str, notes: list[str]) -> list[str]:
+    match alias:
+        case Refused(why, hint):
+            raise UsageError(f"{name} cannot be used with {command}: {why}", hint=hint)
+        case Dropped(why, takes_value, only):
+            if takes_value and (not values or values[0] not in only):
+                got = repr(values[0]) if values else "nothing"
+                raise UsageError(f"{name} takes {' or '.join(only)}, got {got}: {why}", hint=f"leave {name} out")
+            notes.append(f"{name} has nothing to do: {why}")
+            return []
+        case Switch(on, off):
+            if values and values[0].lower() not in ("true", "false"):
+                raise UsageError(f"{name} takes True, False or nothing, got {values[0]!r}")
+            return list(off if values and values[0].lower() == "false" else on)
+        case Words(to):
+            return [to, ",".join(w.strip(",") for w in values)] if values else [to]
+        case Rename(to, words, only):
+            if not values:
+                if to:
+                    return [to]  # the parser says that the value is missing
+                raise UsageError(f"{name} needs a value", hint=f"one of {', '.join(words)}")
+            if values[0] in words:
+                return list(words[values[0]])
+            if only:
+                raise UsageError(f"unknown {name} {values[0]!r}, {nearest(values[0], words)}")
+            return [to, values[0]]
+
+
+def _without_file_format_name(args: list[str]) -> list[str]:
+    """Drops the `json` of `-d json --data_files FILE`: the file's own name says its format."""
+    if not any(a.partition("=")[0] in ("--data_files", "--data-files") for a in args):
+        return args
+    for i, (flag, value) in enumerate(pairwise(args)):
+        if flag in ("-d", "--data_name", "--data-name") and value in ("json", "csv", "parquet", "text"):
+            return args[:i] + args[i + 2 :]
+    return args
+
+
+def _without_switch(args: list[str], name: str) -> list[str]:
+    out: list[str] = []
+    skip = False
+    for i, word in enumerate(args):
+        if skip and word.lower() in ("true", "false"):
+            skip = False
+            continue
+        skip = word == name
+        if not skip and not word.startswith(name + "="):
+            out.append(args[i])
+    return out

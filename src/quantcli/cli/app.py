@@ -1,0 +1,235 @@
+"""The `quantcli` command: parse, run, show, and end with the right exit code.
+
+Nothing heavy is imported before a command runs: `--help` answers at once.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cache
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.main import get_command
+
+from quantcli import __version__
+from quantcli.cli import algorithms, capture_onnx_graph, evaluate, inspect, quantize
+from quantcli.cli.aliases import rewrite
+from quantcli.cli.command import Command, Request
+from quantcli.cli.failures import report, say
+from quantcli.cli.flags import typer_function
+
+__all__ = ["COMMANDS", "build", "main", "parse", "run"]
+
+COMMANDS: dict[str, Command] = {
+    module.COMMAND.name: module.COMMAND for module in (quantize, capture_onnx_graph, evaluate, inspect, algorithms)
+}
+_EXAMPLES = (
+    "quantcli quantize -m SmolLM2-135M -o Q",
+    "quantcli capture-onnx-graph -m Q -o onnx",
+    "quantcli evaluate -m onnx --reference SmolLM2-135M",
+)
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_SIGPIPE_EXIT = 141
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs a command line; returns the exit code after saying on stderr what went wrong, if anything did."""
+    verbose = "-v" in argv or "--verbose" in argv or os.environ.get("QUANTCLI_DEBUG") == "1"
+    try:
+        if not argv:
+            typer.echo(_help_text(), err=True)
+            return 2
+        request = parse(argv)
+        if isinstance(request, int):
+            return request
+        return _execute(request)
+    except BrokenPipeError:
+        # the reader went away (`| head`): nobody is left to tell, and Python must not complain while it exits
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE_EXIT
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, verbose=verbose)
+
+
+def parse(argv: Sequence[str]) -> Request | int:
+    """A command line as a request; an exit code where it only asked for help, the version or shell completion.
+
+    Raises:
+        UsageError: for a value that an options dataclass refuses, or an alias that we cannot serve.
+        typer.TyperException: for what the parser refuses.
+    """
+    args = list(argv)
+    if args and args[0] in COMMANDS:
+        rewritten = rewrite(args[0], args[1:], _flags(args[0]))
+        args = [args[0], *rewritten.args]
+        for note in rewritten.notes:
+            say("note", note)
+    request: Request | int = build().main(args, prog_name="quantcli", standalone_mode=False)
+    return request if isinstance(request, Request) else int(request or 0)
+
+
+@cache
+def build() -> TyperGroup:
+    """The parser, made once."""
+    app = typer.Typer(
+        cls=_Group,
+        help="Make language models small and fast, and prove with numbers that they are still good.",
+        epilog=_examples(_EXAMPLES),
+        context_settings=_CONTEXT,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def version(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", callback=_print_version, is_eager=True, show_default=False
+        ),
+    ) -> None:
+        pass
+
+    for command in COMMANDS.values():
+        app.command(
+            command.name,
+            cls=_Leaf,
+            help=command.summary,
+            epilog=_examples(command.examples),
+            context_settings=_CONTEXT,
+        )(typer_function(command))
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    return group
+
+
+class _Leaf(TyperCommand):
+    """Help with the flags grouped under headings, and the examples as they were written."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                heading = (getattr(param, "rich_help_panel", None) or "Output") if record else ""
+                panels.setdefault(heading if isinstance(param, TyperOption) else "Arguments", []).append(record)
+        for heading, records in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(f"\n{self.epilog}\n")
+
+
+class _Group(TyperGroup):
+    """Help with whole summaries, and the examples as they were written."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in self.commands.items()])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(f"\n{self.epilog}\n")
+
+
+def _execute(request: Request) -> int:
+    from quantcli.cli.console import Console
+
+    command, talk = request.command, request.talk
+    console = Console(talk)
+    _keep_libraries_quiet(talk.verbose)
+    with _terminable(), _stdout_for_results(talk.verbose):
+        result = command.run(request.options, console)
+    if talk.json:
+        console.json(result.to_dict())
+    else:
+        command.show(result, console)
+    sys.stdout.flush()
+    command.check(result)
+    return 0
+
+
+def _keep_libraries_quiet(verbose: bool) -> None:
+    # nothing is sent anywhere, and no bar of a library breaks ours
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+
+
+@contextmanager
+def _stdout_for_results(verbose: bool) -> Iterator[None]:
+    """Keeps what libraries print, from Python or C++, out of stdout; shown on stderr with --verbose."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # stdout is closed
+        yield
+        return
+    elsewhere = os.dup(2) if verbose else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(elsewhere, 1)
+    try:
+        with os.fdopen(elsewhere, "w", closefd=True) as chatter, redirect_stdout(chatter):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end a run as Ctrl-C does: what is finished is kept."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _flags(name: str) -> dict[str, bool]:
+    """Spelling of each flag of a command to whether it takes a value."""
+    command = build().commands[name]
+    return {
+        spelling: not param.is_flag
+        for param in command.params
+        if isinstance(param, TyperOption)
+        for spelling in (*param.opts, *param.secondary_opts)
+    } | {"-h": False, "--help": False}
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantcli {__version__}")
+        raise typer.Exit
+
+
+def _help_text() -> str:
+    group = build()
+    with group.make_context("quantcli", [], resilient_parsing=True) as context:
+        return group.get_help(context)

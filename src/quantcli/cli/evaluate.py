@@ -1,0 +1,53 @@
+"""`quantcli evaluate`: how good, how large, how fast; and a gate where one is set."""
+
+from typing import TYPE_CHECKING, Any
+
+from quantcli.cli.command import Command, FlagStyle
+from quantcli.errors import QualityError
+from quantcli.options import EvaluateOptions
+
+if TYPE_CHECKING:
+    from quantcli.cli.console import Console
+
+__all__ = ["COMMAND", "check", "run", "show"]
+
+
+def run(options: EvaluateOptions, console: "Console") -> Any:
+    """Evaluates."""
+    from quantcli.pipelines import evaluate
+
+    return evaluate.run(options, console)
+
+
+def show(result: Any, console: "Console") -> None:
+    """The figures of the folder, beside those of the reference where there is one."""
+    console.pairs("", [(name.replace("_", " "), str(value)) for name, value in result.to_dict().items()])
+
+
+def check(result: Any) -> None:
+    """Exit code 5 where a gate was not met.
+
+    Raises:
+        QualityError: naming each gate, the figure and the bound.
+    """
+    if result.failures:
+        raise QualityError("; ".join(str(f) for f in result.failures), hint="loosen the gate, or quantize less hard")
+
+
+COMMAND = Command(
+    name="evaluate",
+    summary="Measure perplexity, divergence from the original, size and speed of a model folder.",
+    options=EvaluateOptions,
+    run=run,
+    show=show,
+    check=check,
+    styles={
+        "model": FlagStyle(("-m", "--model")),
+        "data": FlagStyle(metavar="FILE"),
+    },
+    examples=(
+        "quantcli evaluate -m Q --reference SmolLM2-135M",
+        "quantcli evaluate -m onnx --reference SmolLM2-135M --data held_out.txt --json",
+        "quantcli evaluate -m Q --reference SmolLM2-135M --max-kl 0.15 --no-speed",
+    ),
+)

@@ -1,0 +1,100 @@
+"""`quantcli quantize`: a smaller checkpoint, and what it cost."""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from quantcli.cli.command import Command, FlagStyle
+from quantcli.cli.flags import parse_settings, parse_size
+from quantcli.options import DTYPES, PRESETS, Override, QuantizeOptions
+
+if TYPE_CHECKING:
+    from quantcli.cli.console import Console
+
+__all__ = ["COMMAND", "run", "show"]
+
+
+def run(options: QuantizeOptions, console: "Console") -> Any:
+    """Quantizes; a `Plan` with --dry-run."""
+    from quantcli.pipelines import quantize
+
+    return quantize.run(options, console)
+
+
+def show(result: Any, console: "Console") -> None:
+    """A table per layer kind and one summary line, or the plan of a dry run."""
+    from quantcli.cli.console import human_duration, human_size
+
+    if hasattr(result, "rows"):
+        console.pairs("Plan (nothing was done)", result.rows)
+        return
+    kinds: dict[tuple[str, int, int], list[Any]] = defaultdict(list)
+    for layer in result.layers:
+        kinds[layer.kind, layer.bits, layer.group_size].append(layer)
+    rows = []
+    for (kind, bits, group_size), layers in kinds.items():
+        errors = [layer.relative_error for layer in layers]
+        worst = max(layers, key=lambda layer: layer.relative_error)
+        against = [layer.rtn_relative_error for layer in layers if layer.rtn_relative_error]
+        gain = f"{sum(errors) / sum(against):.2f}x" if len(against) == len(errors) and sum(against) > 0 else "-"
+        rows.append(
+            (
+                kind,
+                worst.name,
+                str(bits),
+                "row" if group_size == -1 else str(group_size),
+                str(len(layers)),
+                human_size(sum(layer.size_bytes for layer in layers)),
+                f"{sum(errors) / len(errors):.2%}",
+                f"{worst.relative_error:.2%}",
+                gain,
+            )
+        )
+    heads = ("layers", "worst", "bits", "group", "count", "size", "mean error", "worst error", "of rtn's error")
+    if rows:
+        console.table(heads, rows, left=2)
+    if result.evaluation is not None:
+        from quantcli.cli.evaluate import show as show_evaluation
+
+        show_evaluation(result.evaluation, console)
+    share = result.size_bytes / result.parent_size_bytes if result.parent_size_bytes else 1
+    console.text(
+        f"{result.output}: {human_size(result.size_bytes)}, {share:.0%} of {human_size(result.parent_size_bytes)}, "
+        f"{result.bits_per_weight:.2f} bits per weight, in {human_duration(result.seconds)}, "
+        f"peak memory {human_size(result.peak_bytes)}"
+    )
+
+
+def _overrides(words: list[str]) -> tuple[Override, ...]:
+    return tuple(Override.parse(word) for word in words)
+
+
+COMMAND = Command(
+    name="quantize",
+    summary="Quantize a Hugging Face checkpoint and report what it cost.",
+    options=QuantizeOptions,
+    run=run,
+    show=show,
+    styles={
+        "model": FlagStyle(("-m", "--model")),
+        "output": FlagStyle(("-o", "--output")),
+        "algorithm": FlagStyle(("-a", "--algorithm")),
+        "preset": FlagStyle(choices=PRESETS, metavar="|".join(PRESETS)),
+        "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
+        "symmetric": FlagStyle(("--sym/--asym",)),
+        "exclude": FlagStyle(metavar="REGEX"),
+        "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
+        "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
+        "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
+        "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),
+    },
+    settings={"damp_percent": float, "desc_act": bool},
+    panels={
+        "Calibration": ("calibration", "correct_earlier"),
+        "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
+    },
+    examples=(
+        "quantcli quantize -m SmolLM2-135M -o Q",
+        "quantcli quantize -m SmolLM2-135M -o Q3 --preset best --bits 3 --data notes.txt --evaluate",
+        "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
+    ),
+)
