@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.docs import field_docs
@@ -66,8 +66,12 @@ def show(result: Listing, console: "Console") -> None:
             console.text("\nIt has no options of its own.")
             continue
         console.text("\nOptions, given as --set NAME=VALUE:")
-        options = [(o["name"], o["type"], str(o["default"]), o["help"]) for o in a["options"]]
+        options = [(o["name"], o["type"], _value_words(o["default"]), o["help"]) for o in a["options"]]
         console.table(("name", "type", "default", "what"), options, left=4)
+
+
+def _value_words(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _limits(plain: dict[str, Any]) -> list[str]:
@@ -76,7 +80,7 @@ def _limits(plain: dict[str, Any]) -> list[str]:
 
 
 def _plain(algorithm: Any) -> dict[str, Any]:
-    docs = field_docs(algorithm.options)
+    docs, types = field_docs(algorithm.options), get_type_hints(algorithm.options)
     return {
         "name": algorithm.name,
         "kind": algorithm.kind,
@@ -88,13 +92,19 @@ def _plain(algorithm: Any) -> dict[str, Any]:
         "options": [
             {
                 "name": f.name,
-                "type": f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)),
+                "type": _type_words(types[f.name]),
                 "default": _default(f),
                 "help": docs.get(f.name, ""),
             }
             for f in fields(algorithm.options)
         ],
     }
+
+
+def _type_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    return {bool: "true|false", int: "whole number", float: "number", str: "text"}.get(hint, str(hint))
 
 
 def _default(field: "Field[Any]") -> Any:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from quantcli.errors import UsageError, nearest
 
-__all__ = ["ALIASES", "Rewritten", "rewrite"]
+__all__ = ["ALIASES", "Rewritten", "describe", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,12 @@ class Refused:
 
 Alias = Rename | Words | Switch | Dropped | Refused
 
-_BITS = {
-    f"{sign}int{bits}": ("--bits", str(bits), *grid)
-    for bits in (2, 3, 4, 5, 6, 7, 8)
-    for sign, grid in (("", ()), ("u", ("--asym",)))
-}
+_BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in (2, 3, 4, 5, 6, 7, 8) for sign in ("", "u")}
+_SHOWN = 5
 _GENAI, _TORCH = ("--exporter", "genai"), ("--exporter", "torch")
 
 _EVERYWHERE: dict[str, Alias] = {
     "--model_name_or_path": Rename("--model"),
-    "--output_path": Rename("--output"),
     "--log_level": Rename(
         "", {"0": ("--verbose",), "1": (), "2": ("--quiet",), "3": ("--quiet",), "4": ("--quiet",)}, only=True
     ),
@@ -77,6 +73,7 @@ _EVERYWHERE: dict[str, Alias] = {
     "--container_name": Refused("there is no shared cache in the cloud"),
 }
 _CHECKPOINT: dict[str, Alias] = {
+    "--output_path": Rename("--output"),
     "-t": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
     "--task": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
     "--adapter_path": Refused("it takes a model without adapter", "merge the adapter into the model first"),
@@ -185,6 +182,31 @@ def rewrite(command: str, args: Sequence[str], flags: Mapping[str, bool]) -> Rew
     return Rewritten(out, notes)
 
 
+def describe(alias: Alias) -> str:
+    """What becomes of it, in Markdown."""
+    match alias:
+        case Refused(why, hint):
+            return f"refused: {why}" + (f"; {hint}" if hint else "")
+        case Dropped(why, _, only):
+            return f"taken{f' with {_or(only)}' if only else ''}, nothing to do: {why}"
+        case Switch(on, off):
+            return f"{_code(on)}; False: {_code(off)}"
+        case Words(to):
+            return f"{_code([to])}, several words joined by commas"
+        case Rename(to, words, _):
+            parts = [_code([to])] if to else []
+            parts += [f"{word}: {_code(ours)}" for word, ours in list(words.items())[:_SHOWN]]
+            return "; ".join([*parts, "and so on"] if len(words) > _SHOWN else parts)
+
+
+def _code(words: Sequence[str]) -> str:
+    return f"`{' '.join(words)}`" if words else "no flag"
+
+
+def _or(words: Sequence[str]) -> str:
+    return " or ".join(words)
+
+
 def _own_spelling(name: str, flags: Mapping[str, bool]) -> Alias | None:
     """Our flag written with underscores."""
     own = name.replace("_", "-")
@@ -211,7 +233,7 @@ def _apply(alias: Alias, name: str, values: list[str], command: str, notes: list
         case Dropped(why, takes_value, only):
             if takes_value and (not values or values[0] not in only):
                 got = repr(values[0]) if values else "nothing"
-                raise UsageError(f"{name} takes {' or '.join(only)}, got {got}: {why}", hint=f"leave {name} out")
+                raise UsageError(f"{name} takes {_or(only)}, got {got}: {why}", hint=f"leave {name} out")
             notes.append(f"{name} has nothing to do: {why}")
             return []
         case Switch(on, off):

@@ -24,7 +24,7 @@ from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import report, say
 from quantcli.cli.flags import typer_function
 
-__all__ = ["COMMANDS", "build", "main", "parse", "run"]
+__all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND for module in (quantize, capture_onnx_graph, evaluate, inspect, algorithms)
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     verbose = "-v" in argv or "--verbose" in argv or os.environ.get("QUANTCLI_DEBUG") == "1"
     try:
         if not argv:
-            typer.echo(_help_text(), err=True)
+            typer.echo(help_text(), err=True)
             return 2
         request = parse(argv)
         if isinstance(request, int):
@@ -111,6 +111,17 @@ def build() -> TyperGroup:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     return group
+
+
+def help_text(name: str | None = None, width: int | None = None) -> str:
+    """The help of a command, or of quantcli itself; `width` in characters, else that of the terminal."""
+    group = build()
+    with group.make_context("quantcli", [], resilient_parsing=True, terminal_width=width) as context:
+        if name is None:
+            return group.get_help(context)
+        command = group.commands[name]
+        with command.make_context(name, [], parent=context, resilient_parsing=True) as inner:
+            return command.get_help(inner)
 
 
 class _Leaf(TyperCommand):
@@ -227,9 +238,3 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"quantcli {__version__}")
         raise typer.Exit
-
-
-def _help_text() -> str:
-    group = build()
-    with group.make_context("quantcli", [], resilient_parsing=True) as context:
-        return group.get_help(context)

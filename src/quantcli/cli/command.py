@@ -56,8 +56,8 @@ class Command:
     """Field name to how its flag differs from the rule."""
     panels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Title to the fields below it; the rest stands under Options."""
-    settings: Mapping[str, type] = field(default_factory=dict)
-    """Algorithm options with a flag of their own, as a shorthand for `--set NAME=VALUE`."""
+    settings: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)
+    """Shorthands for `--set KEY=VALUE`: flag to key and value; without a value it is the flag that takes one."""
     check: Callable[[Any], None] = lambda result: None
     """Raises where the result is not what the user required."""
 

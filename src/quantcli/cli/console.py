@@ -76,7 +76,7 @@ class Console:
                 TimeRemainingColumn(),
                 TextColumn("[dim]{task.fields[detail]}"),
                 console=self._err,
-                transient=False,
+                redirect_stdout=False,  # stdout is for results, whatever a library prints
             )
             self._bars.start()
         task = self._bars.add_task(escape(label), total=total, detail="")
@@ -106,7 +106,7 @@ class Console:
             table.add_column(escape(name), justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        self._out.print(table)
+        _print(self._out, table)
 
     def json(self, value: Any) -> None:
         """The result for programs: one JSON document, with null where a figure is not finite."""
@@ -122,7 +122,7 @@ class Console:
         grid.add_column(overflow="fold")
         for name, value in rows:
             grid.add_row(f"  {escape(name)}", escape(value))
-        console.print(grid)
+        _print(console, grid)
 
 
 class _NoTask:
@@ -186,6 +186,15 @@ def human_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _print(console: rich.console.Console, table: Table) -> None:
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _stream(file: Any) -> rich.console.Console:

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ __all__ = ["field_docs"]
 
 
 @cache
-def field_docs(owner: type[Any]) -> dict[str, str]:
+def field_docs(owner: Any) -> dict[str, str]:
     """Field name to the string literal below it, in one line; fields without one are left out.
 
     Args:
         owner: A dataclass; docstrings of fields that it inherits are found too.
     """
     found: dict[str, str] = {}
-    for cls in reversed(owner.__mro__):
-        if is_dataclass(cls):
-            found |= _docs_of_file(inspect.getfile(cls)).get(cls.__name__, {})
+    classes: list[type] = [cls for cls in reversed(owner.__mro__) if "__dataclass_fields__" in vars(cls)]
+    for cls in classes:
+        found |= _docs_of_file(inspect.getfile(cls)).get(cls.__name__, {})
     return found
 
 

@@ -108,10 +108,11 @@ def flags_of(command: Command) -> list[Flag]:
     """Every flag of a command, in the order of its fields, then those about how it speaks."""
     panels = {name: title for title, names in command.panels.items() for name in names}
     flags = list(_flags_of_type(command.options, command.styles, panels))
-    for name, kind in command.settings.items():
-        style = FlagStyle() if kind is bool else FlagStyle(metavar="VALUE")
-        annotation, default = (bool, False) if kind is bool else (kind | None, None)
-        text = f"Short for --set {name}={'true' if kind is bool else 'VALUE'}."
+    for name, (key, word) in command.settings.items():
+        style = FlagStyle() if word else FlagStyle(metavar="VALUE")
+        annotation: Any = bool if word else str | None
+        default = False if word else None
+        text = f"Short for --set {key}={word or 'VALUE'}."
         flags.append(Flag(name, ("settings", name), annotation, default, text, panels.get(name, "Options"), style))
     talk = _flags_of_type(Talk, _TALK_STYLES, {}, path=("talk",), default_panel="Output")
     return flags + talk
@@ -164,7 +165,7 @@ def _put(settings: dict[str, str], key: str, value: str) -> None:
 
 
 def _flags_of_type(
-    owner: type[Any],
+    owner: Any,
     styles: Mapping[str, FlagStyle],
     panels: Mapping[str, str],
     path: tuple[str, ...] = (),
@@ -215,7 +216,8 @@ def _request(command: Command, flags: list[Flag], values: dict[str, Any]) -> Req
         value = values[flag.name]
         if flag.path[0] == "settings" and len(flag.path) == 2:
             if value is not None and value is not False:
-                shorthands[flag.name] = str(value).lower() if value is True else str(value)
+                key, word = command.settings[flag.name]
+                shorthands[key] = word or value
             continue
         branch = tree
         for step in flag.path[:-1]:

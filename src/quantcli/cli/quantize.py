@@ -87,7 +87,7 @@ COMMAND = Command(
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
         "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),
     },
-    settings={"damp_percent": float, "desc_act": bool},
+    settings={"damp_percent": ("damp_percent", None), "desc_act": ("order", "desc_act")},
     panels={
         "Calibration": ("calibration", "correct_earlier"),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
