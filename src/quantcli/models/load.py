@@ -4,15 +4,14 @@ Quantized linears stay packed (`models.linear`); no package beside torch and tra
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError, UsageError
@@ -20,9 +19,11 @@ from quantcli.folder import resolve_model_folder
 from quantcli.formats import awq, gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.linear import PackedEmbedding, PackedLinear
+from quantcli.models.machine import pick_device
+from quantcli.models.skeleton import build_skeleton, disk_name, load_config
 from quantcli.scheme import Scheme
 
-__all__ = ["choose_device", "load", "read_packed"]
+__all__ = ["load", "read_packed"]
 
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 # tensors that old checkpoints carry and that models compute themselves
@@ -59,34 +60,13 @@ def load(
     """
     path = resolve_model_folder(Path(folder))
     checkpoint = Checkpoint.open(path)
-    place = choose_device(device)
+    place = pick_device(None if device is None else str(device))
     kind = _choose_dtype(dtype, checkpoint.config, place)
     if checkpoint.config.get("quantization_config") is None:
         model = _load_float(path, kind, trust_remote_code).to(place)
     else:
         model = _load_packed(checkpoint, place, kind, trust_remote_code, cache_weights)
     return model.eval()
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is.
-
-    Raises:
-        UsageError: it does not exist here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}: cpu, cuda or cuda:N is allowed") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r} is not supported: cpu, cuda or cuda:N is allowed")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {device!r}: {torch.cuda.device_count()} CUDA devices are available", "add --device cpu"
-        )
-    return chosen
 
 
 def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> PackedLinear:
@@ -169,9 +149,11 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
+    config = load_config(folder, trust_remote_code)
     with _explained(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
@@ -189,7 +171,7 @@ def _load_packed(
     if not packed:
         raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .qweight")
     model = _skeleton(checkpoint, trust_remote_code)
-    model_names = _names_in_model(model)
+    model_names = _names_in_model(model, checkpoint.entries)
     done: set[str] = set()
     for name in packed:
         target = model_names(name)
@@ -210,30 +192,22 @@ def _load_packed(
 
 def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
     """The model without weights, its head untied where the checkpoint brings one of its own."""
-    with _explained(checkpoint.folder):
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        # a head of its own stands at the top level: lm_head.qweight, embed_out.weight
-        own_head = any(n.count(".") == 1 and n.endswith(".qweight") for n in checkpoint.entries)
-        if own_head:
-            config.tie_word_embeddings = False
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(checkpoint.folder, trust_remote_code)
+    # a head of its own stands at the top level: lm_head.qweight, embed_out.qweight
+    if any(n.count(".") == 1 and n.endswith(".qweight") for n in checkpoint.entries):
+        config.tie_word_embeddings = False
+    return build_skeleton(checkpoint.folder, config, trust_remote_code)
 
 
-def _names_in_model(model: Model) -> Callable[[str], str | None]:
-    """Maps module names of a checkpoint to the model's: a base model's names lack or carry the model's prefix."""
-    known = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}."
-
-    def find(name: str) -> str | None:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        return next((c for c in candidates if c in known), None)
-
-    return find
+def _names_in_model(model: Model, stored: Iterable[str]) -> Callable[[str], str | None]:
+    """Maps module names on disk to the model's, which may differ in a prefix or by a table of renamings."""
+    stems = {name.rpartition(".")[0] + "." for name in stored}
+    found = {}
+    for name, _ in model.named_modules():
+        on_disk = disk_name(name + ".", model, stems) if name else None
+        if on_disk is not None:
+            found[on_disk.removesuffix(".")] = name
+    return found.get
 
 
 def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, where: str) -> None:

@@ -1,0 +1,63 @@
+"""What an evaluation needs from a model, whatever runs it."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+
+__all__ = ["LanguageModel", "is_genai_folder", "open_language_model"]
+
+
+class LanguageModel(Protocol):
+    """A causal language model that scores text and continues it."""
+
+    max_positions: int | None
+    """Longest input, where the folder says so."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Scores text: tokens [T] int64 to [T, V] float32 on CPU; row t predicts token t + 1."""
+        ...
+
+    def start(self, tokens: Tensor, room: int) -> None:
+        """Reads a prompt, tokens [T] int64, with room for so many more; ends an earlier continuation."""
+        ...
+
+    def step(self) -> int:
+        """Appends the likeliest token; the model runs on it at the next step."""
+        ...
+
+    def keep_float_weights(self) -> None:
+        """Trades memory for speed over long inputs from now on, where that is possible."""
+        ...
+
+    def close(self) -> None:
+        """Drops the model's memory."""
+        ...
+
+
+def is_genai_folder(folder: Path) -> bool:
+    """Whether this is an ONNX Runtime GenAI folder."""
+    return (folder / "genai_config.json").is_file()
+
+
+def open_language_model(folder: Path, device: str | torch.device | None, trust_remote_code: bool) -> LanguageModel:
+    """Opens a model folder with what runs it.
+
+    Raises:
+        InputError: the folder is neither a checkpoint nor an ONNX GenAI folder.
+    """
+    if is_genai_folder(folder):
+        from quantcli.evaluate.genai_model import GenaiModel
+
+        return GenaiModel(folder)
+    if not (folder / "config.json").is_file() and any(folder.glob("*.onnx")):
+        raise InputError(
+            f"{folder} holds an ONNX graph without genai_config.json, it cannot be run as a language model",
+            hint="write it with `quantcli capture-onnx-graph`",
+        )
+    from quantcli.evaluate.torch_model import TorchModel
+
+    return TorchModel(folder, device, trust_remote_code)

@@ -1,0 +1,78 @@
+"""A checkpoint folder, float or quantized, as a language model on torch."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.models.linear import PackedLinear
+from quantcli.models.load import load
+from quantcli.models.machine import free_bytes
+
+__all__ = ["TorchModel"]
+
+
+class TorchModel:
+    """Implements `LanguageModel`."""
+
+    def __init__(self, folder: Path, device: str | torch.device | None, trust_remote_code: bool):
+        """Opens a folder; see `models.load.load` for what it raises."""
+        self.folder = folder
+        self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code)
+        self._device = self._model.device
+        text_config = self._model.config.get_text_config()
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._past: Any = None
+        self._next: Tensor | None = None
+        self._pending: Tensor | None = None
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See `LanguageModel`."""
+        self._past = None
+        with torch.inference_mode():
+            out = self._model(input_ids=self._checked(tokens)[None], use_cache=False).logits[0]
+        return out.float().cpu()  # type: ignore[no-any-return]
+
+    def start(self, tokens: Tensor, room: int) -> None:
+        """See `LanguageModel`; like `generate`, only the last position goes through the head."""
+        self._past = None
+        self._run(self._checked(tokens)[None])
+
+    def step(self) -> int:
+        """See `LanguageModel`."""
+        if self._next is None:  # the token that the last step chose has not been read yet
+            assert self._pending is not None
+            self._run(self._pending)
+        assert self._next is not None
+        self._pending, self._next = self._next, None
+        return int(self._pending)
+
+    def keep_float_weights(self) -> None:
+        """Keeps dequantized weights from now on, where memory suffices: long inputs run as fast as in a float model."""
+        packed = [m for m in self._model.modules() if isinstance(m, PackedLinear)]
+        needed = 4 * sum(m.in_features * m.out_features for m in packed)
+        if needed < free_bytes(self._device) / 3:
+            for module in packed:
+                module.cache = True
+
+    def close(self) -> None:
+        """See `LanguageModel`."""
+        self._model = self._past = None
+        gc.collect()
+
+    def _run(self, ids: Tensor) -> None:
+        with torch.inference_mode():
+            out = self._model(input_ids=ids, past_key_values=self._past, use_cache=True, logits_to_keep=1)
+            self._past = out.past_key_values
+            self._next = out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        rows = self._model.get_input_embeddings().num_embeddings
+        if int(tokens.max()) >= rows:
+            raise InputError(
+                f"{self.folder}: its tokenizer gives token {int(tokens.max())}, the model has {rows} embeddings"
+            )
+        return tokens.to(self._device)

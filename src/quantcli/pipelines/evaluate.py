@@ -1,0 +1,141 @@
+"""`quantcli evaluate`: how good a model is, how far from its reference, how large and how fast."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError, UsageError
+from quantcli.evaluate.divergence import Scores, score_window
+from quantcli.evaluate.language_model import LanguageModel, open_language_model
+from quantcli.evaluate.result import EvaluationResult
+from quantcli.evaluate.speed import measure_speed, peak_memory
+from quantcli.evaluate.text import open_tokenizer, read_windows, require_same_tokens
+from quantcli.models.source import locate_model
+from quantcli.options import EvaluateOptions
+from quantcli.pipelines.inspect import weight_records, weight_size_bytes
+from quantcli.progress import Progress, Silent
+from quantcli.tensors.inventory import quantized_bits_per_weight, total_bits_per_weight
+
+__all__ = ["run"]
+
+
+def run(options: EvaluateOptions, progress: Progress | None = None) -> EvaluationResult:
+    """Evaluates a folder; gates that fail are in the result's `failures`, the caller decides what they mean.
+
+    The model is opened and timed alone, so that its speed and memory are its own; then it scores text side by side
+    with the reference, window by window.
+
+    Raises:
+        InputError: a folder that cannot be read or run, texts too short, models that do not share a vocabulary.
+        UsageError: windows longer than a model takes.
+    """
+    progress = progress or Silent()
+    model_folder = locate_model(options.model)
+    reference_folder = None if options.reference is None else locate_model(options.reference)
+    windows, text = _windows(options, model_folder, reference_folder)
+    records = weight_records(model_folder)
+
+    speed = memory = reference = None
+    with peak_memory() as watched:
+        model = open_language_model(model_folder, options.device, options.trust_remote_code)
+        try:
+            _check_length(model, model_folder, options)
+            if options.speed:
+                progress.note("measuring speed")
+                speed = measure_speed(model, windows[0])
+        except BaseException:
+            model.close()
+            raise
+    if options.speed:
+        memory = watched.above_start_bytes
+    try:
+        if reference_folder is not None:
+            reference = open_language_model(reference_folder, options.device, options.trust_remote_code)
+            _check_length(reference, reference_folder, options)
+        scores = _score(model, reference, windows, progress)
+    finally:
+        model.close()
+        if reference is not None:
+            reference.close()
+
+    figures: dict[str, Any] = {}
+    if reference_folder is not None:
+        figures |= {
+            "reference_perplexity": scores.reference_perplexity,
+            "reference_size_bytes": weight_size_bytes(reference_folder),
+            "kl_mean": scores.kl_mean,
+            "kl_standard_error": scores.kl_standard_error,
+            "kl_99th_percentile": scores.kl_99th_percentile,
+            "top1_agreement": scores.top1_agreement,
+        }
+    if speed is not None:
+        figures |= {
+            "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+            "decode_tokens_per_second": speed.decode_tokens_per_second,
+            "peak_memory_bytes": memory,
+        }
+    result = EvaluationResult(
+        model=str(options.model),
+        reference=options.reference,
+        text=text,
+        windows=len(windows),
+        tokens=len(windows) * (windows.shape[1] - 1),
+        perplexity=scores.perplexity,
+        size_bytes=weight_size_bytes(model_folder),
+        quantized_bits_per_weight=quantized_bits_per_weight(records),
+        bits_per_weight=total_bits_per_weight(records),
+        **figures,
+    )
+    result.failures.extend(_failed_gates(options, result))
+    return result
+
+
+def _windows(options: EvaluateOptions, model: Path, reference: Path | None) -> tuple[Tensor, str]:
+    """The text as tokens [W, T] int64, the same for both models, and where it came from."""
+    if options.seq_len < 2:
+        raise UsageError(f"--seq-len must be 2 or more to score anything, got {options.seq_len}")
+    tokenizer = open_tokenizer(model, options.trust_remote_code)
+    windows, texts, source = read_windows(
+        tokenizer, options.data, options.text_field, options.num_samples, options.seq_len
+    )
+    if reference is not None:
+        other = open_tokenizer(reference, options.trust_remote_code)
+        require_same_tokens(tokenizer, other, texts, model, reference)
+    return windows, source
+
+
+def _check_length(model: LanguageModel, folder: Path, options: EvaluateOptions) -> None:
+    if model.max_positions is not None and options.seq_len > model.max_positions:
+        raise UsageError(
+            f"--seq-len {options.seq_len} is more than the {model.max_positions} positions of {folder}",
+            hint=f"add --seq-len {model.max_positions}",
+        )
+
+
+def _score(model: LanguageModel, reference: LanguageModel | None, windows: Tensor, progress: Progress) -> Scores:
+    scores = Scores()
+    for opened in (model, reference):
+        if opened is not None:
+            opened.keep_float_weights()
+    with progress.track("scoring", len(windows)) as task, torch.inference_mode():
+        for window in windows:
+            ours = model.logits(window)
+            theirs = None if reference is None else reference.logits(window)
+            score_window(scores, window, ours, theirs)
+            task.advance(1, f"perplexity {scores.perplexity:.2f}")
+    return scores
+
+
+def _failed_gates(options: EvaluateOptions, result: EvaluationResult) -> list[str]:
+    failures = []
+    if options.max_kl is not None:
+        if result.kl_mean is None:
+            raise InputError("there is no KL to hold against --max-kl")
+        if not result.kl_mean <= options.max_kl:
+            failures.append(f"KL {result.kl_mean:.4f} is above --max-kl {options.max_kl:g}")
+    limit, increase = options.max_perplexity_increase, result.perplexity_increase
+    if limit is not None and increase is not None and not increase <= limit:
+        failures.append(f"perplexity grew by {increase:.1%}, more than --max-perplexity-increase {limit:g} allows")
+    return failures

@@ -1,0 +1,219 @@
+"""`quantcli inspect`: what a folder is, how it came to be, and whether its files are still what was written."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import InputError
+from quantcli.folder import MANIFEST, Manifest, file_digest, fingerprint, read_manifest, resolve_model_folder
+from quantcli.tensors.inventory import (
+    BitsRow,
+    WeightRecord,
+    bits_histogram,
+    quantized_bits_per_weight,
+    total_bits_per_weight,
+)
+
+__all__ = ["FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
+
+_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.bin.data")
+_MAX_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a folder's history."""
+
+    command: str
+    """The subcommand."""
+    parent: str
+    """Name of the folder it started from."""
+    options: dict[str, Any]
+    """Its resolved options."""
+    metrics: dict[str, Any]
+    """Figures measured then."""
+    versions: dict[str, str]
+    """Packages that took part."""
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """One file that the manifest lists, or that lies beside the listed ones."""
+
+    name: str
+    """Path inside the output folder."""
+    state: str
+    """ok, changed, missing, or extra where the manifest does not know it."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found."""
+
+    folder: str
+    """The model folder."""
+    what: str
+    """In words: float checkpoint, GPTQ checkpoint, ONNX Runtime GenAI folder, ..."""
+    format: str
+    """Storage: safetensors float16, gptq v1, ONNX opset, ..."""
+    model_type: str | None
+    """Architecture, where the folder says so."""
+    parameters: int
+    """Numbers that the weights stand for; tied weights count once."""
+    size_bytes: int
+    """Weight files."""
+    quantized_bits_per_weight: float | None
+    """Of what is quantized, with scales and zero points."""
+    bits_per_weight: float | None
+    """Of the whole model."""
+    histogram: list[BitsRow]
+    """Weights by bits."""
+    history: list[Step]
+    """How it came to be, latest command first; empty where we did not make it."""
+    files: list[FileCheck]
+    """Digests, file by file; empty where there is no manifest."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether every listed file is as it was written."""
+        return all(f.state in ("ok", "extra") for f in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"intact": self.intact}
+
+
+def run(folder: Path) -> Inspection:
+    """Looks at a folder without loading its weights; digests read every byte.
+
+    Raises:
+        InputError: it holds no model, or is damaged.
+    """
+    model = resolve_model_folder(folder)
+    manifest = read_manifest(folder)
+    records = weight_records(model)
+    what, stored = _describe(model)
+    return Inspection(
+        folder=str(model),
+        what=what,
+        format=stored,
+        model_type=_model_type(model),
+        parameters=sum(r.parameters for r in records),
+        size_bytes=weight_size_bytes(model),
+        quantized_bits_per_weight=quantized_bits_per_weight(records),
+        bits_per_weight=total_bits_per_weight(records),
+        histogram=bits_histogram(records),
+        history=_history(folder, manifest),
+        files=[] if manifest is None else _check_files(_root(folder), manifest),
+    )
+
+
+def weight_records(model: Path) -> list[WeightRecord]:
+    """The weights of a model folder, checkpoint or ONNX.
+
+    Raises:
+        InputError: it holds neither.
+    """
+    graphs = _graphs(model)
+    if graphs:
+        from quantcli.graphs.inspect import graph_records
+
+        return [r for path in graphs for r in graph_records(path)]
+    from quantcli.models.checkpoint import Checkpoint
+    from quantcli.models.inspect import checkpoint_records
+
+    return checkpoint_records(Checkpoint.open(model))
+
+
+def weight_size_bytes(model: Path) -> int:
+    """Bytes of the files that hold weights and graphs."""
+    return sum(p.stat().st_size for p in {p for pattern in _WEIGHT_FILES for p in model.glob(pattern)})
+
+
+def _graphs(model: Path) -> list[Path]:
+    """The graphs of an ONNX folder; a checkpoint that also holds an exported graph stays a checkpoint."""
+    if any(model.glob("*.safetensors")):
+        return []
+    return sorted(model.glob("*.onnx"))
+
+
+def _describe(model: Path) -> tuple[str, str]:
+    graphs = _graphs(model)
+    if graphs:
+        from quantcli.graphs.files import open_graph
+
+        opsets = open_graph(graphs[0]).opset_imports
+        stored = "ONNX, " + ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in opsets.items())
+        genai = (model / "genai_config.json").is_file()
+        return ("ONNX Runtime GenAI folder" if genai else "ONNX model"), stored
+    from quantcli.models.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    config = checkpoint.config.get("quantization_config")
+    if not isinstance(config, dict):
+        dtypes = sorted({str(e.dtype).removeprefix("torch.") for e in checkpoint.entries.values()})
+        return "float checkpoint", f"safetensors, {', '.join(dtypes)}"
+    method = str(config.get("quant_method"))
+    layout = config.get("checkpoint_format") or config.get("format") or config.get("version")
+    details = [f"{k} {config[k]}" for k in ("bits", "group_size", "sym", "zero_point", "desc_act") if k in config]
+    name = method if layout in (None, method) else f"{method} ({layout})"
+    return f"{method.upper()} checkpoint", ", ".join(["safetensors", name, *details])
+
+
+def _model_type(model: Path) -> str | None:
+    for file, keys in (("config.json", ("model_type",)), ("genai_config.json", ("model", "type"))):
+        if not (model / file).is_file():
+            continue
+        try:
+            value: Any = json.loads((model / file).read_text())
+        except ValueError as error:
+            raise InputError(f"{model / file} is not valid JSON: {error}") from error
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _root(folder: Path) -> Path:
+    """The folder that holds the manifest."""
+    return folder if (folder / MANIFEST).is_file() else folder.resolve().parent
+
+
+def _history(folder: Path, manifest: Manifest | None) -> list[Step]:
+    steps: list[Step] = []
+    while manifest is not None and len(steps) < _MAX_STEPS:
+        parent = str(manifest.parent.get("name", "?"))
+        steps.append(Step(manifest.command, parent, manifest.options, manifest.metrics, manifest.versions))
+        found = _find_parent(_root(folder), manifest)
+        if found is None:
+            break
+        folder, manifest = found, read_manifest(found)
+    return steps
+
+
+def _find_parent(root: Path, manifest: Manifest) -> Path | None:
+    """The folder that a folder was made from, if it still lies where it was and is still the same."""
+    wanted = manifest.parent.get("fingerprint")
+    names = [str(manifest.parent[k]) for k in ("path", "name") if manifest.parent.get(k)]
+    for candidate in (base / name for name in names for base in (root, root.parent, Path())):
+        if candidate.is_dir() and fingerprint(resolve_model_folder(candidate)) == wanted:
+            return candidate
+    return None
+
+
+def _check_files(root: Path, manifest: Manifest) -> list[FileCheck]:
+    checks = []
+    for name, facts in manifest.files.items():
+        path = root / name
+        if not path.is_file():
+            state = "missing"
+        elif path.stat().st_size != facts["size_bytes"] or file_digest(path) != facts["sha256"]:
+            state = "changed"
+        else:
+            state = "ok"
+        checks.append(FileCheck(name, state))
+    present = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} - {MANIFEST}
+    checks += [FileCheck(name, "extra") for name in sorted(present - set(manifest.files))]
+    return checks

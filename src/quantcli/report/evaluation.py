@@ -1,0 +1,73 @@
+"""Evaluation figures as words and table cells, for whoever prints them."""
+
+from collections.abc import Sequence
+
+from quantcli.evaluate.result import EvaluationResult
+
+__all__ = ["comparison_table", "evaluation_rows"]
+
+
+def evaluation_rows(result: EvaluationResult) -> list[tuple[str, str]]:
+    """One evaluation as name and value, figures that were not measured left out."""
+    bits = _bits(result)
+    rows = [
+        ("text", f"{result.text}, {result.windows} windows, {result.tokens} tokens scored"),
+        ("perplexity", f"{result.perplexity:.3f}"),
+    ]
+    if result.reference_perplexity is not None:
+        change = 100 * (result.perplexity_increase or 0)
+        rows.append(("reference perplexity", f"{result.reference_perplexity:.3f} ({change:+.1f}%)"))
+    if result.kl_mean is not None and result.kl_99th_percentile is not None and result.top1_agreement is not None:
+        error = "" if result.kl_standard_error is None else f" ± {result.kl_standard_error:.4f}"
+        rows.append(("KL to reference", f"{result.kl_mean:.4f}{error} (99% below {result.kl_99th_percentile:.3f})"))
+        rows.append(("top-1 agreement", f"{100 * result.top1_agreement:.1f}%"))
+    rows.append(("size", _size(result)))
+    rows.append(("bits per weight", bits))
+    if result.prefill_tokens_per_second is not None and result.decode_tokens_per_second is not None:
+        rows.append(("prefill", f"{result.prefill_tokens_per_second:.0f} tokens/s"))
+        rows.append(("decode", f"{result.decode_tokens_per_second:.1f} tokens/s"))
+    if result.peak_memory_bytes is not None:
+        rows.append(("peak memory", f"{result.peak_memory_bytes / 1e6:.0f} MB above start"))
+    return rows
+
+
+def comparison_table(results: Sequence[tuple[str, EvaluationResult]]) -> tuple[list[str], list[list[str]]]:
+    """Several evaluations side by side.
+
+    Args:
+        results: A label and an evaluation for each row.
+
+    Returns:
+        Column names, and one row of cells per evaluation.
+    """
+    columns = ["model", "size MB", "bits/weight", "perplexity", "KL", "top-1", "decode tok/s"]
+    rows = []
+    for label, r in results:
+        rows.append(
+            [
+                label,
+                f"{r.size_bytes / 1e6:.0f}",
+                "–" if r.bits_per_weight is None else f"{r.bits_per_weight:.2f}",
+                f"{r.perplexity:.2f}",
+                "–" if r.kl_mean is None else f"{r.kl_mean:.4f}",
+                "–" if r.top1_agreement is None else f"{100 * r.top1_agreement:.1f}%",
+                "–" if r.decode_tokens_per_second is None else f"{r.decode_tokens_per_second:.0f}",
+            ]
+        )
+    return columns, rows
+
+
+def _bits(result: EvaluationResult) -> str:
+    whole = "–" if result.bits_per_weight is None else f"{result.bits_per_weight:.2f}"
+    if result.quantized_bits_per_weight is None:
+        return whole
+    return f"{whole} ({result.quantized_bits_per_weight:.2f} where quantized)"
+
+
+def _size(result: EvaluationResult) -> str:
+    own = f"{result.size_bytes / 1e6:.1f} MB"
+    if not result.reference_size_bytes:
+        return own
+    return (
+        f"{own} of {result.reference_size_bytes / 1e6:.1f} MB ({result.size_bytes / result.reference_size_bytes:.0%})"
+    )
