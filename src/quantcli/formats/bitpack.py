@@ -4,12 +4,13 @@
 "8 nibbles a word", for 3 bits it is AutoGPTQ's layout with codes that straddle words.
 """
 
+import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["pack_rows", "packed_words", "unpack_rows"]
-
-_CHUNK = 1 << 22
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -20,45 +21,40 @@ def packed_words(count: int, bits: int) -> int:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Packs along the first axis: codes [K, N] uint8 in [0, 2**bits) to words [packed_words(K), N] int32."""
     count, columns = codes.shape
-    padded = -(-count // 32) * 32
-    out = torch.empty(padded * bits // 32, columns, dtype=torch.int32, device=codes.device)
-    step = max(32, _CHUNK // max(columns, 1) // 32 * 32)
-    for start in range(0, padded, step):
-        block = codes[start : start + step].to(torch.int64)
-        if len(block) % 32:
-            block = torch.nn.functional.pad(block, (0, 0, 0, -len(block) % 32))
-        block = block.view(-1, 32, columns)
-        words = torch.zeros(block.shape[0], bits, columns, dtype=torch.int64, device=codes.device)
-        for index in range(32):
-            word, shift = divmod(index * bits, 32)
-            words[:, word] |= block[:, index] << shift
-            if shift + bits > 32:
-                words[:, word + 1] |= block[:, index] >> (32 - shift)
-        words &= 0xFFFFFFFF
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words)
-        out[start * bits // 32 : start * bits // 32 + words.shape[0] * bits] = words.view(-1, columns).int()
-    return out[: packed_words(count, bits)].contiguous()
+    words = np.zeros((packed_words(count, bits), columns), dtype=np.uint32)
+    _pack(np.ascontiguousarray(codes.cpu().numpy()), bits, words)
+    return torch.from_numpy(words.view(np.int32)).to(codes.device)
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_rows`: words [packed_words(count), N] int32 to codes [count, N] uint8."""
-    columns = words.shape[1]
-    padded = -(-count // 32) * 32
-    whole = padded * bits // 32
-    if len(words) < whole:
-        words = torch.nn.functional.pad(words, (0, 0, 0, whole - len(words)))
-    out = torch.empty(padded, columns, dtype=torch.uint8, device=words.device)
-    mask = (1 << bits) - 1
-    step = max(32, _CHUNK // max(columns, 1) // 32 * 32)
-    for start in range(0, padded, step):
-        part = (
-            words[start * bits // 32 : (start + step) * bits // 32].view(-1, bits, columns).to(torch.int64) & 0xFFFFFFFF
-        )
-        codes = out[start : start + step].view(-1, 32, columns)
-        for index in range(32):
-            word, shift = divmod(index * bits, 32)
-            value = part[:, word] >> shift
+    codes = np.empty((count, words.shape[1]), dtype=np.uint8)
+    _unpack(np.ascontiguousarray(words.cpu().numpy()).view(np.uint32), bits, codes)
+    return torch.from_numpy(codes).to(words.device)
+
+
+@numba.njit(cache=True, parallel=True)
+def _pack(codes: NDArray[np.uint8], bits: int, words: NDArray[np.uint32]) -> None:
+    # 32 rows fill `bits` whole words: threads never share one
+    for block in numba.prange((codes.shape[0] + 31) // 32):
+        for row in range(block * 32, min(block * 32 + 32, codes.shape[0])):
+            word, shift = row * bits // 32, np.uint32(row * bits % 32)
+            for column in range(codes.shape[1]):
+                words[word, column] |= np.uint32(codes[row, column]) << shift
             if shift + bits > 32:
-                value = value | (part[:, word + 1] << (32 - shift))
-            codes[:, index] = (value & mask).to(torch.uint8)
-    return out[:count]
+                for column in range(codes.shape[1]):
+                    words[word + 1, column] |= np.uint32(codes[row, column]) >> np.uint32(32 - shift)
+
+
+@numba.njit(cache=True, parallel=True)
+def _unpack(words: NDArray[np.uint32], bits: int, codes: NDArray[np.uint8]) -> None:
+    mask = np.uint32((1 << bits) - 1)
+    for row in numba.prange(codes.shape[0]):
+        word, shift = row * bits // 32, np.uint32(row * bits % 32)
+        if shift + bits > 32:
+            for column in range(codes.shape[1]):
+                value = words[word, column] >> shift | words[word + 1, column] << np.uint32(32 - shift)
+                codes[row, column] = np.uint8(value & mask)
+        else:
+            for column in range(codes.shape[1]):
+                codes[row, column] = np.uint8(words[word, column] >> shift & mask)

@@ -19,7 +19,10 @@ from quantcli.models.experts import unfuse_experts
 __all__ = ["build_skeleton", "disk_name", "load_config", "materialize"]
 
 # module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
-_RENAMED = {"mixtral": ((".mlp.", ".block_sparse_moe."),)}
+_RENAMED = {
+    "mixtral": ((".mlp.", ".block_sparse_moe."),),
+    "gpt_neox": (("lm_head.", "embed_out."),),
+}
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

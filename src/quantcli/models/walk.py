@@ -1,23 +1,24 @@
 """Runs calibration tokens through a model block by block, handing each linear's input statistics to a solver.
 
-One forward does what usually takes three to five. Every micro-batch runs in a greenlet of its own; it stops in front of
-the first linear of each stage (linears that read the same input), adds its input to the stage's Hessian and lets the next
-micro-batch come up. Once all have arrived, the stage is solved, its quantized weights are put in place, and the forwards go
-on from where they stood: true sequential order, for any architecture, at the cost of one pass. Only what a paused forward
-still needs is kept. Where even that does not fit, forwards are dropped at each stage and run again (`keep=False`).
+One forward does what usually takes three to five. Every micro-batch runs in a greenlet of its own; it stops in front
+of the first linear of each stage (linears that read the same input), adds its input to the stage's Hessian and lets the
+next micro-batch come up. Once all have arrived, the stage is solved, its quantized weights are put in place, and the
+forwards go on from where they stood: true sequential order, for any architecture, at the cost of one pass. Only what a
+paused forward still needs is kept. Where even that does not fit, forwards are dropped at each stage and run again
+(`keep=False`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantcli.errors import InputError
 from quantcli.models.layout import Layout
+from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
 __all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "run_block"]
@@ -76,10 +77,8 @@ def embed_tokens(
             last = len(originals) - 1
             recorders = nn.ModuleList(_Recorder(b, seen, i == last) for i, b in enumerate(originals))
             model.set_submodule(path, recorders)
-            try:
+            with suppress(_EnoughError):
                 getattr(model, model.base_model_prefix, model)(input_ids=batch, use_cache=False)
-            except _EnoughError:
-                pass
             if len(seen) != len(originals):
                 raise InputError(f"{type(model).__name__} does not call its blocks one after another")
             hidden.append(seen[0][0].clone())
@@ -218,7 +217,7 @@ def run_block(
                     out = shadow.advance()
                 reference_inputs[index], shadows[index] = out, None
             return
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise InputError(f"activations are NaN or infinite at the input of {stages[current.stage][0]}")
         other = None
         if shadow is not None:
@@ -235,50 +234,36 @@ def run_block(
         target = stage.held_out if index in held_out and stage.held_out is not None else stage.train
         target.add(tensor, other)
 
-    def drop_all() -> None:
-        for index in range(count):
-            for running in (passes, shadows):
-                current = running[index]
-                if current is not None:
-                    current.drop()
-                    running[index] = None
+    def drop(index: int) -> None:
+        for running in (passes, shadows):
+            current = running[index]
+            if current is not None:
+                current.drop()
+                running[index] = None
 
-    with _stops(block, stages, solved):
-        with _stops(reference, stages, set()) if reference is not None else _nothing():
-            try:
-                while True:
-                    for index in range(count):
-                        paused = passes[index]
-                        if not done[index] and (paused is None or paused.stage in solved):
-                            arrive(index)
-                            if not keep:
-                                # this stage's statistics are in; the forward is run again once it is solved
-                                _forget(passes, shadows, index, done[index])
-                    if all(done):
-                        break
-                    stage = min(moments.keys() - solved)
-                    solve(stages[stage], moments.pop(stage))
-                    solved.add(stage)
-                    if not keep:
-                        moments.clear()
-            finally:
-                drop_all()
+    shadow_stops = _stops(reference, stages, set()) if reference is not None else nullcontext()
+    with _stops(block, stages, solved), shadow_stops:
+        try:
+            while True:
+                for index in range(count):
+                    paused = passes[index]
+                    if not done[index] and (paused is None or paused.stage in solved):
+                        arrive(index)
+                        if not keep and not done[index]:
+                            drop(index)  # its statistics are in; it is run again once the stage is solved
+                if all(done):
+                    break
+                stage = min(moments.keys() - solved)
+                solve(stages[stage], moments.pop(stage))
+                solved.add(stage)
+                if not keep:
+                    moments.clear()
+        finally:
+            for index in range(count):
+                drop(index)
     for number, names in enumerate(stages):
         if number not in solved:
             solve(names, None)
-
-
-def _forget(passes: list[_Pass | None], shadows: list[_Pass | None], index: int, done: bool) -> None:
-    for running in (passes, shadows):
-        current = running[index]
-        if current is not None and not done:
-            current.drop()
-            running[index] = None
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

@@ -87,9 +87,14 @@ def searched_grid(
 def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Rounds every weight to the nearest code of its group's grid."""
     group = group_index(weight.shape[1], scheme, weight.device)
-    at = group.long()
-    codes = ((weight / scale[:, at]).round() + zero[:, at]).clamp(0, scheme.levels - 1)
-    return QuantizedTensor(codes.to(torch.uint8), scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
+    if weight.device.type == "cpu":
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        arrays = (weight, scale.to(weight.dtype), zero.to(weight.dtype), group)
+        kernels.round_nearest(*(a.contiguous().numpy() for a in arrays), scheme.levels - 1, codes.numpy())
+    else:
+        at = group.long()
+        codes = ((weight / scale[:, at]).round() + zero[:, at]).clamp(0, scheme.levels - 1).to(torch.uint8)
+    return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.tensors.finite import all_finite
 
 __all__ = ["Moments", "Statistics", "inverse_factor", "output_error"]
 
@@ -102,7 +103,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
         InputError: H holds NaN or infinity, or no damping helps.
     """
     mean = hessian.diagonal().mean()
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise InputError("activations hold NaN or infinite values")
     damp = damp_percent
     for _ in range(_MAX_DAMP_DOUBLINGS):
@@ -129,8 +130,12 @@ def _invert_lower(lower: Tensor, base: int = 256) -> Tensor:
     return out
 
 
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the relative squared error of the layer's output."""
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the relative squared error of the layer's output; of W itself without H."""
     difference = weight - quantized
-    reference = float(((weight @ hessian) * weight).sum())
-    return float(((difference @ hessian) * difference).sum()) / reference if reference > 0 else 0.0
+    if hessian is None:
+        reference, error = float(weight.square().sum()), float(difference.square().sum())
+    else:
+        reference = float(((weight @ hessian) * weight).sum())
+        error = float(((difference @ hessian) * difference).sum())
+    return error / reference if reference > 0 else 0.0

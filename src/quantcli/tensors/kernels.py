@@ -9,7 +9,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["descend_block", "round_block", "search_grid"]
+__all__ = ["descend_block", "expand", "round_block", "round_nearest", "search_grid"]
 
 Floats = NDArray[np.floating]
 
@@ -106,6 +106,29 @@ def search_grid(
                 best, best_scale = error, scale
             scales[r, g], zeros[r, g] = best_scale, best_zero
     return scales, zeros
+
+
+@numba.njit(cache=True, parallel=True)
+def round_nearest(
+    weight: Floats, scale: Floats, zero: Floats, group: NDArray[np.int32], top: int, codes: NDArray[np.uint8]
+) -> None:
+    """Fills `codes` [N, K] with the nearest code of each weight; scale and zero are [N, G], group [K]."""
+    for r in numba.prange(weight.shape[0]):
+        for k in range(weight.shape[1]):
+            z = zero[r, group[k]]
+            code = np.rint(weight[r, k] / scale[r, group[k]]) + z
+            codes[r, k] = np.uint8(min(max(code, z - z), z - z + top))
+
+
+@numba.njit(cache=True, parallel=True)
+def expand(
+    codes: NDArray[np.uint8], scale: Floats, zero: NDArray[np.uint8], group: NDArray[np.int32], out: Floats
+) -> None:
+    """Fills `out` [N, K] with (code - zero) * scale; scale [N, G] is of `out`'s dtype."""
+    for r in numba.prange(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            g = group[k]
+            out[r, k] = np.float32(np.int32(codes[r, k]) - np.int32(zero[r, g])) * scale[r, g]
 
 
 @numba.njit(cache=True, parallel=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcli.scheme import Scheme
+from quantcli.tensors import kernels
 
 __all__ = ["QuantizedTensor", "concatenate_rows", "group_index"]
 
@@ -44,6 +45,11 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] matrix that a loader sees; computed in float32, then cast to `dtype`."""
+        if self.codes.device.type == "cpu":
+            out = torch.empty(self.codes.shape, dtype=torch.float32)
+            arrays = (self.codes, self.scale.float(), self.zero, self.group)
+            kernels.expand(*(a.contiguous().numpy() for a in arrays), out.numpy())
+            return out.to(dtype)
         group = self.group.long()
         zero, scale = self.zero.float()[:, group], self.scale.float()[:, group]
         return ((self.codes.float() - zero) * scale).to(dtype)

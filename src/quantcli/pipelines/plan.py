@@ -1,0 +1,411 @@
+"""What a quantize run will do, decided before it begins: algorithm, scheme of every linear, size, memory, time."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcli import algorithms
+from quantcli.algorithms import Algorithm
+from quantcli.data.sampling import estimate_sampling
+from quantcli.errors import InputError, ResourceError, UsageError
+from quantcli.folder import fingerprint, require_free_bytes
+from quantcli.formats import gptq
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import Layout, find_layout, weight_shape
+from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.skeleton import build_skeleton, disk_name, load_config
+from quantcli.models.source import locate_model
+from quantcli.options import BUILTIN, SELF, QuantizeOptions
+from quantcli.scheme import PER_CHANNEL, Scheme
+
+__all__ = ["EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
+
+EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
+HELD_OUT_SHARE = 8
+"""One row in so many is held out where candidates compete."""
+_BEST = {"refit": "true", "sweeps": "2"}
+_PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "fast": ("kquant", {}),
+    "balanced": ("gptq", {}),
+    "best": ("gptq", _BEST),
+}
+_BANDWIDTH = 1.2e10  # bytes a second that an ordinary two-core machine reads from memory
+_EFFICIENCY = 0.55  # share of the matrix-product rate that whole runs reach
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix that will be quantized."""
+
+    name: str
+    """Module path."""
+    disk: str
+    """Name of its weight in the files."""
+    rows: int
+    columns: int
+    transposed: bool
+    """Whether the file holds [K, N] (GPT-2's Conv1D)."""
+    scheme: Scheme
+
+    @property
+    def stem(self) -> str:
+        """The disk name without `.weight`."""
+        return self.disk.removesuffix(".weight")
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the four stored tensors."""
+        groups = self.scheme.group_count(self.columns)
+        words = -(-self.columns * self.scheme.bits // 32) * self.rows + -(-self.rows * self.scheme.bits // 32) * groups
+        return 4 * words + 2 * groups * self.rows + 4 * self.columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided beforehand."""
+
+    folder: Path
+    algorithm: Algorithm
+    settings: Any
+    options: QuantizeOptions
+    checkpoint: Checkpoint
+    skeleton: Any
+    layout: Layout
+    default: Scheme
+    targets: dict[str, Target]
+    """By module path: block linears in order, then the head where it is quantized."""
+    embedding: Target | None
+    untie_head: bool
+    """Whether the head gets codes of its own although it shares the embedding's matrix."""
+    source: str | None
+    """self, builtin or data; None where no statistics are gathered."""
+    device: torch.device
+    dtype: torch.dtype
+    """What blocks are run in."""
+    keep_paused: bool
+    size_bytes: int
+    peak_bytes: int
+    seconds: float
+    model_digest: str
+    why_source: str = ""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether statistics are gathered."""
+        return self.source is not None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rows only judge."""
+        improves = bool(getattr(self.settings, "refit", False) or getattr(self.settings, "sweeps", 0))
+        return self.calibrates and (improves or self.options.correct_earlier)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        scheme, calibration = self.default, self.options.calibration
+        group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        settings = ", ".join(f"{k}={v}" for k, v in asdict(self.settings).items())
+        text = "none"
+        if self.calibrates:
+            named = {"self": "text that the model writes itself", "builtin": "Python's documentation"}
+            text = named.get(self.source or "", calibration.data or calibration.data_name or "")
+            text += f", {calibration.num_samples} rows of {calibration.seq_len} tokens{self.why_source}"
+        rows = [
+            ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
+            ("algorithm", self.algorithm.name + (f" ({settings})" if settings else "")),
+            ("scheme", f"{scheme.bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
+            ("linears", f"{len(self.targets)}{self._exceptions()}"),
+            ("calibration", text),
+            ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
+            ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
+            ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
+            ("estimated time", f"{self.seconds:.0f} s"),
+        ]
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "model": str(self.folder),
+            "algorithm": self.algorithm.name,
+            "settings": asdict(self.settings),
+            "scheme": self.default.to_dict(),
+            "linears": len(self.targets),
+            "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "calibration": self.source,
+            "device": str(self.device),
+            "estimated_size_bytes": self.size_bytes,
+            "estimated_peak_bytes": self.peak_bytes,
+            "estimated_seconds": round(self.seconds, 1),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the written codes: a run resumes only what has the same."""
+        options = asdict(self.options)
+        for name in ("output", "force", "dry_run", "evaluate", "max_memory", "model"):
+            options.pop(name)
+        return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
+
+    def _exceptions(self) -> str:
+        other = sum(t.scheme != self.default for t in self.targets.values())
+        left = len(self.layout.linears) - sum(name in self.targets for name in self.layout.linears)
+        parts = [f"{other} with another scheme"] * bool(other) + [f"{left} left float"] * bool(left)
+        return f" ({', '.join(parts)})" if parts else ""
+
+
+def make_plan(options: QuantizeOptions) -> Plan:
+    """Resolves every default and refuses what cannot work, before anything is written.
+
+    Raises:
+        UsageError: options that contradict each other.
+        InputError: a model that cannot be quantized.
+        ResourceError: not enough memory or disk.
+    """
+    algorithm, settings = _resolve_algorithm(options)
+    folder = locate_model(options.model)
+    checkpoint = Checkpoint.open(folder)
+    _refuse_quantized(checkpoint, folder)
+    config = load_config(folder, options.trust_remote_code)
+    skeleton = build_skeleton(folder, config, options.trust_remote_code)
+    layout = find_layout(skeleton)
+    default = Scheme(options.bits, options.group_size, options.symmetric, gptq.LOWEST_ZERO)
+    targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
+    untie = layout.head in targets and layout.tied
+    embedding = _embedding_target(options, skeleton, layout, checkpoint)
+    device = pick_device(options.device)
+    stored = checkpoint.entries[next(iter(targets.values())).disk].dtype
+    dtype = compute_dtype(device, stored)
+    base = Plan(
+        folder, algorithm, settings, options, checkpoint, skeleton, layout, default, targets, embedding, untie,
+        source=None, device=device, dtype=dtype, keep_paused=True, size_bytes=0, peak_bytes=0, seconds=0.0,
+        model_digest=fingerprint(folder),
+    )  # fmt: skip
+    plan = _with_source(base, config)
+    plan = replace(plan, size_bytes=_size_bytes(plan))
+    return _with_memory(plan)
+
+
+def _resolve_algorithm(options: QuantizeOptions) -> tuple[Algorithm, Any]:
+    preset = options.preset
+    if preset is None and options.algorithm is None:
+        preset = "balanced"
+    name, preset_settings = _PRESETS[preset] if preset else (options.algorithm or "", {})
+    if options.algorithm is not None:
+        algorithm = algorithms.find(options.algorithm)
+        if preset and name != algorithm.name:
+            raise UsageError(
+                f"preset {preset} is a setting of {name}, not of {algorithm.name}",
+                hint=f"leave out --preset, or use -a {name}",
+            )
+    else:
+        algorithm = algorithms.find(name)
+    if options.bits not in algorithm.bits:
+        allowed = ", ".join(map(str, algorithm.bits))
+        raise UsageError(f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`")
+    settings = algorithms.make_options(algorithm, {**preset_settings, **options.settings})
+    calibration = options.calibration
+    if preset == "fast" or algorithm.calibration == "none":
+        if calibration.data or calibration.data_name:
+            raise UsageError(
+                f"{'preset fast' if preset == 'fast' else algorithm.name} uses no calibration text",
+                hint="leave out --data, or use --preset balanced",
+            )
+    if options.correct_earlier and algorithm.calibration != "required":
+        raise UsageError(f"--correct-earlier is a step of gptq, {algorithm.name} has none", hint="use -a gptq")
+    return algorithm, settings
+
+
+def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
+    found = checkpoint.config.get("quantization_config")
+    method = found.get("quant_method", "unknown method") if isinstance(found, dict) else None
+    if method is None and any(name.endswith((".qweight", ".weight_packed", ".absmax")) for name in checkpoint.entries):
+        method = "packed weights"
+    if method is not None:
+        raise InputError(f"{folder} is already quantized ({method})", hint="quantize the original model instead")
+
+
+def _targets(
+    options: QuantizeOptions,
+    skeleton: Any,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    default: Scheme,
+    algorithm: Algorithm,
+) -> dict[str, Target]:
+    names = list(layout.linears)
+    if options.quantize_lm_head:
+        if layout.head is None:
+            raise InputError(
+                f"{type(skeleton).__name__} has no output head to quantize", hint="drop --quantize-lm-head"
+            )
+        names.append(layout.head)
+    used: set[str] = set()
+    targets = {}
+    for name in names:
+        excluded = [p for p in options.exclude if re.search(p, name)]
+        used.update(excluded)
+        if excluded:
+            continue
+        scheme = default
+        for override in options.overrides:
+            if re.search(override.pattern, name):
+                used.add(override.pattern)
+                changes = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(override, k)) is not None}
+                scheme = replace(scheme, **changes)
+        if scheme.bits not in algorithm.bits:
+            raise UsageError(
+                f"{algorithm.name} makes {algorithm.bits} bits, not {scheme.bits} as overridden for {name}"
+            )
+        module = skeleton.get_submodule(name)
+        rows, columns = weight_shape(module)
+        if columns < scheme.group_size:
+            scheme = replace(scheme, group_size=PER_CHANNEL)
+        disk = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
+        if disk is None and name == layout.head:
+            disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+            stem = f"{name}.weight"
+            if disk is None:
+                raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
+            targets[name] = Target(name, stem, rows, columns, False, scheme)
+            continue
+        if disk is None:
+            raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
+        targets[name] = Target(name, disk, rows, columns, tuple(module.weight.shape) != (rows, columns), scheme)
+    for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
+        raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
+    if not targets:
+        raise UsageError("--exclude leaves nothing to quantize")
+    return targets
+
+
+def _embedding_target(options: QuantizeOptions, skeleton: Any, layout: Layout, checkpoint: Checkpoint) -> Target | None:
+    if not options.quantize_embeddings:
+        return None
+    rows, columns = skeleton.get_submodule(layout.embedding).weight.shape
+    disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+    if disk is None:
+        raise InputError(f"tensor {layout.embedding}.weight is missing from {checkpoint.folder}")
+    return Target(layout.embedding, disk, rows, columns, False, EMBEDDING_SCHEME)
+
+
+def _flops(plan: Plan) -> float:
+    """Operations of a calibrated run: forwards, Hessians, factors and solves."""
+    calibration = plan.options.calibration
+    tokens = calibration.num_samples * calibration.seq_len
+    forward = hessians = solves = 0.0
+    seen: set[tuple[str, int, int]] = set()
+    for target in plan.targets.values():
+        forward += 2 * target.rows * target.columns * tokens
+        solves += 4 * target.rows * target.columns**2
+        # linears of one block with the same inputs are counted once: a guess by shape, good enough for an estimate
+        block = re.sub(r"[^.]+$", "", target.name)
+        if (block, target.columns, 0) not in seen:
+            seen.add((block, target.columns, 0))
+            hessians += 1.2 * tokens * target.columns**2 + target.columns**3
+    if plan.options.correct_earlier:
+        forward, hessians = 2 * forward, 2.7 * hessians
+    return forward + hessians + solves
+
+
+def _with_source(plan: Plan, config: Any) -> Plan:
+    """Chooses the calibration text and estimates the time."""
+    weights = sum(t.rows * t.columns for t in plan.targets.values())
+    if plan.algorithm.calibration == "none" or not _wants_data(plan):
+        return replace(plan, source=None, seconds=2 + weights / 2.5e7)
+    rate = matmul_flops(plan.device, plan.dtype)
+    solving = 3 + weights / 2e7 + _flops(plan) / (rate * _EFFICIENCY)
+    calibration = plan.options.calibration
+    given = calibration.data or calibration.data_name
+    if given and given != SELF:
+        return replace(plan, source=BUILTIN if given == BUILTIN else "data", seconds=solving)
+    parameters = sum(e.size_bytes // e.dtype.itemsize for e in plan.checkpoint.entries.values())
+    bandwidth = _BANDWIDTH if plan.device.type == "cpu" else 1e12
+    sampling, needed = estimate_sampling(
+        config, parameters, calibration.num_samples, calibration.seq_len, rate, bandwidth
+    )
+    budget = plan.options.max_memory or free_bytes(plan.device)
+    if given != SELF:
+        if needed > budget:
+            return replace(
+                plan, source=BUILTIN, seconds=solving, why_source="; writing its own would not fit in memory"
+            )
+        if sampling > 1.5 * solving:
+            return replace(plan, source=BUILTIN, seconds=solving, why_source="; writing its own would take longer")
+    elif needed > budget:
+        raise ResourceError(
+            f"--data self needs about {needed / 1e9:.1f} GB for the whole model, {budget / 1e9:.1f} GB are free",
+            hint="use --data builtin or --data FILE",
+        )
+    return replace(plan, source=SELF, seconds=solving + sampling, why_source=f", about {sampling:.0f} s to write")
+
+
+def _wants_data(plan: Plan) -> bool:
+    """Whether statistics are gathered; kquant uses them only where text was named."""
+    if plan.algorithm.calibration == "required":
+        return True
+    return bool(plan.options.calibration.data or plan.options.calibration.data_name)
+
+
+def _size_bytes(plan: Plan) -> int:
+    """Bytes of the written weights."""
+    itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}.get(plan.options.dtype)
+    replaced = {t.disk for t in plan.targets.values()} | ({plan.embedding.disk} if plan.embedding else set())
+    total = sum(t.packed_bytes for t in plan.targets.values())
+    total += plan.embedding.packed_bytes if plan.embedding else 0
+    for name, entry in plan.checkpoint.entries.items():
+        if name not in replaced:
+            count = entry.size_bytes // entry.dtype.itemsize
+            total += count * (itemsize if itemsize and entry.dtype.is_floating_point else entry.dtype.itemsize)
+    return total
+
+
+def _with_memory(plan: Plan) -> Plan:
+    """Estimates the peak, chooses whether paused forwards are kept, refuses what cannot fit."""
+    budget = plan.options.max_memory or free_bytes(plan.device)
+    itemsize = plan.dtype.itemsize
+    first = plan.layout.blocks[0] + "."
+    block = sum(t.rows * t.columns for t in plan.targets.values() if t.name.startswith(first)) * itemsize
+    widest = max(plan.targets.values(), key=lambda t: t.columns)
+    outside = plan.checkpoint.entries[
+        disk_name(f"{plan.layout.embedding}.weight", plan.skeleton, plan.checkpoint.entries)
+        or next(iter(plan.checkpoint.entries))
+    ].size_bytes
+    largest = max(t.rows * t.columns for t in plan.targets.values())
+    if not plan.calibrates:
+        # one matrix in float32, its importance, codes and the shard under way
+        peak = max(block + 16 * largest, 2 * outside)
+        return _checked(replace(plan, peak_bytes=int(peak) + 200_000_000), budget)
+    calibration = plan.options.calibration
+    streams = 2 if plan.options.correct_earlier else 1
+    tokens = calibration.num_samples * calibration.seq_len
+    hidden = plan.skeleton.config.get_text_config().hidden_size
+    batch = min(calibration.batch_size, calibration.num_samples) * calibration.seq_len
+    inside = block / hidden + 4 * widest.columns * itemsize  # what one token's forward holds at its widest
+    matrices = 6 + 2 * (plan.options.correct_earlier or plan.holds_out)
+    fixed = (
+        streams * block
+        + 4 * matrices * widest.columns**2
+        + 12 * largest
+        + streams * tokens * hidden * itemsize
+        + batch * min(inside, 12 * widest.columns * itemsize)
+    )
+    paused = streams * tokens * (hidden + widest.columns) * itemsize
+    peak = max(fixed + paused, 2 * outside)
+    keep = peak <= 0.8 * budget
+    if not keep:
+        peak = fixed
+    return _checked(replace(plan, peak_bytes=int(peak) + 200_000_000, keep_paused=keep), budget)
+
+
+def _checked(plan: Plan, budget: int) -> Plan:
+    if plan.peak_bytes > budget:
+        raise ResourceError(
+            f"the run needs about {plan.peak_bytes / 1e9:.2f} GB of memory, {budget / 1e9:.2f} GB are free",
+            hint="lower --num-samples or --seq-len, or use --preset fast",
+        )
+    require_free_bytes(Path(plan.options.output).absolute().parent, int(1.1 * plan.size_bytes))
+    return plan

@@ -1,0 +1,482 @@
+"""`quantcli quantize`: read a block, quantize it, write its shard, forget it; then the next."""
+
+import json
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantcli import __version__
+from quantcli.algorithms import find
+from quantcli.data.calibration import calibration_rows
+from quantcli.errors import InputError
+from quantcli.evaluate.speed import peak_memory
+from quantcli.folder import Manifest, PartialFolder, create_output, write_json
+from quantcli.formats import gptq
+from quantcli.models.checkpoint import CheckpointWriter, copy_companions
+from quantcli.models.skeleton import disk_name, materialize
+from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, run_block
+from quantcli.options import QuantizeOptions
+from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan, Target, make_plan
+from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
+from quantcli.progress import Progress, Silent, Task
+from quantcli.tensors.finite import all_finite
+from quantcli.tensors.hessian import Statistics
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["QuantizeResult", "run"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run wrote and what it cost."""
+
+    output: Path
+    layers: list[LayerReport]
+    seconds: float
+    peak_bytes: int
+    """Memory above what the process held when the run began."""
+    size_bytes: int
+    """Bytes of the written weights."""
+    parent_size_bytes: int
+    bits_per_weight: float
+    """Stored bits per quantized weight, scales and zeros included."""
+    plan: dict[str, Any]
+    evaluation: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output")}
+        return {
+            "output": str(self.output),
+            **values,
+            "layers": [asdict(layer) for layer in self.layers],
+            "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
+        }
+
+
+def run(options: QuantizeOptions, progress: Progress | None = None) -> "QuantizeResult | Plan":
+    """Quantizes a checkpoint; with `dry_run`, only the plan.
+
+    Raises:
+        QuantcliError: see `errors`; nothing half-written stays behind.
+    """
+    progress = progress or Silent()
+    started = time.perf_counter()
+    plan = make_plan(options)
+    if options.dry_run:
+        return plan
+    if not plan.layout.known:
+        progress.note(f"{plan.skeleton.config.model_type} is not in our table; its blocks were found by looking")
+    with (
+        create_output(
+            options.output, plan=plan.identity(), inputs=[plan.folder], force=options.force, resumable=True
+        ) as partial,
+        peak_memory() as watched,
+        torch.no_grad(),
+    ):
+        progress.plan("Plan", plan.rows())
+        work = _Run(plan, partial, progress)
+        work.blocks()
+        work.outside()
+        companions = copy_companions(plan.folder, partial.model)
+        if not any(name.startswith("tokenizer") for name in companions):
+            progress.warn(f"{plan.folder} has no tokenizer; the output has none either")
+        write_json(partial.model / "config.json", work.config())
+        work.writer.finish(len(plan.layout.blocks) + 1)
+        size = sum(p.stat().st_size for p in partial.model.glob("*.safetensors"))
+        if size >= plan.checkpoint.size_bytes:
+            raise InputError(
+                f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
+                hint="use fewer bits or larger groups",
+            )
+        bits = 8 * sum(r.size_bytes for r in work.reports) / sum(r.parameters for r in work.reports)
+        result = QuantizeResult(
+            options.output, work.reports, time.perf_counter() - started, watched.above_start_bytes, size,
+            plan.checkpoint.size_bytes, bits, plan.to_dict(),
+        )  # fmt: skip
+        write_json(partial.root / "report.json", result.to_dict())
+        metrics = {
+            "seconds": round(result.seconds, 1),
+            "peak_bytes": result.peak_bytes,
+            "size_bytes": size,
+            "bits_per_weight": round(bits, 4),
+            "mean_relative_error": sum(r.relative_error for r in work.reports) / len(work.reports),
+        }
+        parent = {"name": plan.folder.name, "fingerprint": plan.model_digest}
+        partial.commit(Manifest("checkpoint", "quantize", _public(options), parent, metrics))
+    return replace(result, evaluation=_evaluate(options, progress)) if options.evaluate else result
+
+
+def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
+    from quantcli.options import EvaluateOptions
+    from quantcli.pipelines import evaluate
+
+    return evaluate.run(
+        EvaluateOptions(
+            str(options.output), options.model, device=options.device, trust_remote_code=options.trust_remote_code
+        ),
+        progress,
+    )
+
+
+def _public(options: QuantizeOptions) -> dict[str, Any]:
+    # where a folder stood says nothing about what it holds, and trust is never handed on
+    values = asdict(options)
+    for name in ("output", "model", "force", "dry_run", "trust_remote_code"):
+        values.pop(name)
+    return values
+
+
+class _Run:
+    """The loops of one run; its state is what a resumed run needs."""
+
+    def __init__(self, plan: Plan, partial: PartialFolder, progress: Progress):
+        self.plan = plan
+        self.partial = partial
+        self.progress = progress
+        self.writer = CheckpointWriter(partial.model)
+        self.reports: list[LayerReport] = []
+        self.hidden: list[Tensor] = []
+        self.float_hidden: list[Tensor] | None = None
+        self.done = 0
+        self._names = self._assign()
+        self._log = partial.state / "progress.json"
+        if partial.resumed and self._log.is_file():
+            values = json.loads(self._log.read_text())
+            self.done = values["done"]
+            self.reports = [LayerReport(**layer) for layer in values["layers"]]
+            if self.done:
+                progress.note(f"continuing after {self.done} finished blocks")
+
+    def _assign(self) -> list[list[str]]:
+        """Names on disk of the tensors of each block, and last of all the others."""
+        plan, entries = self.plan, self.plan.checkpoint.entries
+        state = plan.skeleton.state_dict(keep_vars=True)
+        taken: set[str] = set()
+        units: list[list[str]] = []
+        for path in plan.layout.blocks:
+            found = []
+            for name in state:
+                if name.startswith(path + "."):
+                    disk = disk_name(name, plan.skeleton, entries)
+                    if disk is None:
+                        raise InputError(f"tensor {name} is missing from {plan.folder}")
+                    found.append(disk)
+            units.append(found)
+            taken.update(found)
+        units.append([name for name in entries if name not in taken])
+        return units
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the result."""
+        plan = self.plan
+        config = dict(plan.checkpoint.config)
+        targets = plan.targets
+        damp = getattr(plan.settings, "damp_percent", None)
+        quantization = gptq.config_for(
+            plan.default,
+            {t.stem: t.scheme for t in targets.values() if t.scheme != plan.default},
+            [n for n in plan.layout.linears if n not in targets],
+            desc_act=getattr(plan.settings, "order", "") == "desc_act",
+            lm_head=plan.layout.head in targets,
+            producer=f"quantcli:{__version__}",
+            damp_percent=damp,
+        )
+        if plan.embedding is not None:
+            scheme = plan.embedding.scheme
+            quantization["quantcli"] = {
+                "embedding": {
+                    "name": plan.embedding.name,
+                    "bits": scheme.bits,
+                    "group_size": scheme.group_size,
+                    "sym": scheme.symmetric,
+                }
+            }
+        config["quantization_config"] = quantization
+        if plan.untie_head:
+            config["tie_word_embeddings"] = False
+        if plan.options.dtype != "keep":
+            config.pop("torch_dtype", None)
+            config["dtype"] = plan.options.dtype
+        return config
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> None:
+        """Quantizes and writes every block that an earlier run has not finished."""
+        plan, count = self.plan, len(self.plan.layout.blocks)
+        calls = self._begin_streams() if plan.calibrates and (self.done < count or self._head_needs_stream()) else {}
+        with self.progress.track("quantizing", count, start=self.done) as task:
+            for number in range(self.done, count):
+                begun = len(self.reports)
+                if plan.calibrates:
+                    results = self._calibrated_block(number, {size: c[number] for size, c in calls.items()}, task)
+                else:
+                    results = self._data_free([t for t in plan.targets.values() if self._in_block(t, number)])
+                self._write(number, results)
+                self._remember(number + 1)
+                worst = max((r.relative_error for r in self.reports[begun:]), default=0.0)
+                task.advance(1, f"worst error {worst:.2%}")
+
+    def _in_block(self, target: Target, number: int) -> bool:
+        return target.name.startswith(self.plan.layout.blocks[number] + ".")
+
+    def _head_needs_stream(self) -> bool:
+        return self.plan.layout.head in self.plan.targets
+
+    def _begin_streams(self) -> dict[int, list[BlockCall]]:
+        """Tokens through the embedding: the hidden states, or those that the interrupted run left."""
+        plan, state = self.plan, self.partial.state
+        tokens_file = state / "tokens.safetensors"
+        if tokens_file.is_file():
+            tokens = load_file(tokens_file)["tokens"]
+        else:
+            tokens = self._tokens()
+            save_file({"tokens": tokens}, state / "tokens.tmp")
+            (state / "tokens.tmp").replace(tokens_file)
+        self._held_rows = self._held_out_rows(tokens)
+        skeleton = plan.skeleton
+        inside = tuple(path + "." for path in plan.layout.blocks)
+        names = {
+            name: disk
+            for name in skeleton.state_dict()
+            if not name.startswith(inside)
+            and (disk := disk_name(name, skeleton, plan.checkpoint.entries))
+            and name != f"{plan.layout.head}.weight"
+        }
+        tensors = {name: self._float_tensor(disk) for name, disk in names.items()}
+        self._norm = deepcopy(skeleton.get_submodule(plan.layout.final_norm)) if plan.layout.final_norm else None
+        materialize(skeleton, tensors)
+        if self._norm is not None:
+            prefix = f"{plan.layout.final_norm}."
+            materialize(self._norm, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        _move_buffers(skeleton, plan.device)
+        hidden, calls = embed_tokens(skeleton, plan.layout, tokens.to(plan.device), plan.options.calibration.batch_size)
+        for name in names:  # give the embedding's memory back
+            module, _, leaf = name.rpartition(".")
+            setattr(skeleton.get_submodule(module), leaf, torch.nn.Parameter(tensors[name].to("meta"), False))
+        saved = state / f"hidden-{self.done}.safetensors"
+        if self.done:
+            kept = load_file(saved)
+            hidden = [kept[f"hidden.{i}"].to(plan.device) for i in range(len(hidden))]
+            if plan.options.correct_earlier:
+                self.float_hidden = [kept[f"float.{i}"].to(plan.device) for i in range(len(hidden))]
+        elif plan.options.correct_earlier:
+            self.float_hidden = [h.clone() for h in hidden]
+        self.hidden = hidden
+        return calls
+
+    def _tokens(self) -> Tensor:
+        """Calibration rows; where candidates compete on other text than the model's own, some of its own judge too."""
+        plan, options = self.plan, self.plan.options
+        common: dict[str, Any] = {
+            "model_digest": plan.model_digest,
+            "progress": self.progress,
+            "device": plan.device,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common)
+        return rows.tokens
+
+    def _held_out_rows(self, tokens: Tensor) -> set[int]:
+        """Micro-batches that only judge, spread evenly."""
+        batch = self.plan.options.calibration.batch_size
+        batches = -(-len(tokens) // batch)
+        if not self.plan.holds_out or batches < 2:
+            return set()
+        step = max(2, min(HELD_OUT_SHARE, batches))
+        return set(range(step - 1, batches, step))
+
+    def _float_tensor(self, disk: str) -> Tensor:
+        """A tensor of the file in the dtype that blocks run in."""
+        tensor = self.plan.checkpoint.read(disk)
+        if tensor.is_floating_point():
+            if not all_finite(tensor):
+                raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+            tensor = tensor.to(self.plan.dtype)
+        return tensor.to(self.plan.device)
+
+    def _calibrated_block(self, number: int, calls: dict[int, BlockCall], task: Task) -> dict[str, QuantizedTensor]:
+        plan = self.plan
+        path = plan.layout.blocks[number]
+        block = deepcopy(plan.skeleton.get_submodule(path))
+        tensors = {}
+        for name in block.state_dict():
+            disk = disk_name(f"{path}.{name}", plan.skeleton, plan.checkpoint.entries)
+            if disk is None:
+                raise InputError(f"tensor {path}.{name} is missing from {plan.folder}")
+            tensors[name] = self._float_tensor(disk)
+        materialize(block, tensors)
+        _move_buffers(block, plan.device)
+        del tensors
+        reference = deepcopy(block) if plan.options.correct_earlier else None
+        linears = [t.name.removeprefix(path + ".") for t in plan.targets.values() if self._in_block(t, number)]
+        if not linears:
+            run_block(block, self.hidden, calls, [], lambda *_: None)
+            return {}
+        first = self.hidden[0]
+        stages = block_stages(block, linears, first, calls[len(first)])
+        results: dict[str, QuantizedTensor] = {}
+
+        def solve(names: list[str], moments: StageMoments | None) -> None:
+            targets = [plan.targets[f"{path}.{name}"] for name in names]
+            for target, tensor in self._solve(targets, moments).items():
+                results[target] = tensor
+                module = block.get_submodule(target.removeprefix(path + "."))
+                weight = tensor.dequantize(module.weight.dtype).to(module.weight.device)
+                module.weight.data.copy_(weight.T if plan.targets[target].transposed else weight)
+
+        run_block(
+            block,
+            self.hidden,
+            calls,
+            stages,
+            solve,
+            held_out=self._held_rows,
+            keep=plan.keep_paused,
+            reference=reference,
+            reference_inputs=self.float_hidden,
+        )
+        return results
+
+    def _solve(self, targets: Sequence[Target], moments: StageMoments | None) -> dict[str, QuantizedTensor]:
+        """Quantizes linears that share an input."""
+        plan = self.plan
+        weights = {t.name: read_weight(plan.checkpoint, t, self._source_of(t)).to(plan.device) for t in targets}
+        algorithm, settings, statistics = plan.algorithm, plan.settings, None
+        if moments is not None and moments.train.tokens:
+            held = moments.held_out if moments.held_out is not None and moments.held_out.tokens else None
+            statistics = Statistics(
+                moments.train.matrix(),
+                moments.train.tokens,
+                held_out=held.matrix() if held else None,
+                held_out_tokens=held.tokens if held else 0,
+                cross=moments.train.cross(),
+                held_out_cross=held.cross() if held else None,
+            )
+        elif algorithm.calibration == "required":
+            self.progress.warn(
+                f"no calibration token reached {targets[0].name}; it is quantized by kquant, without data"
+            )
+            algorithm = find("kquant")
+            settings = algorithm.options()
+        results, reports = solve_linears(targets, weights, algorithm, settings, statistics)
+        self.reports += reports
+        return results
+
+    def _source_of(self, target: Target) -> str:
+        """The tensor that a target is read from: a tied head is the embedding's."""
+        if target.disk in self.plan.checkpoint.entries:
+            return target.disk
+        disk = disk_name(f"{self.plan.layout.embedding}.weight", self.plan.skeleton, self.plan.checkpoint.entries)
+        assert disk is not None
+        return disk
+
+    def _data_free(self, targets: Sequence[Target]) -> dict[str, QuantizedTensor]:
+        results: dict[str, QuantizedTensor] = {}
+        for target in targets:
+            results |= self._solve([target], None)
+        return results
+
+    # -- the rest of the model ----------------------------------------------------------------------------------------
+
+    def outside(self) -> None:
+        """Writes embedding, norms and head, quantized where asked."""
+        plan = self.plan
+        results: dict[str, QuantizedTensor] = {}
+        head = plan.targets.get(plan.layout.head or "")
+        if head is not None:
+            results |= self._solve_head(head)
+        if plan.embedding is not None:
+            target = plan.embedding
+            weight = {target.name: read_weight(plan.checkpoint, target, target.disk).to(plan.device)}
+            rtn = find("rtn")
+            found, reports = solve_linears([target], weight, rtn, rtn.options(), None)
+            self.reports += reports
+            results |= found
+        self._write(len(plan.layout.blocks), results)
+
+    def _solve_head(self, head: Target) -> dict[str, QuantizedTensor]:
+        if not self.plan.calibrates or self._norm is None:
+            if self.plan.calibrates:
+                self.progress.warn(
+                    "the norm before the head is not known; the head is quantized by kquant, without data"
+                )
+            return self._data_free([head])
+        from quantcli.tensors.hessian import Moments
+
+        train, held = Moments(head.columns, self.plan.device), Moments(head.columns, self.plan.device)
+        for index, hidden in enumerate(self.hidden):
+            chosen = held if index in self._held_rows else train
+            other = self._norm(self.float_hidden[index]) if self.float_hidden is not None else None
+            chosen.add(self._norm(hidden), other)
+        return self._solve([head], StageMoments(train, held))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self, number: int, results: dict[str, QuantizedTensor]) -> None:
+        """Writes a shard, reads it back and compares: what is exported is what was computed."""
+        plan = self.plan
+        quantized = {t.disk: t for t in plan.targets.values() if t.name in results}
+        if plan.embedding is not None and plan.embedding.name in results:
+            quantized[plan.embedding.disk] = plan.embedding
+        keep = _DTYPES.get(plan.options.dtype)
+        tensors: dict[str, Tensor] = {}
+        for disk, target in quantized.items():
+            for part, tensor in gptq.pack(results[target.name].to("cpu")).items():
+                tensors[f"{target.stem}.{part}"] = tensor
+        for disk in self._names[number]:
+            if disk in quantized:
+                continue
+            tensor = plan.checkpoint.read(disk)
+            if tensor.is_floating_point():
+                if not all_finite(tensor):
+                    raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+                tensor = tensor.to(keep) if keep is not None else tensor
+            tensors[disk] = tensor
+        path = self.writer.write(number, tensors)
+        del tensors
+        written = load_file(path)
+        for target in quantized.values():
+            parts = {part: written[f"{target.stem}.{part}"] for part in gptq.PARTS}
+            if not _same(gptq.unpack(parts, target.scheme), results[target.name].to("cpu")):
+                raise AssertionError(f"{path.name}: {target.stem} reads back other than it was computed")
+
+    def _remember(self, done: int) -> None:
+        """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
+        state = self.partial.state
+        if self.hidden:
+            tensors = {f"hidden.{i}": h.cpu() for i, h in enumerate(self.hidden)}
+            if self.float_hidden is not None:
+                tensors |= {f"float.{i}": h.cpu() for i, h in enumerate(self.float_hidden)}
+            save_file(tensors, state / "hidden.tmp")
+            (state / "hidden.tmp").replace(state / f"hidden-{done}.safetensors")
+        write_json(self._log, {"done": done, "layers": [asdict(layer) for layer in self.reports]})
+        (state / f"hidden-{done - 1}.safetensors").unlink(missing_ok=True)
+        self.done = done
+
+
+def _same(read: QuantizedTensor, computed: QuantizedTensor) -> bool:
+    return (
+        torch.equal(read.codes, computed.codes)
+        and torch.equal(read.zero, computed.zero)
+        and torch.equal(read.scale, computed.scale)
+        and torch.equal(read.group, computed.group)
+        and all_finite(read.scale)
+    )
+
+
+def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)

@@ -1,0 +1,125 @@
+"""One solve: the linears that share an input, through a rounder, judged against round-to-nearest."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.algorithms import Algorithm
+from quantcli.errors import InputError
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.pipelines.plan import Target
+from quantcli.scheme import Scheme
+from quantcli.tensors.affine import minmax_grid, round_to_grid
+from quantcli.tensors.finite import all_finite
+from quantcli.tensors.hessian import Statistics, output_error
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["LayerReport", "read_weight", "solve_linears"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear."""
+
+    name: str
+    kind: str
+    """Last part of the name."""
+    algorithm: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    parameters: int
+    size_bytes: int
+    """Packed, scales and zeros included."""
+    relative_error: float
+    """Squared error of the output over the output's square under the calibration inputs; of the weight without data."""
+    rtn_relative_error: float
+    """The same for round-to-nearest."""
+    tokens: int
+    """Calibration tokens that reached it."""
+    seconds: float
+
+
+def read_weight(checkpoint: Checkpoint, target: Target, disk: str) -> Tensor:
+    """W [N, K] float32 from the file.
+
+    Raises:
+        InputError: it holds NaN or infinity, or has another shape than the configuration says.
+    """
+    weight = checkpoint.read(disk).float()
+    if target.transposed:
+        weight = weight.T.contiguous()
+    if tuple(weight.shape) != (target.rows, target.columns):
+        raise InputError(f"tensor {disk} has shape {list(weight.shape)}, expected {[target.rows, target.columns]}")
+    if not all_finite(weight):
+        raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+    return weight
+
+
+def solve_linears(
+    targets: Sequence[Target],
+    weights: Mapping[str, Tensor],
+    algorithm: Algorithm,
+    settings: Any,
+    statistics: Statistics | None,
+) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
+    """Quantizes linears that share an input; those of one scheme in one solve, stacked along their rows.
+
+    Returns:
+        The quantized tensors and a report on each, by module path in the order of `targets`.
+    """
+    by_scheme: dict[Scheme, list[Target]] = defaultdict(list)
+    for target in targets:
+        by_scheme[target.scheme].append(target)
+    results: dict[str, QuantizedTensor] = {}
+    reports: dict[str, LayerReport] = {}
+    for scheme, members in by_scheme.items():
+        begun = time.perf_counter()
+        stacked = torch.cat([weights[t.name] for t in members]) if len(members) > 1 else weights[members[0].name]
+        try:
+            solved = algorithm.run(stacked, scheme, settings, statistics)
+        except InputError as error:
+            raise InputError(f"{members[0].name}: {error.message}", error.hint) from error
+        seconds = (time.perf_counter() - begun) / len(members)
+        first = 0
+        for target in members:
+            part = solved.rows(first, first + target.rows)
+            first += target.rows
+            results[target.name] = part
+            reports[target.name] = _report(target, weights[target.name], part, algorithm, statistics, seconds)
+    return results, [reports[t.name] for t in targets]
+
+
+def _report(
+    target: Target,
+    weight: Tensor,
+    part: QuantizedTensor,
+    algorithm: Algorithm,
+    statistics: Statistics | None,
+    seconds: float,
+) -> LayerReport:
+    hessian = statistics.hessian if statistics is not None else None
+    error = output_error(weight, part.dequantize(), hessian)
+    rtn_error = error
+    if algorithm.name != "rtn":
+        rtn = round_to_grid(weight, *minmax_grid(weight, target.scheme), target.scheme)
+        rtn_error = output_error(weight, rtn.dequantize(), hessian)
+    return LayerReport(
+        name=target.name,
+        kind=target.name.rsplit(".", 1)[-1],
+        algorithm=algorithm.name,
+        bits=target.scheme.bits,
+        group_size=target.scheme.group_size,
+        symmetric=target.scheme.symmetric,
+        parameters=target.rows * target.columns,
+        size_bytes=target.packed_bytes,
+        relative_error=error,
+        rtn_relative_error=rtn_error,
+        tokens=statistics.tokens if statistics is not None else 0,
+        seconds=seconds,
+    )
