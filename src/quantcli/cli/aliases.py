@@ -63,7 +63,6 @@ _SHOWN = 5
 _GENAI, _TORCH = ("--exporter", "genai"), ("--exporter", "torch")
 
 _EVERYWHERE: dict[str, Alias] = {
-    "--model_name_or_path": Rename("--model"),
     "--log_level": Rename(
         "", {"0": ("--verbose",), "1": (), "2": ("--quiet",), "3": ("--quiet",), "4": ("--quiet",)}, only=True
     ),
@@ -73,6 +72,7 @@ _EVERYWHERE: dict[str, Alias] = {
     "--container_name": Refused("there is no shared cache in the cloud"),
 }
 _CHECKPOINT: dict[str, Alias] = {
+    "--model_name_or_path": Rename("--model"),
     "--output_path": Rename("--output"),
     "-t": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
     "--task": Dropped("the task is text generation", value=True, only=("text-generation", "text-generation-with-past")),
@@ -122,6 +122,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
     },
     "evaluate": {
         **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
         "--data_files": Rename("--data"),
         "--max_seq_len": Rename("--seq-len"),
         "--max_samples": Rename("--num-samples"),

@@ -21,7 +21,7 @@ from quantcli import __version__
 from quantcli.cli import algorithms, capture_onnx_graph, evaluate, inspect, quantize
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
-from quantcli.cli.failures import report, say
+from quantcli.cli.failures import as_usage_error, report, say
 from quantcli.cli.flags import typer_function
 
 __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
@@ -67,8 +67,7 @@ def parse(argv: Sequence[str]) -> Request | int:
     """A command line as a request; an exit code where it only asked for help, the version or shell completion.
 
     Raises:
-        UsageError: for a value that an options dataclass refuses, or an alias that we cannot serve.
-        typer.TyperException: for what the parser refuses.
+        UsageError: for what the parser or an options dataclass refuses, or an alias that we cannot serve.
     """
     args = list(argv)
     if args and args[0] in COMMANDS:
@@ -76,7 +75,10 @@ def parse(argv: Sequence[str]) -> Request | int:
         args = [args[0], *rewritten.args]
         for note in rewritten.notes:
             say("note", note)
-    request: Request | int = build().main(args, prog_name="quantcli", standalone_mode=False)
+    try:
+        request: Request | int = build().main(args, prog_name="quantcli", standalone_mode=False)
+    except typer.TyperException as error:
+        raise as_usage_error(error, " ".join(["quantcli", *(a for a in args[:1] if a in COMMANDS)])) from error
     return request if isinstance(request, Request) else int(request or 0)
 
 

@@ -20,8 +20,11 @@ def run(options: EvaluateOptions, console: "Console") -> Any:
 
 
 def show(result: Any, console: "Console") -> None:
-    """The figures of the folder, beside those of the reference where there is one."""
-    console.pairs("", [(name.replace("_", " "), str(value)) for name, value in result.to_dict().items()])
+    """The figures of the folder, and those against the reference where there is one."""
+    from quantcli.report.evaluation import evaluation_rows
+
+    against = f" against {result.reference}" if result.reference is not None else ""
+    console.pairs(f"{result.model}{against}", evaluation_rows(result))
 
 
 def check(result: Any) -> None:

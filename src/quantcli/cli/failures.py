@@ -19,8 +19,6 @@ def as_quantcli_error(error: BaseException) -> QuantcliError | None:
     """The error that the user can act on, or None where it is our bug."""
     if isinstance(error, QuantcliError):
         return error
-    if isinstance(error, typer.TyperException):
-        return as_usage_error(error)
     if isinstance(error, KeyboardInterrupt):
         return InterruptedRunError("interrupted")
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
@@ -35,14 +33,15 @@ def as_quantcli_error(error: BaseException) -> QuantcliError | None:
     return None
 
 
-def as_usage_error(error: typer.TyperException) -> UsageError:
-    """The parser's complaint in our words, with the nearest valid name."""
+def as_usage_error(error: typer.TyperException, path: str) -> UsageError:
+    """The parser's complaint in our words, with the nearest valid name; `path` is the command, as in the hint."""
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "quantcli"
     hint = f"{path} --help"
     option = getattr(error, "option_name", None)
     param = getattr(error, "param", None)
     text = _one_line(error)
+    if type(error).__name__ == "BadOptionUsage" and "requires an argument" in text:
+        return UsageError(f"{option} needs a value", hint=hint)
     if type(error).__name__ == "NoSuchOption" and context is not None:
         known = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)]
         return UsageError(f"unknown flag {option}{_did_you_mean(str(option), known)}", hint=hint)

@@ -1,15 +1,17 @@
 """`quantcli inspect`: what a folder is and how it came to be."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
+from quantcli.errors import InputError
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
 
-__all__ = ["COMMAND", "InspectOptions", "run", "show"]
+__all__ = ["COMMAND", "InspectOptions", "check", "run", "show"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,51 @@ def run(options: InspectOptions, console: "Console") -> Any:
 
 
 def show(result: Any, console: "Console") -> None:
-    """What was found."""
-    console.pairs("", [(name.replace("_", " "), str(value)) for name, value in result.to_dict().items()])
+    """What it is, its weights by bits, the commands that made it, and the files that are not as they were written."""
+    from quantcli.cli.console import human_size
+
+    bits = "-" if result.bits_per_weight is None else f"{result.bits_per_weight:.2f}"
+    if result.quantized_bits_per_weight is not None:
+        bits += f" ({result.quantized_bits_per_weight:.2f} where quantized)"
+    rows = [
+        ("what", result.what),
+        ("format", result.format),
+        ("architecture", result.model_type or "-"),
+        ("parameters", f"{result.parameters:,}"),
+        ("size", human_size(result.size_bytes)),
+        ("bits per weight", bits),
+        ("files", _files_in_words(result)),
+    ]
+    console.pairs(result.folder, rows)
+    histogram = [(r.label, str(r.tensors), f"{r.parameters:,}", human_size(r.size_bytes)) for r in result.histogram]
+    console.text("")
+    console.table(("weights", "tensors", "parameters", "size"), histogram)
+    for step in result.history:
+        options = " ".join(f"{name}={value}" for name, value in step.options.items() if value not in (None, [], {}))
+        console.text("")
+        console.pairs(f"made by {step.command} from {step.parent}", [("options", options)])
+
+
+def check(result: Any) -> None:
+    """Exit code 3 where files are not as they were written.
+
+    Raises:
+        InputError: naming the first few.
+    """
+    bad = [f"{file.name} is {file.state}" for file in result.files if file.state not in ("ok", "extra")]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise InputError(
+            f"{result.folder} is not as it was written: {', '.join(bad[:3])}{more}",
+            hint="make it anew with the command that `quantcli inspect` shows",
+        )
+
+
+def _files_in_words(result: Any) -> str:
+    if not result.files:
+        return "no manifest: not made by quantcli"
+    counts = Counter(file.state for file in result.files)
+    return ", ".join(f"{counts[state]} {state}" for state in ("ok", "changed", "missing", "extra") if counts[state])
 
 
 COMMAND = Command(
@@ -38,6 +83,7 @@ COMMAND = Command(
     options=InspectOptions,
     run=run,
     show=show,
+    check=check,
     styles={"folder": FlagStyle(("folder",), metavar="FOLDER")},
     examples=("quantcli inspect Q", "quantcli inspect Q/model", "quantcli inspect onnx --json"),
 )

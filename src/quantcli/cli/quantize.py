@@ -25,7 +25,7 @@ def show(result: Any, console: "Console") -> None:
     from quantcli.cli.console import human_duration, human_size
 
     if hasattr(result, "rows"):
-        console.pairs("Plan (nothing was done)", result.rows)
+        console.pairs("Plan (nothing was done)", result.rows())
         return
     kinds: dict[tuple[str, int, int], list[Any]] = defaultdict(list)
     for layer in result.layers:

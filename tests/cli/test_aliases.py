@@ -1,0 +1,183 @@
+"""Other people's command lines parse as written."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from quantcli.cli.aliases import ALIASES, Refused, Rename, Switch, Words
+from quantcli.cli.app import COMMANDS, build, parse
+from quantcli.errors import UsageError
+
+QUANTIZE = r"""
+quantcli quantize \
+    --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
+    --algorithms awq \
+    --output_path quantized-model \
+    --log_level 1
+"""
+CAPTURE = r"""
+quantcli capture-onnx-graph \
+    --model_name_or_path quantized-model/model \
+    --use_ort_genai True \
+    --log_level 1 \
+"""
+
+
+def shell_words(block):
+    """What a shell hands to the command, line continuations and all."""
+    script = 'quantcli() { printf "%s\\0" "$@"; }\n' + block
+    printed = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout
+    return printed.split("\0")[:-1]
+
+
+def options(command, words):
+    return parse([command, *shlex.split(words)]).options
+
+
+def quantize(words):
+    return options("quantize", f"-m M -o O {words}")
+
+
+def capture(words):
+    return options("capture-onnx-graph", f"-m M {words}")
+
+
+def test_documented_quantize_block_as_written():
+    made = parse(shell_words(QUANTIZE)).options
+    assert (made.model, made.algorithm) == ("meta-llama/Llama-3.2-1B-Instruct", "awq")
+    assert made.output == Path("quantized-model")
+
+
+def test_documented_capture_block_as_written_with_its_dangling_backslash():
+    made = parse(shell_words(CAPTURE)).options
+    assert (made.model, made.exporter, made.output) == ("quantized-model/model", "genai", Path("onnx-model"))
+
+
+def test_several_algorithms_are_joined():
+    assert quantize("--algorithms quarot gptq --bits 4").algorithm == "quarot,gptq"
+    assert quantize("--algorithms quarot, gptq").algorithm == "quarot,gptq"
+    assert quantize("--algorithms=rtn").algorithm == "rtn"
+
+
+@pytest.mark.parametrize(
+    ("level", "talk"), [(0, (False, True)), (1, (False, False)), (2, (True, False)), (4, (True, False))]
+)
+def test_log_levels(level, talk):
+    said = parse(["quantize", "-m", "M", "-o", "O", "--log_level", str(level)]).talk
+    assert (said.quiet, said.verbose) == talk
+
+
+def test_log_level_out_of_range():
+    with pytest.raises(UsageError, match="unknown --log_level '7'"):
+        quantize("--log_level 7")
+    with pytest.raises(UsageError, match="--log_level needs a value"):
+        quantize("--log_level")
+
+
+@pytest.mark.parametrize(
+    ("words", "exporter"),
+    [
+        ("--use_ort_genai", "genai"),
+        ("--use_ort_genai True", "genai"),
+        ("--use_ort_genai=true", "genai"),
+        ("--use_ort_genai False", "torch"),
+        ("--use_model_builder", "genai"),
+        ("--use_dynamo_exporter", "torch"),
+        ("--use_dynamo_exporter --use_ort_genai", "torch"),
+        ("--use_ort_genai True --use_dynamo_exporter", "torch"),
+        ("", "genai"),
+    ],
+)
+def test_exporters(words, exporter):
+    made = capture(words)
+    assert (made.exporter, made.model) == (exporter, "M")
+
+
+def test_switches_with_words_leave_positions_alone():
+    assert quantize("--trust_remote_code True --bits 3").trust_remote_code
+    assert not quantize("--trust_remote_code False").trust_remote_code
+    assert quantize("--trust_remote_code --bits 3").bits == 3
+    with pytest.raises(UsageError, match="takes True, False or nothing, got 'maybe'"):
+        quantize("--trust_remote_code=maybe")
+
+
+def test_capture_figures():
+    made = capture("--int4_block_size 64 --int4_accuracy_level 4 --target_opset 21 --precision int4 --exclude_lm_head")
+    assert (made.block_size, made.accuracy_level, made.target_opset, made.lm_head_bits) == (64, 4, 21, 16)
+    assert capture("--torch_dtype float16").precision == "fp16"
+
+
+def test_calibration_spellings():
+    made = quantize("--data_name set --split test --text_field body --max_seq_len 99 --max_samples 8 --batch_size 2")
+    chosen = made.calibration
+    assert (chosen.data_name, chosen.data_split, chosen.text_field) == ("set", "test", "body")
+    assert (chosen.seq_len, chosen.num_samples, chosen.batch_size) == (99, 8, 2)
+    assert quantize("-d set").calibration.data_name == "set"
+
+
+def test_file_format_as_data_name():
+    chosen = quantize("-d json --data_files train.json").calibration
+    assert (chosen.data, chosen.data_name) == ("train.json", None)
+    with pytest.raises(UsageError, match="--data and --data-name exclude each other"):
+        quantize("-d other --data_files train.json")
+
+
+def test_precision_is_bits():
+    assert quantize("--precision int8").bits == 8
+    assert quantize("--precision uint4").bits == 4
+    with pytest.raises(UsageError, match="unknown --precision 'int44', did you mean 'int4'"):
+        quantize("--precision int44")
+
+
+def test_every_flag_with_underscores():
+    for name, command in build().commands.items():
+        for param in command.params:
+            for own in (o for o in param.opts if o.startswith("--") and "-" in o[2:]):
+                theirs = "--" + own[2:].replace("-", "_")
+                alias = ALIASES[name].get(theirs)
+                assert not isinstance(alias, Refused), f"{name} {theirs}"
+    made = quantize("--group_size 32 --quantize_lm_head --num_samples=3 --dry_run")
+    assert (made.group_size, made.quantize_lm_head, made.calibration.num_samples, made.dry_run) == (32, True, 3, True)
+
+
+def test_every_alias_leads_to_a_flag_that_exists():
+    for name, table in ALIASES.items():
+        known = {o for p in build().commands[name].params for o in (*p.opts, *p.secondary_opts)}
+        for theirs, alias in table.items():
+            match alias:
+                case Words(to):
+                    targets = [to]
+                case Switch(on, off):
+                    targets = [words[0] for words in (on, off) if words]
+                case Rename(to, values, _):
+                    targets = [to] * bool(to) + [words[0] for words in values.values() if words]
+                case _:
+                    targets = []
+            assert set(targets) <= known, f"{name} {theirs}"
+            assert theirs not in known - {"--precision"}, f"{name} {theirs} hides a flag of ours"
+
+
+def test_every_command_has_aliases():
+    assert set(ALIASES) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["quantize", "capture-onnx-graph"])
+def test_what_cannot_be_served_is_refused_with_its_reason(command):
+    with pytest.raises(UsageError, match=r"--adapter_path cannot be used with .*: it takes a model without adapter"):
+        parse([command, "-m", "M", "-o", "O", "--adapter_path", "A"])
+
+
+def test_what_is_so_anyway_is_taken_and_said(capsys):
+    assert quantize("--disable_telemetry --implementation olive --task text-generation").bits == 4
+    said = capsys.readouterr().err
+    assert "note: --disable_telemetry has nothing to do: quantcli sends nothing anywhere" in said
+    with pytest.raises(UsageError, match="--implementation takes olive, got 'inc'"):
+        quantize("--implementation inc")
+
+
+def test_values_are_never_rewritten():
+    made = parse(["quantize", "-m", "M", "-o", "O", "--data", "f", "--text-template", "--use_ort_genai {a}"]).options
+    assert made.calibration.text_template == "--use_ort_genai {a}"
+    assert parse(["quantize", "-m", "--dry_run", "-o", "O"]).options.model == "--dry_run"

@@ -1,0 +1,199 @@
+"""Every field of every options dataclass has a flag with its docstring as help, and every flag reaches its field."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from quantcli.cli.app import COMMANDS, help_text, parse
+from quantcli.cli.command import Request
+from quantcli.cli.docs import field_docs
+from quantcli.cli.flags import flags_of, parse_size
+from quantcli.errors import UsageError
+from quantcli.options import CalibrationOptions, CaptureOptions, EvaluateOptions, Override, QuantizeOptions
+
+BASE = {
+    "quantize": ["-m", "M", "-o", "O"],
+    "capture-onnx-graph": ["-m", "M"],
+    "evaluate": ["-m", "M"],
+    "inspect": ["F"],
+    "algorithms": [],
+}
+# field: words on the command line, value in the options
+GIVEN = {
+    "quantize": {
+        "model": (["--model", "other"], "other"),
+        "output": (["--output", "there"], Path("there")),
+        "algorithm": (["-a", "rtn"], "rtn"),
+        "preset": (["--preset", "best"], "best"),
+        "settings": (["--set", "refit=true", "--set", "grid-steps=9"], {"refit": "true", "grid_steps": "9"}),
+        "bits": (["--bits", "3"], 3),
+        "group_size": (["--group-size", "-1"], -1),
+        "symmetric": (["--sym"], True),
+        "quantize_lm_head": (["--quantize-lm-head"], True),
+        "quantize_embeddings": (["--quantize-embeddings"], True),
+        "exclude": (["--exclude", "a.*b", "--exclude", "c"], ("a.*b", "c")),
+        "overrides": (
+            ["--override", "x=bits=8", "--override", "y=sym=true"],
+            (Override("x", bits=8), Override("y", symmetric=True)),
+        ),
+        "correct_earlier": (["--correct-earlier"], True),
+        "dtype": (["--dtype", "float16"], "float16"),
+        "device": (["--device", "cpu"], "cpu"),
+        "max_memory": (["--max-memory", "4GB"], 4_000_000_000),
+        "trust_remote_code": (["--trust-remote-code"], True),
+        "evaluate": (["--evaluate"], True),
+        "force": (["--force"], True),
+        "dry_run": (["--dry-run"], True),
+        "calibration.data": (["--data", "file.txt"], "file.txt"),
+        "calibration.data_name": (["--data-name", "set"], "set"),
+        "calibration.data_split": (["--data-name", "set", "--data-split", "test"], "test"),
+        "calibration.text_field": (["--data", "f.jsonl", "--text-field", "body"], "body"),
+        "calibration.text_template": (["--data", "f.jsonl", "--text-template", "{a} {b}"], "{a} {b}"),
+        "calibration.use_chat_template": (["--data", "f.jsonl", "--use-chat-template"], True),
+        "calibration.num_samples": (["--num-samples", "7"], 7),
+        "calibration.seq_len": (["--seq-len", "33"], 33),
+        "calibration.batch_size": (["--batch-size", "2"], 2),
+        "calibration.seed": (["--seed", "5"], 5),
+    },
+    "capture-onnx-graph": {
+        "model": (["--model", "other"], "other"),
+        "output": (["-o", "there"], Path("there")),
+        "exporter": (["--exporter", "torch"], "torch"),
+        "precision": (["--precision", "int4"], "int4"),
+        "target_opset": (["--exporter", "torch", "--target-opset", "21"], 21),
+        "block_size": (["--precision", "int4", "--block-size", "64"], 64),
+        "accuracy_level": (["--accuracy-level", "0"], 0),
+        "lm_head_bits": (["--lm-head-bits", "8"], 8),
+        "trust_remote_code": (["--trust-remote-code"], True),
+        "force": (["--force"], True),
+    },
+    "evaluate": {
+        "model": (["--model", "other"], "other"),
+        "reference": (["--reference", "R"], "R"),
+        "data": (["--data", "t.txt"], "t.txt"),
+        "text_field": (["--data", "t.jsonl", "--text-field", "body"], "body"),
+        "num_samples": (["--num-samples", "3"], 3),
+        "seq_len": (["--seq-len", "64"], 64),
+        "max_kl": (["--reference", "R", "--max-kl", "0.2"], 0.2),
+        "max_perplexity_increase": (["--reference", "R", "--max-perplexity-increase", "0.05"], 0.05),
+        "speed": (["--no-speed"], False),
+        "device": (["--device", "cuda:1"], "cuda:1"),
+        "trust_remote_code": (["--trust-remote-code"], True),
+    },
+    "inspect": {"folder": ([], Path("F"))},
+    "algorithms": {"name": (["gptq"], "gptq")},
+}
+
+
+def leaves(owner, prefix=""):
+    for field in dataclasses.fields(owner):
+        if field.name == "calibration":
+            yield from leaves(CalibrationOptions, "calibration.")
+        else:
+            yield prefix + field.name
+
+
+def request(*argv):
+    parsed = parse(argv)
+    assert isinstance(parsed, Request)
+    return parsed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_is_listed_here(name):
+    assert set(GIVEN[name]) == set(leaves(COMMANDS[name].options))
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, fields in GIVEN.items() for f in fields])
+def test_the_flag_reaches_its_field_and_no_other(name, field):
+    words, value = GIVEN[name][field]
+    untouched, given = request(name, *BASE[name]).options, request(name, *BASE[name], *words).options
+    for path in leaves(COMMANDS[name].options):
+        before, after = get(untouched, path), get(given, path)
+        if path == field:
+            assert after == value
+            assert type(after) is type(value)
+        elif not any(flag in words for flag in spellings(name, path)):
+            assert after == before
+
+
+def get(options, path):
+    for step in path.split("."):
+        options = getattr(options, step)
+    return options
+
+
+def spellings(name, path):
+    return next(f.names for f in flags_of(COMMANDS[name]) if ".".join(f.path) == path)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_the_docstring_of_the_field(name):
+    text = " ".join(help_text(name, 100).split())
+    for flag in flags_of(COMMANDS[name]):
+        assert flag.help, f"{name}: {flag.name} has no docstring"
+        squeezed = text.replace("- ", "-")
+        assert flag.help.replace("- ", "-") in squeezed, flag.name
+
+
+@pytest.mark.parametrize("owner", [QuantizeOptions, CaptureOptions, EvaluateOptions, CalibrationOptions, Override])
+def test_every_options_field_has_a_docstring(owner):
+    assert set(field_docs(owner)) == {f.name for f in dataclasses.fields(owner)}
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert request("quantize", "-m", "M", "-o", "O").options == QuantizeOptions("M", Path("O"))
+    assert request("capture-onnx-graph", "-m", "M").options == CaptureOptions("M")
+    assert request("evaluate", "-m", "M").options == EvaluateOptions("M")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_speak_json_quietly_or_at_length(name):
+    talk = request(name, *BASE[name], "--json", "-q").talk
+    assert (talk.json, talk.quiet, talk.verbose) == (True, True, False)
+    assert request(name, *BASE[name], "-v").talk.verbose
+    with pytest.raises(UsageError, match="--quiet and --verbose exclude each other"):
+        parse([name, *BASE[name], "-q", "-v"])
+
+
+def test_shorthands_are_settings():
+    options = request("quantize", "-m", "M", "-o", "O", "--damp-percent", "0.05", "--desc-act").options
+    assert options.settings == {"damp_percent": "0.05", "order": "desc_act"}
+    with pytest.raises(UsageError, match=r"damp_percent is given twice: '0\.1' and '0\.05'"):
+        parse(["quantize", "-m", "M", "-o", "O", "--damp-percent", "0.05", "--set", "damp_percent=0.1"])
+
+
+def test_shorthands_name_options_that_gptq_has():
+    from quantcli.algorithms import find, make_options
+
+    made = make_options(find("gptq"), {"damp_percent": "0.05", "order": "desc_act"})
+    assert (made.damp_percent, made.order) == (0.05, "desc_act")
+
+
+@pytest.mark.parametrize("word", ["damp", "=1", "damp="])
+def test_settings_that_are_not_key_and_value(word):
+    with pytest.raises(UsageError, match="not of the form KEY=VALUE"):
+        parse(["quantize", "-m", "M", "-o", "O", "--set", word])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GB", 4 * 10**9),
+        ("4g", 4 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("1.5GiB", 3 * 2**29),
+        ("2KiB", 2048),
+        ("12345", 12345),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4XB", "-1GB", "4iB", "0", "1e9", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError, match="size"):
+        parse_size(text)
