@@ -1,0 +1,45 @@
+# Needs python3 >= 3.11 and make; everything else is installed into .venv. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := src tests scripts $(wildcard benchmarks)
+# nothing here needs a hub; a library that tries to reach one fails at once instead of waiting
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test check format bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## quantize, capture, generate, evaluate a real model; prints one table
+	@$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED) ## the whole suite with coverage; PYTEST='-m "not real"' leaves out the demo model
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST)
+
+check: $(INSTALLED) ## format, lint, types, docs up to date
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy --strict src
+	$(BIN)/python scripts/make_cli_docs.py --check
+
+format: $(INSTALLED) ## let ruff format and fix what it can
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(INSTALLED) ## measure speed and quality on the demo model, beside peers that are installed
+	$(BIN)/python benchmarks/speed.py
+
+docs: $(INSTALLED) ## write docs/cli.md from the commands' help
+	$(BIN)/python scripts/make_cli_docs.py
+
+clean: ## remove the environment, the demo's outputs and caches
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON=... names one")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
