@@ -16,7 +16,6 @@ from typing import Any
 
 import fetch_demo_model
 import fetch_demo_text
-
 from quantcli.errors import QuantcliError
 from quantcli.folder import MANIFEST, file_digest, write_json
 from quantcli.pipelines import inspect
@@ -40,6 +39,7 @@ class Steps:
 
     @classmethod
     def open(cls, file: Path) -> "Steps":
+        """Reads what earlier runs kept."""
         digest = hashlib.sha256()
         for path in sorted((ROOT / "src").rglob("*.py")):
             digest.update(path.read_bytes())
