@@ -36,6 +36,7 @@ _EXAMPLES = (
 )
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _SIGPIPE_EXIT = 141
+_COMPLETION_VARIABLE = "_QUANTCLI_COMPLETE"  # set by the shell's completion script, which gives no arguments
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -47,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs a command line; returns the exit code after saying on stderr what went wrong, if anything did."""
     verbose = "-v" in argv or "--verbose" in argv or os.environ.get("QUANTCLI_DEBUG") == "1"
     try:
-        if not argv:
+        if not argv and _COMPLETION_VARIABLE not in os.environ:
             typer.echo(help_text(), err=True)
             return 2
         request = parse(argv)
@@ -76,7 +77,9 @@ def parse(argv: Sequence[str]) -> Request | int:
         for note in rewritten.notes:
             say("note", note)
     try:
-        request: Request | int = build().main(args, prog_name="quantcli", standalone_mode=False)
+        request: Request | int = build().main(
+            args, prog_name="quantcli", complete_var=_COMPLETION_VARIABLE, standalone_mode=False
+        )
     except typer.TyperException as error:
         raise as_usage_error(error, " ".join(["quantcli", *(a for a in args[:1] if a in COMMANDS)])) from error
     return request if isinstance(request, Request) else int(request or 0)

@@ -1,6 +1,7 @@
 """`quantcli inspect`: what a folder is and how it came to be."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,8 @@ def show(result: Any, console: "Console") -> None:
     console.text("")
     console.table(("weights", "tensors", "parameters", "size"), histogram)
     for step in result.history:
-        options = " ".join(f"{name}={value}" for name, value in step.options.items() if value not in (None, [], {}))
         console.text("")
-        console.pairs(f"made by {step.command} from {step.parent}", [("options", options)])
+        console.pairs(f"made by {step.command} from {step.parent}", [("options", _options_in_words(step.options))])
 
 
 def check(result: Any) -> None:
@@ -68,6 +68,17 @@ def check(result: Any) -> None:
             f"{result.folder} is not as it was written: {', '.join(bad[:3])}{more}",
             hint="make it anew with the command that `quantcli inspect` shows",
         )
+
+
+def _options_in_words(options: Mapping[str, Any], prefix: str = "") -> str:
+    """`bits=4 calibration.seed=0`: nested ones laid flat, empty and switched-off ones left out."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            words.append(_options_in_words(value, f"{prefix}{name}."))
+        elif value is not None and value is not False and value not in ([], (), ""):
+            words.append(f"{prefix}{name}={value}")
+    return " ".join(word for word in words if word)
 
 
 def _files_in_words(result: Any) -> str:

@@ -49,7 +49,7 @@ def show(result: Any, console: "Console") -> None:
                 gain,
             )
         )
-    heads = ("layers", "worst", "bits", "group", "count", "size", "mean error", "worst error", "of rtn's error")
+    heads = ("layers", "worst", "bits", "group", "count", "size", "mean error", "worst error", "vs rtn")
     if rows:
         console.table(heads, rows, left=2)
     if result.evaluation is not None:
