@@ -1,0 +1,154 @@
+"""The ONNX Runtime GenAI model builder used as a library: it knows the architectures, we bring the weights.
+
+The builder reads a model whose matrices are only named (`graphs.rows`) and builds its float graph from it; the rewrite
+(`graphs.nbits`) then puts in what the checkpoint holds. So a checkpoint of any bits, groups or order of columns goes
+the same way, nothing is dequantized, and no more than a few matrices at a time are unpacked.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantcli.errors import InputError
+from quantcli.export.matrices import Matrices, replace_by_names
+from quantcli.graphs.files import save_graph
+from quantcli.graphs.nbits import Placement, Rewriter
+from quantcli.graphs.rows import Rows
+
+__all__ = ["GRAPH", "build", "build_half_precision"]
+
+GRAPH = "model.onnx"
+
+
+@dataclass
+class _Intercepted:
+    """What the builder made."""
+
+    ledger: dict[str, Rows] = field(default_factory=dict)
+    """Initializers that are only named."""
+    graph: Any = None
+    """The onnx_ir model before it is written."""
+    loaded: bool = False
+    """Whether it took our model rather than opening the folder itself."""
+
+
+def build(
+    folder: Path, target: Path, model: Any, matrices: Matrices, accuracy_level: int, trust_remote_code: bool
+) -> list[Placement]:
+    """Writes model.onnx, its data, genai_config.json and the tokenizer.
+
+    Args:
+        folder: The checkpoint.
+        target: An existing folder to write to.
+        model: The loaded checkpoint; its matrices are replaced by names.
+        matrices: Its matrices.
+        accuracy_level: Attribute of every MatMulNBits.
+        trust_remote_code: Run model code that the folder brings along.
+
+    Returns:
+        Where every matrix is.
+
+    Raises:
+        InputError: the builder does not know the architecture or does something to a weight that we cannot follow.
+    """
+    _refuse_false_heads(model)
+    replace_by_names(model, matrices)
+    with _intercept(model) as made:
+        _run_builder(folder, target, "fp32", "cpu", trust_remote_code)
+    if matrices.quantized and not made.loaded:
+        raise _unsupported(model.config, "reads its weights by itself")
+    placements = Rewriter(made.graph.graph, made.ledger, matrices, accuracy_level).run()
+    made.graph.graph.sort()
+    save_graph(made.graph, target / GRAPH)
+    return placements
+
+
+def build_half_precision(folder: Path, target: Path, trust_remote_code: bool) -> None:
+    """Writes a float16 graph for CUDA: the CPU has no float16 kernels for what the builder emits."""
+    _run_builder(folder, target, "fp16", "cuda", trust_remote_code)
+
+
+def _run_builder(folder: Path, target: Path, precision: str, provider: str, trust_remote_code: bool) -> None:
+    said = io.StringIO()
+    scratch = target / ".cache"
+    try:
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from onnxruntime_genai.models import builder
+
+            settings = ["hf_token=false", "shared_embeddings=false", *(["hf_remote=true"] if trust_remote_code else [])]
+            options = builder.parse_extra_options(
+                None, str(folder), str(target), precision, provider, str(scratch), settings
+            )
+            config = options["hf_details"]["hf_config"]
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            builder.create_model(None, str(folder), str(target), precision, provider, str(scratch), **options)
+    except NotImplementedError as error:
+        raise _unsupported(config, str(error).splitlines()[0]) from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"the GenAI model builder cannot take {folder}: {reason}", hint="add --exporter torch"
+        ) from error
+    finally:
+        if scratch.is_dir() and not any(scratch.iterdir()):
+            scratch.rmdir()
+
+
+@contextmanager
+def _intercept(model: Any) -> Iterator[_Intercepted]:
+    """Lets the builder take our model, notes what it does with named weights, and keeps the graph from being written.
+
+    The builder offers no hook for either, so three methods of its base class are replaced while it runs.
+    """
+    said = io.StringIO()
+    with redirect_stdout(said):
+        from onnxruntime_genai.models import builder
+    base, made = builder.Model, _Intercepted()
+    original = base.make_initializer
+
+    def load_weights(self: Any, input_path: str) -> Any:
+        made.loaded = True
+        return model
+
+    def make_initializer(self: Any, tensor: Any, /, name: str, **kwargs: Any) -> None:
+        if isinstance(tensor, Rows):
+            made.ledger[name] = tensor
+        original(self, tensor, name, **kwargs)
+
+    def save_model(self: Any, out_dir: str) -> None:
+        made.graph = self.model
+
+    saved = base.load_weights, base.make_initializer, base.save_model
+    base.load_weights, base.make_initializer, base.save_model = load_weights, make_initializer, save_model
+    try:
+        yield made
+    finally:
+        base.load_weights, base.make_initializer, base.save_model = saved
+
+
+def _refuse_false_heads(model: Any) -> None:
+    """The builder takes any linear with as many outputs as there are tokens for the head, and says nothing."""
+    head, tokens = model.get_output_embeddings(), model.config.get_text_config().vocab_size
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "PackedLinear"
+        if is_linear and module is not head and module.out_features == tokens and not name.endswith(".packed"):
+            raise InputError(
+                f"{name} has as many outputs as there are tokens ({tokens}): the GenAI builder would take it for the "
+                "output head",
+                hint="add --exporter torch",
+            )
+
+
+def _unsupported(config: Any, reason: str) -> InputError:
+    return InputError(
+        f"the GenAI model builder does not support model type {config.model_type!r} ({reason})",
+        hint="add --exporter torch",
+    )

@@ -1,0 +1,161 @@
+"""The matrices of a loaded model by name, and a model whose matrices are only named."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantcli.errors import InputError
+from quantcli.graphs.rows import Rows
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.linear import PackedEmbedding, PackedLinear
+from quantcli.models.load import load
+from quantcli.scheme import Scheme
+from quantcli.tensors.affine import minmax_grid, round_to_grid
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["Matrices", "load_matrices", "replace_by_names"]
+
+_KEPT = 3  # q, k and v are read for planning and again for packing
+_FLOATS = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Matrices:
+    """Reads matrices by module name: codes as the checkpoint has them, or rounded on demand, or values."""
+
+    stored: dict[str, PackedLinear | Tensor] = field(default_factory=dict)
+    """Packed or float [N, K], by module name."""
+    rounded: dict[str, Scheme] = field(default_factory=dict)
+    """Float matrices to round to the nearest code, by module name."""
+    embedding: str = ""
+    """Module name of the input embedding."""
+    head: str = ""
+    """Module name of the output head; the embedding's where both are one matrix."""
+    _latest: dict[str, QuantizedTensor | Tensor] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> QuantizedTensor | Tensor:
+        """One matrix; what is rounded is rounded anew, always alike, so that no more than the latest are kept."""
+        if name not in self._latest:
+            while len(self._latest) >= _KEPT:
+                del self._latest[next(iter(self._latest))]
+            self._latest[name] = self._read(name)
+        return self._latest[name]
+
+    def _read(self, name: str) -> QuantizedTensor | Tensor:
+        matrix = self.stored[name]
+        if isinstance(matrix, PackedLinear):
+            return matrix.quantized()
+        if name not in self.rounded:
+            return matrix
+        weight, scheme = matrix.float(), self.rounded[name]
+        return round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+
+    @property
+    def quantized(self) -> dict[str, int]:
+        """Rows of each matrix that the graph holds as codes."""
+        return {n: self.shape(n)[0] for n, m in self.stored.items() if n in self.rounded or isinstance(m, PackedLinear)}
+
+    def owner_of(self, module: nn.Module, name: str, is_head: bool) -> str | None:
+        """The name under which a module's matrix is stored; None for modules without one."""
+        matrix = _matrix_of(module)
+        if matrix is None or name.endswith(".packed"):
+            return None
+        if is_head:
+            return self.head
+        if name in self.stored:
+            return name
+        return next((n for n, other in self.stored.items() if other is matrix), self.embedding)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of a matrix."""
+        matrix = self.stored[name]
+        if isinstance(matrix, PackedLinear):
+            return matrix.out_features, matrix.in_features
+        return matrix.shape[0], matrix.shape[1]
+
+    def stored_bits(self, name: str) -> int | None:
+        """Bits of a matrix that the checkpoint has as codes; None for float."""
+        matrix = self.stored[name]
+        return matrix.bits if isinstance(matrix, PackedLinear) else None
+
+    def round_linears(self, scheme: Scheme) -> None:
+        """Has every float linear of the blocks rounded; embedding and head stay as they are."""
+        for name, matrix in self.stored.items():
+            if name not in (self.embedding, self.head) and not isinstance(matrix, PackedLinear):
+                self.rounded[name] = scheme
+
+    def round_head(self, scheme: Scheme) -> None:
+        """Has the float head rounded; one that is tied to the embedding gets codes of its own."""
+        if self.head == self.embedding:
+            self.head = "lm_head" if self.embedding != "lm_head" else "lm_head.own"
+            self.stored[self.head] = self.stored[self.embedding]
+        self.rounded[self.head] = scheme
+
+
+def load_matrices(folder: Path, trust_remote_code: bool) -> tuple[Any, Matrices]:
+    """Loads a checkpoint, float or quantized, with its float tensors in their stored dtype.
+
+    Returns:
+        The transformers model and its matrices.
+
+    Raises:
+        InputError: the folder is no model that we can read, or damaged.
+    """
+    checkpoint = Checkpoint.open(folder)
+    model = load(folder, device="cpu", dtype=_stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
+    matrices = Matrices()
+    owners: dict[object, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        matrix = _matrix_of(module)
+        if matrix is None or name.endswith(".packed"):
+            continue
+        key = id(matrix) if isinstance(matrix, PackedLinear) else (matrix.data_ptr(), matrix.shape)
+        matrices.stored.setdefault(owners.setdefault(key, name), matrix)
+        if module is model.get_input_embeddings():
+            matrices.embedding = name
+        if module is model.get_output_embeddings():
+            matrices.head = owners[key]
+    if not matrices.embedding or not matrices.head:
+        raise InputError(f"{folder} has no {'output head' if matrices.embedding else 'input embedding'}")
+    return model, matrices
+
+
+def replace_by_names(model: Any, matrices: Matrices) -> None:
+    """Takes the numbers out of every linear and embedding of a model and leaves `Rows` that name them."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        owner = matrices.owner_of(module, name, module is model.get_output_embeddings())
+        if owner is None:
+            continue
+        shape = matrices.shape(owner)
+        shell: nn.Module
+        if isinstance(module, nn.Embedding | PackedEmbedding):
+            shell = nn.Embedding(*shape, device="meta")
+        else:
+            shell = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+            shell.bias = getattr(module, "bias", None)  # type: ignore[assignment]
+        del shell.weight
+        shell.weight = Rows.whole(owner, *shape)
+        model.set_submodule(name, shell)
+
+
+def _matrix_of(module: nn.Module) -> PackedLinear | Tensor | None:
+    if isinstance(module, PackedEmbedding):
+        return module.packed
+    if isinstance(module, PackedLinear):
+        return module
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return module.weight.data
+    if isinstance(module, Conv1D):  # GPT-2's linears, stored [K, N]
+        weight: Tensor = module.weight.data.T
+        return weight
+    return None
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The one dtype of all float tensors that are values rather than scales, or float32 where there are several."""
+    found = {e.dtype for n, e in checkpoint.entries.items() if e.dtype.is_floating_point and not n.endswith(".scales")}
+    return found.pop() if len(found) == 1 and next(iter(found)) in _FLOATS else torch.float32

@@ -1,0 +1,139 @@
+"""How a quantized matrix becomes the blocks of MatMulNBits and GatherBlockQuantized: same codes, scales and zeros.
+
+The operators know 2, 4 and 8 bits and blocks of 16 to 256 neighbouring columns, one scale and zero each. Everything
+else is brought there without touching a value:
+
+- 3 bits lie in 4-bit containers, 5 to 7 in 8-bit ones;
+- a group is cut into equal blocks that repeat its scale and zero (per channel, long groups, a short last group);
+- columns whose groups are not runs of whole blocks (`desc_act`, a group size of 24) are gathered first: sorted by
+  group, each group filled up with columns whose code is its zero point, which adds exactly nothing to a product.
+
+Symbols: N rows, K columns, G groups, B blocks per row, b block size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["BLOCK_SIZES", "BlockLayout", "container_bits", "pack_codes", "plan_blocks", "unpack_codes"]
+
+BLOCK_SIZES = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where each code of a row goes."""
+
+    bits: int
+    """Bits of the container: 2, 4 or 8."""
+    block_size: int
+    """Columns of a block."""
+    group: Tensor
+    """[B] int64: the group whose scale and zero the block repeats."""
+    columns: Tensor | None
+    """[B*b] int64: the input column that stands here, -1 for a filler; None where the order is kept."""
+    width: int
+    """Columns of the product's input: K, or B*b where columns are gathered."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per row, B."""
+        return len(self.group)
+
+    def same_as(self, other: "BlockLayout") -> bool:
+        """Whether rows in both layouts can stand in one node."""
+        kept = self.columns is None and other.columns is None
+        gathered = self.columns is not None and other.columns is not None and torch.equal(self.columns, other.columns)
+        return (self.bits, self.block_size, self.blocks) == (other.bits, other.block_size, other.blocks) and (
+            kept or gathered
+        )
+
+    def codes(self, tensor: QuantizedTensor) -> np.ndarray:
+        """The packed codes, [N, B, b*bits/8] uint8."""
+        rows, columns = tensor.shape
+        length = self.blocks * self.block_size
+        out = tensor.zero[:, self.group].repeat_interleave(self.block_size, dim=1)  # fillers: exactly nothing
+        if self.columns is None:
+            out[:, :columns] = tensor.codes
+        else:
+            used = self.columns >= 0
+            out[:, used] = tensor.codes[:, self.columns[used]]
+        return pack_codes(out.numpy(), self.bits).reshape(rows, self.blocks, length * self.bits // 8 // self.blocks)
+
+    def scales(self, tensor: QuantizedTensor) -> np.ndarray:
+        """The scale of each block, [N, B] float32."""
+        return tensor.scale[:, self.group].float().numpy()
+
+    def zeros(self, tensor: QuantizedTensor) -> np.ndarray:
+        """The zero of each block, packed: [N, ceil(B*bits/8)] uint8."""
+        return pack_codes(tensor.zero[:, self.group].numpy(), self.bits)
+
+    def inverse(self, columns: int) -> Tensor:
+        """[K] int64: where each input column stands among the blocks."""
+        if self.columns is None:
+            return torch.arange(columns)
+        out = torch.empty(columns, dtype=torch.int64)
+        used = (self.columns >= 0).nonzero()[:, 0]
+        out[self.columns[used]] = used
+        return out
+
+
+def container_bits(bits: int) -> int:
+    """The narrowest width that the operators know and the codes fit in."""
+    return next(width for width in (2, 4, 8) if bits <= width)
+
+
+def plan_blocks(group: Tensor, bits: int) -> BlockLayout:
+    """The layout that takes the least space.
+
+    Args:
+        group: [K] the group of each column.
+        bits: Bits of the codes, 2 to 8.
+    """
+    group, width, count = group.long(), container_bits(bits), len(group)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (group[1:] != group[:-1]).nonzero()[:, 0] + 1])
+    fitting = [b for b in BLOCK_SIZES if not bool((starts % b).any())]
+    if fitting:
+        size = min(fitting, key=lambda b: (_row_bytes(-(-count // b), b, width), -b))
+        first = torch.arange(-(-count // size)) * size
+        return BlockLayout(width, size, group[first], None, count)
+    present, counts = torch.unique(group, return_counts=True)
+    size = min(BLOCK_SIZES, key=lambda b: (_row_bytes(int(-(-counts // b).sum()), b, width), -b))
+    order = torch.argsort(group, stable=True)
+    pieces, owners = [], []
+    for name, columns in zip(present.tolist(), torch.split(order, counts.tolist()), strict=True):
+        filler = torch.full((-len(columns) % size,), -1, dtype=torch.int64)
+        pieces += [columns, filler]
+        owners += [name] * (-(-len(columns) // size))
+    gathered = torch.cat(pieces)
+    return BlockLayout(width, size, torch.tensor(owners), gathered, len(gathered))
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packs along the last axis, first code in the lowest bits: [..., n] uint8 to [..., ceil(n*bits/8)] uint8."""
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    per_byte = 8 // bits
+    short = -codes.shape[-1] % per_byte
+    if short:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], short), np.uint8)], axis=-1)
+    out = codes[..., 0::per_byte].copy()
+    for index in range(1, per_byte):
+        out |= codes[..., index::per_byte] << np.uint8(bits * index)
+    return out
+
+
+def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The inverse of `pack_codes`: [..., ceil(count*bits/8)] uint8 to [..., count] uint8."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def _row_bytes(blocks: int, size: int, bits: int) -> int:
+    """Bytes of one row: codes, float32 scales, packed zeros."""
+    return blocks * (size * bits // 8 + 4) + -(-blocks * bits // 8)

@@ -1,0 +1,282 @@
+"""Puts quantized matrices into a graph whose weights are only named.
+
+MatMul becomes MatMulNBits, Gather becomes GatherBlockQuantized, and what stays float is read when the file is written.
+
+A weight that joins matrices of different bits, groups or kinds (q, k and v under overrides) becomes one node per kind
+and a Concat. A head tied to the embedding reads the embedding's own table.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.graphs.blocks import BlockLayout, plan_blocks
+from quantcli.graphs.rows import RowRange, Rows
+from quantcli.tensors.quantized import QuantizedTensor, concatenate_rows
+
+__all__ = ["Placement", "ReadMatrix", "Rewriter"]
+
+ReadMatrix = Callable[[str], QuantizedTensor | Tensor]
+"""Gives a matrix by module name: codes, or values [N, K]."""
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where rows of the checkpoint stand in the graph; what `graphs.verify` checks."""
+
+    weight: str
+    """Initializer of the codes or values."""
+    ranges: tuple[RowRange, ...]
+    """The rows it holds, in order."""
+    width: int
+    """Columns of the matrices, K."""
+    layout: BlockLayout | None
+    """Where their codes go; None for float."""
+    scales: str = ""
+    """Initializer of the scales."""
+    zeros: str = ""
+    """Initializer of the zero points; empty where all are the middle."""
+    transposed: bool = False
+    """Whether a float initializer is [K, N]."""
+
+
+class Rewriter:
+    """Rewrites one graph in place."""
+
+    def __init__(self, graph: ir.Graph, ledger: Mapping[str, Rows], read: ReadMatrix, accuracy_level: int):
+        """Remembers what to rewrite.
+
+        Args:
+            graph: The graph as an exporter built it.
+            ledger: Which rows each initializer stands for.
+            read: Gives the matrices; called again for every use, so nothing is kept in memory.
+            accuracy_level: Attribute of every MatMulNBits.
+        """
+        self.graph, self.ledger, self.read, self.accuracy_level = graph, dict(ledger), read, accuracy_level
+        self.placements: list[Placement] = []
+        self._gathered: dict[tuple[str, bytes], ir.Value] = {}
+        self._indexes: dict[bytes, ir.Value] = {}
+
+    def run(self) -> list[Placement]:
+        """Rewrites every weight of the ledger; returns where all of them are."""
+        gathers = [name for name, rows in self.ledger.items() if not rows.transposed]
+        for name in [*gathers, *(n for n in self.ledger if n not in gathers)]:
+            value, rows = self.graph.initializers[name], self.ledger[name]
+            uses = [(node, index) for node, index in value.uses()]
+            for node, index in uses:
+                if node.op_type == "MatMul" and index == 1 and rows.transposed:
+                    self._replace_matmul(node, rows, name)
+                elif node.op_type == "Gather" and index == 0 and not rows.transposed:
+                    self._replace_gather(node, rows, name)
+                else:
+                    raise InputError(
+                        f"the exporter uses the weight of {rows.ranges[0].name} in a {node.op_type}, "
+                        "which has no quantized form",
+                        hint="add --exporter torch",
+                    )
+            if self.graph.initializers.get(name) is value and not value.uses():
+                del self.graph.initializers[name]
+        return self.placements
+
+    # -- products ------------------------------------------------------------------------------------------------
+
+    def _replace_matmul(self, node: ir.Node, rows: Rows, name: str) -> None:
+        x, base = node.inputs[0], name.removesuffix(".weight")
+        assert x is not None
+        parts = [(r, self._layout(r.name)) for r in rows.ranges]
+        kinds: list[list[tuple[RowRange, BlockLayout | None]]] = []
+        for part in parts:
+            if kinds and _alike(kinds[-1][-1][1], part[1]):
+                kinds[-1].append(part)
+            else:
+                kinds.append([part])
+        outputs = []
+        for number, kind in enumerate(kinds):
+            ranges, layout = tuple(r for r, _ in kind), kind[0][1]
+            label = base if len(kinds) == 1 else f"{base}.{number}"
+            if layout is None:
+                outputs.append(self._float_product(node, x, ranges, rows.columns, label))
+            else:
+                outputs.append(self._quantized_product(node, x, ranges, rows.columns, layout, label))
+        result = outputs[0]
+        if len(outputs) > 1:
+            result = self._insert(node, "Concat", outputs, {"axis": -1}, name=f"{node.name}/Concat")
+        self._take_place(node, result)
+
+    def _quantized_product(
+        self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str
+    ) -> ir.Value:
+        weight, scales, zeros = self._quantized_initializers(ranges, width, layout, label, keep_zeros=False)
+        inputs = [self._gather_columns(node, x, layout), weight, scales, *([zeros] if zeros is not None else [])]
+        attributes = {
+            "K": layout.width,
+            "N": sum(r.stop - r.start for r in ranges),
+            "bits": layout.bits,
+            "block_size": layout.block_size,
+            "accuracy_level": self.accuracy_level,
+        }
+        return self._insert(node, "MatMulNBits", inputs, attributes, _DOMAIN, f"/{label.replace('.', '/')}/NBits")
+
+    def _float_product(
+        self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], width: int, label: str
+    ) -> ir.Value:
+        shared = next(
+            (p for p in self.placements if p.layout is None and p.ranges == ranges and not p.transposed), None
+        )
+        if shared is not None:  # a head tied to the embedding: one table on disk and in memory
+            table = self.graph.initializers[shared.weight]
+            return self._insert(node, "FusedMatMul", [x, table], {"transB": 1}, _DOMAIN, f"/{label}/Fused")
+        weight = self._float_initializer(ranges, width, f"{label}.weight", transposed=True)
+        return self._insert(node, "MatMul", [x, weight], {}, name=f"/{label.replace('.', '/')}/Float")
+
+    def _gather_columns(self, node: ir.Node, x: ir.Value, layout: BlockLayout) -> ir.Value:
+        """The input in the order of the blocks; products of one input in one order share it."""
+        if layout.columns is None:
+            return x
+        key = layout.columns.numpy().tobytes()
+        if (str(x.name), key) not in self._gathered:
+            index = self._index(layout.columns.clamp(min=0))  # fillers multiply whatever stands there by nothing
+            out = self._insert(node, "Gather", [x, index], {"axis": -1}, name=f"{x.name}/columns_{len(self._gathered)}")
+            self._gathered[str(x.name), key] = out
+        return self._gathered[str(x.name), key]
+
+    # -- embeddings ----------------------------------------------------------------------------------------------
+
+    def _replace_gather(self, node: ir.Node, rows: Rows, name: str) -> None:
+        base, ranges = name.removesuffix(".weight"), rows.ranges
+        if len(ranges) != 1:
+            raise InputError(f"the exporter joins {ranges[0].name} with others in an embedding")
+        layout = self._layout(ranges[0].name)
+        if layout is None:
+            table = self._float_initializer(ranges, rows.columns, name, transposed=False)
+            node.replace_input_with(0, table)
+            return
+        weight, scales, zeros = self._quantized_initializers(ranges, rows.columns, layout, base, keep_zeros=True)
+        length = layout.blocks * layout.block_size
+        tensor_rows = ranges[0].stop - ranges[0].start
+        shape = self._constant(f"{base}.shape", np.array([tensor_rows, length * layout.bits // 8], np.int64))
+        flat = self._insert(node, "Reshape", [weight, shape], {}, name=f"{node.name}/Flat")
+        ids = node.inputs[1]
+        assert ids is not None and zeros is not None
+        attributes = {"bits": layout.bits, "block_size": layout.block_size, "gather_axis": 0, "quantize_axis": 1}
+        out = self._insert(
+            node, "GatherBlockQuantized", [flat, ids, scales, zeros], attributes, _DOMAIN, f"{node.name}/Quantized"
+        )
+        if length != rows.columns or layout.columns is not None:
+            index = self._index(layout.inverse(rows.columns))
+            out = self._insert(node, "Gather", [out, index], {"axis": -1}, name=f"{node.name}/Columns")
+        self._take_place(node, out)
+
+    # -- initializers --------------------------------------------------------------------------------------------
+
+    def _layout(self, name: str) -> BlockLayout | None:
+        matrix = self.read(name)
+        return plan_blocks(matrix.group, matrix.scheme.bits) if isinstance(matrix, QuantizedTensor) else None
+
+    def _quantized_initializers(
+        self, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str, keep_zeros: bool
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        shared = next((p for p in self.placements if p.layout is not None and p.ranges == ranges and p.zeros), None)
+        if shared is not None:  # a head tied to a quantized embedding
+            found = self.graph.initializers
+            return found[shared.weight], found[shared.scales], found[shared.zeros]
+        tensor = self._codes(ranges)
+        rows, middle = tensor.shape[0], 1 << (layout.bits - 1)
+        shape = ir.Shape((rows, layout.blocks, layout.block_size * layout.bits // 8))
+        codes = ir.LazyTensor(
+            lambda: ir.Tensor(layout.codes(self._codes(ranges)), name=f"{label}.qweight"),
+            dtype=ir.DataType.UINT8,
+            shape=shape,
+            name=f"{label}.qweight",
+        )
+        weight = self._register(codes)
+        scales = self._constant(f"{label}.scales", layout.scales(tensor))
+        zeros = None
+        if keep_zeros or bool((tensor.zero != middle).any()):
+            zeros = self._constant(f"{label}.zeros", layout.zeros(tensor))
+        placed = Placement(
+            f"{label}.qweight", ranges, width, layout, f"{label}.scales", "" if zeros is None else f"{label}.zeros"
+        )
+        self.placements.append(placed)
+        return weight, scales, zeros
+
+    def _float_initializer(self, ranges: tuple[RowRange, ...], width: int, name: str, transposed: bool) -> ir.Value:
+        count = sum(r.stop - r.start for r in ranges)
+
+        def values() -> ir.TensorProtocol:
+            parts = [self._values(r.name)[r.start : r.stop] for r in ranges]
+            whole = torch.cat(parts).float()
+            return ir.Tensor((whole.T if transposed else whole).contiguous().numpy(), name=name)
+
+        shape = ir.Shape((width, count) if transposed else (count, width))
+        self.graph.initializers.pop(name, None)
+        self.placements.append(Placement(name, ranges, width, None, transposed=transposed))
+        return self._register(ir.LazyTensor(values, dtype=ir.DataType.FLOAT, shape=shape, name=name))
+
+    def _codes(self, ranges: tuple[RowRange, ...]) -> QuantizedTensor:
+        parts = []
+        for part in ranges:
+            matrix = self.read(part.name)
+            assert isinstance(matrix, QuantizedTensor)
+            parts.append(matrix.rows(part.start, part.stop))
+        return concatenate_rows(parts) if len(parts) > 1 else parts[0]
+
+    def _values(self, name: str) -> Tensor:
+        matrix = self.read(name)
+        assert isinstance(matrix, Tensor)
+        return matrix
+
+    def _index(self, columns: Tensor) -> ir.Value:
+        key = columns.numpy().tobytes()
+        if key not in self._indexes:
+            self._indexes[key] = self._constant(f"columns_{len(self._indexes)}", columns.numpy())
+        return self._indexes[key]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return self._register(ir.Tensor(array, name=name))
+
+    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    def _insert(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value],
+        attributes: Mapping[str, int],
+        domain: str = "",
+        name: str = "",
+    ) -> ir.Value:
+        new = ir.node(op_type, inputs, dict(attributes), domain=domain, name=name)
+        new.outputs[0].name = f"{name}/output_0"
+        new.outputs[0].dtype = ir.DataType.UINT8 if op_type == "Reshape" else ir.DataType.FLOAT
+        self.graph.insert_before(before, new)
+        self.graph.opset_imports.setdefault(_DOMAIN, 1)
+        return new.outputs[0]
+
+    def _take_place(self, node: ir.Node, result: ir.Value) -> None:
+        """Lets `result` stand where the node's output stood, under the same name."""
+        old = node.outputs[0]
+        name, result.shape = old.name, old.shape
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        old.name, result.name = None, name
+
+
+def _alike(one: BlockLayout | None, other: BlockLayout | None) -> bool:
+    """Whether rows of both kinds can stand in one node."""
+    if one is None or other is None:
+        return one is other
+    return one.same_as(other)

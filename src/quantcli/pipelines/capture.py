@@ -1,0 +1,233 @@
+"""`quantcli capture-onnx-graph`: a checkpoint becomes a folder that ONNX Runtime GenAI runs, verified bit for bit."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import UsageError, nearest
+from quantcli.export import builder, torch_exporter
+from quantcli.export.accuracy import LARGEST_FLIP_RATE, LevelCheck, Probe, compare_levels, probe
+from quantcli.export.companions import context_length, copy_tokenizer, probe_tokens, read_tokenizer
+from quantcli.export.matrices import Matrices, load_matrices
+from quantcli.folder import (
+    Manifest,
+    PartialFolder,
+    create_output,
+    fingerprint,
+    folder_size_bytes,
+    require_free_bytes,
+)
+from quantcli.graphs.files import check_external_data
+from quantcli.graphs.levels import change_accuracy_level, count_by_bits
+from quantcli.graphs.verify import verify_weights
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.source import locate_model
+from quantcli.options import CaptureOptions
+from quantcli.progress import Progress, Silent
+from quantcli.scheme import Scheme
+
+__all__ = ["CaptureResult", "run"]
+
+EXPORTERS = ("genai", "torch")
+PRECISIONS = ("fp32", "fp16", "int4", "int8")
+HEAD_BITS = (4, 8, 16)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_DEFAULT_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """What `run` wrote and measured."""
+
+    output: Path
+    """The folder."""
+    size_bytes: int
+    """Bytes of its model."""
+    nodes: dict[str, int]
+    """Quantized nodes by bits, and products with a float weight."""
+    accuracy_level: int | None
+    """Of MatMulNBits; None where there is none."""
+    flip_rate: float | None
+    """Share of top tokens that accuracy level 4 changes, measured; None where there is nothing to measure."""
+    tokens_per_second: float | None
+    """Decoding, batch of one, while it was checked; None where the graph cannot run here."""
+    sample: str | None
+    """What it wrote after a short prompt; None where the graph cannot run here."""
+    seconds: float
+    """How long it took."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report."""
+        return asdict(self) | {"output": str(self.output)}
+
+
+def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureResult:
+    """Captures the graph.
+
+    Raises:
+        UsageError: options that exclude each other or do not apply to this model.
+        InputError: the model cannot be read, exported or run.
+        ResourceError: not enough disk.
+    """
+    progress, begin = progress or Silent(), time.perf_counter()
+    _check_options(options)
+    folder = locate_model(options.model)
+    checkpoint = Checkpoint.open(folder)
+    is_quantized = checkpoint.config.get("quantization_config") is not None
+    _check_input(options, is_quantized)
+    tokenizer = read_tokenizer(folder, options.trust_remote_code)
+    resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}
+    progress.plan(
+        "Capture",
+        [
+            ("model", f"{options.model} ({'quantized' if is_quantized else 'float'})"),
+            ("exporter", options.exporter),
+            ("precision", "as quantized" if is_quantized else resolved["precision"]),
+            ("output", str(options.output)),
+        ],
+    )
+    require_free_bytes(options.output.absolute().parent, checkpoint.size_bytes)
+    with create_output(options.output, plan=resolved, inputs=[folder], force=options.force) as partial:
+        if options.precision == "fp16":
+            builder.build_half_precision(folder, partial.model, options.trust_remote_code)
+            check_external_data(partial.model / builder.GRAPH)
+            progress.warn("float16 graphs need CUDA: this one was written but not opened, nothing here can run it")
+            level, check, last = None, None, None
+        else:
+            _write_graph(options, folder, partial.model, progress)
+            level, check, last = _choose_level(options, folder, tokenizer, partial, progress)
+        copy_tokenizer(folder, partial.model)
+        sample = tokenizer.decode(last.sample) if last is not None else None
+        result = CaptureResult(
+            output=options.output,
+            size_bytes=folder_size_bytes(partial.model),
+            nodes=count_by_bits(partial.model / builder.GRAPH),
+            accuracy_level=level,
+            flip_rate=check.flip_rate if check is not None else None,
+            tokens_per_second=round(last.tokens_per_second, 2) if last is not None else None,
+            sample=sample,
+            seconds=round(time.perf_counter() - begin, 2),
+        )
+        metrics = {k: v for k, v in result.to_dict().items() if k != "output"}
+        if check is not None:
+            metrics["accuracy_check"] = asdict(check)
+        parent = {"model": options.model, "fingerprint": fingerprint(folder)}
+        partial.commit(Manifest("onnx", "capture-onnx-graph", resolved | {"accuracy_level": level}, parent, metrics))
+    return result
+
+
+def _check_options(options: CaptureOptions) -> None:
+    """Refuses values that cannot be, before anything is read."""
+    for flag, value, allowed in (
+        ("exporter", options.exporter, EXPORTERS),
+        ("precision", options.precision, (None, *PRECISIONS)),
+    ):
+        if value not in allowed:
+            known = [a for a in allowed if a is not None]
+            raise UsageError(f"unknown --{flag} {value!r}, {nearest(str(value), known)}")
+    if options.accuracy_level is not None and options.accuracy_level not in range(5):
+        raise UsageError(f"--accuracy-level must be 0 to 4, got {options.accuracy_level}")
+    if options.block_size is not None and options.block_size not in BLOCK_SIZES:
+        raise UsageError(f"--block-size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {options.block_size}")
+    if options.lm_head_bits is not None and options.lm_head_bits not in HEAD_BITS:
+        raise UsageError(f"--lm-head-bits must be 4, 8 or 16 (float), got {options.lm_head_bits}")
+    if options.target_opset is not None and options.exporter != "torch":
+        raise UsageError(
+            "--target-opset applies to --exporter torch; the GenAI builder fixes its own opset",
+            hint="add --exporter torch, or leave --target-opset out",
+        )
+    low, high = torch_exporter.OPSETS
+    if options.target_opset is not None and not low <= options.target_opset <= high:
+        raise UsageError(f"--target-opset must be {low} to {high}, got {options.target_opset}")
+    if options.precision == "fp16":
+        if options.exporter == "torch":
+            raise UsageError("--precision fp16 applies to --exporter genai", hint="leave --exporter torch out")
+        for flag in ("accuracy_level", "lm_head_bits", "block_size"):
+            if getattr(options, flag) is not None:
+                raise UsageError(f"--{flag.replace('_', '-')} does not apply to --precision fp16, which has no codes")
+
+
+def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
+    """Refuses options that do not apply to this model."""
+    rounds = options.precision in ("int4", "int8")
+    if is_quantized and options.precision not in (None, "fp32"):
+        raise UsageError(
+            f"--precision {options.precision} applies to float input; this checkpoint is quantized and keeps its codes",
+            hint="leave --precision out, or give the float model",
+        )
+    makes_head = options.lm_head_bits in (4, 8)
+    if options.block_size is not None and not (rounds or makes_head):
+        raise UsageError(
+            "--block-size applies where capture quantizes: --precision int4 or int8 on float input, or --lm-head-bits",
+            hint="leave --block-size out",
+        )
+    if options.accuracy_level is not None and not (is_quantized or rounds or makes_head):
+        raise UsageError(
+            "--accuracy-level applies to quantized products; this graph would have none",
+            hint="leave --accuracy-level out, or add --precision int4",
+        )
+
+
+def _write_graph(options: CaptureOptions, folder: Path, target: Path, progress: Progress) -> None:
+    """Writes model.onnx at accuracy level 0, or the one asked for, and verifies its weights against the checkpoint."""
+    model, matrices = load_matrices(folder, options.trust_remote_code)
+    _round_what_was_asked(options, matrices)
+    if options.exporter == "torch":
+        placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
+    else:
+        placements = builder.build(folder, target, model, matrices, 0, options.trust_remote_code)
+    del model
+    progress.note("comparing every weight of the graph with the checkpoint")
+    expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
+    verify_weights(target / builder.GRAPH, placements, matrices, expected)
+
+
+def _round_what_was_asked(options: CaptureOptions, matrices: Matrices) -> None:
+    block = options.block_size or _DEFAULT_BLOCK
+    if options.precision in ("int4", "int8"):
+        matrices.round_linears(Scheme(4 if options.precision == "int4" else 8, block))
+    wanted = options.lm_head_bits
+    if wanted is None:
+        return
+    stored = matrices.stored_bits(matrices.head)
+    if stored is not None and stored != wanted:
+        raise UsageError(
+            f"--lm-head-bits {wanted}: the checkpoint's output head has {stored} bits and keeps its codes",
+            hint="leave --lm-head-bits out, or quantize again with another --override for the head",
+        )
+    if stored is None and wanted != 16:
+        matrices.round_head(Scheme(wanted, block))
+
+
+def _choose_level(
+    options: CaptureOptions, folder: Path, tokenizer: Any, partial: PartialFolder, progress: Progress
+) -> tuple[int | None, LevelCheck | None, Probe]:
+    """Opens the graph, lets it write, and settles the accuracy level by what level 4 does to its top tokens."""
+    path = partial.model / builder.GRAPH
+    text, prompt = probe_tokens(tokenizer)
+    longest = context_length(partial.model)
+    exact = probe(partial.model, text, prompt, longest)
+    asked = options.accuracy_level
+    if change_accuracy_level(path, 4 if asked is None else asked) == 0:
+        return None, None, exact
+    if asked in (0, 1, 2, 3):
+        return asked, None, probe(partial.model, text, prompt, longest) if asked else exact
+    int8 = probe(partial.model, text, prompt, longest)
+    check = compare_levels(exact, int8)
+    said = (
+        f"accuracy level 4 (int8 arithmetic) changes {check.flip_rate:.1%} of {check.positions} top tokens, "
+        f"{check.int8_tokens_per_second:.1f} tokens/s against {check.exact_tokens_per_second:.1f} at level 0"
+    )
+    if asked == 4:
+        (progress.warn if check.flip_rate > LARGEST_FLIP_RATE else progress.note)(said)
+        return 4, check, int8
+    if check.worth_it:
+        progress.note(f"{said}: taken")
+        return 4, check, int8
+    change_accuracy_level(path, 0)
+    if check.flip_rate > LARGEST_FLIP_RATE:
+        progress.warn(f"{said}: level 0 is taken; --accuracy-level 4 takes the other")
+    else:
+        progress.note(f"{said}: level 0 is taken")
+    return 0, check, exact
