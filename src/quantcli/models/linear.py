@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from quantcli.errors import InputError
 from quantcli.formats import gptq
-from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
-from quantcli.models import packed_matmul
+from quantcli.formats.bitpack import pack_rows, packed_words
+from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_on_device
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -134,18 +134,22 @@ class PackedLinear(nn.Module):
     def _zero_scale_group(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zeros [G, N] uint8, scales [G, N] float32, groups [K] int32: what the kernels read, unpacked once."""
         if self._grid is None:
-            zero = unpack_rows(self.qzeros.T.contiguous(), self.bits, self.out_features).T.contiguous()
+            zero = unpack_on_device(self.qzeros.T, self.bits, self.out_features).T
             if self.version == 1:
                 zero = (zero + 1) & (self.scheme.levels - 1)
-            self._grid = zero, self.scales.float().contiguous(), self.g_idx.to(torch.int32).contiguous()
+            self._grid = (
+                zero.to(torch.uint8).contiguous(),
+                self.scales.float().contiguous(),
+                self.g_idx.to(torch.int32).contiguous(),
+            )
         return self._grid
 
     def _transposed(self, start: int, stop: int) -> Tensor:
         """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
         zero, scale, group = self._zero_scale_group()
-        if self.qweight.device.type == "cpu":
-            return packed_matmul.dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
-        codes = unpack_rows(self.qweight[:, start:stop].contiguous(), self.bits, self.in_features)
+        if _runs_kernels(self.qweight):
+            return dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
+        codes = unpack_on_device(self.qweight[:, start:stop], self.bits, self.in_features)
         index = group.long()
         return (codes.float() - zero[index, start:stop].float()) * scale[index, start:stop]
 
@@ -153,8 +157,8 @@ class PackedLinear(nn.Module):
         """[M, K] to [M, N], both in the dtype that the device computes in."""
         if self.cache:
             return rows @ self._cached(rows.dtype)
-        if rows.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS:
-            return packed_matmul.multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
+        if _runs_kernels(rows) and rows.shape[0] <= _FEW_ROWS:
+            return multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
         blocks = self._blocks()
         if len(blocks) == 1:
             return rows @ self._transposed(0, self.out_features).to(rows.dtype)
@@ -229,6 +233,10 @@ class _PackedProduct(torch.autograd.Function):
         return back.to(grad.dtype).view(*grad.shape[:-1], ctx.layer.in_features), None
 
 
+def _runs_kernels(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     # half precision products on CPU are slow where the processor lacks them, and less exact everywhere
     return torch.float32 if x.device.type == "cpu" else x.dtype
@@ -259,7 +267,7 @@ class PackedEmbedding(nn.Module):
         packed, flat = self.packed, ids.reshape(-1)
         zero, scale, group = packed._zero_scale_group()
         index = group.long()
-        codes = unpack_rows(packed.qweight[:, flat].contiguous(), packed.bits, packed.in_features)
+        codes = unpack_on_device(packed.qweight[:, flat], packed.bits, packed.in_features)
         rows = (codes.float() - zero[:, flat].float()[index]) * scale[:, flat][index]
         rows = rows.T.to(self._like.dtype).reshape(*ids.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * torch.as_tensor(self.embed_scale).to(rows)

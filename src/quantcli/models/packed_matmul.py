@@ -1,8 +1,10 @@
-"""Products with a matrix that stays packed, on CPU: numba kernels over the GPTQ layout.
+"""Products with a matrix that stays packed: numba kernels over the GPTQ layout for CPU, plain torch for the rest.
 
 Symbols: K inputs, N outputs, G groups, b bits, M rows of input. `words` [W, N] uint32 holds the codes of one output as
 a bit stream down its column, so neighbouring outputs are neighbours in memory and every inner loop runs over them.
 """
+
+import threading
 
 import numba
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["dequantize_columns", "multiply"]
+__all__ = ["dequantize_columns", "multiply", "unpack_on_device"]
 
 # Outputs that one task handles: their partial sums and a row of words stay in the first-level cache.
 _TILE = 256
+# numba's default thread pool ends the process when two threads enter it at once
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def multiply(x: Tensor, words: Tensor, zero: Tensor, scale: Tensor, group: Tensor, bits: int) -> Tensor:
@@ -31,16 +35,17 @@ def multiply(x: Tensor, words: Tensor, zero: Tensor, scale: Tensor, group: Tenso
         [M, N] float32: x @ dequantized.T, summed in float32.
     """
     out = torch.empty(x.shape[0], words.shape[1], dtype=torch.float32)
-    _match_threads()
-    _multiply(
-        x.detach().contiguous().numpy(),
-        words.numpy().view(np.uint32),
-        zero.numpy(),
-        scale.numpy(),
-        group.numpy(),
-        bits,
-        out.numpy(),
-    )
+    with _ONE_AT_A_TIME:
+        _match_threads()
+        _multiply(
+            x.detach().contiguous().numpy(),
+            words.numpy().view(np.uint32),
+            zero.numpy(),
+            scale.numpy(),
+            group.numpy(),
+            bits,
+            out.numpy(),
+        )
     return out
 
 
@@ -49,16 +54,30 @@ def dequantize_columns(
 ) -> Tensor:
     """The transposed matrix for outputs [start, stop): [K, stop - start] float32; arguments as in `multiply`."""
     out = torch.empty(group.shape[0], stop - start, dtype=torch.float32)
-    _match_threads()
-    _dequantize(
-        words.numpy().view(np.uint32)[:, start:stop],
-        zero.numpy()[:, start:stop],
-        scale.numpy()[:, start:stop],
-        group.numpy(),
-        bits,
-        out.numpy(),
-    )
+    with _ONE_AT_A_TIME:
+        _match_threads()
+        _dequantize(
+            words.numpy().view(np.uint32)[:, start:stop],
+            zero.numpy()[:, start:stop],
+            scale.numpy()[:, start:stop],
+            group.numpy(),
+            bits,
+            out.numpy(),
+        )
     return out
+
+
+def unpack_on_device(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes of [W, N] words where they are, on any device and from any thread: [count, N] int32."""
+    position = torch.arange(count, device=words.device) * bits
+    word, shift = position >> 5, (position & 31).int()[:, None]
+    # int32 shifts drag the sign along: only the bits that come from this word are kept
+    kept = (1 << (32 - shift).clamp(max=bits)) - 1
+    codes = (words[word] >> shift) & kept
+    split = torch.nonzero(shift[:, 0] + bits > 32)[:, 0] if 32 % bits else position[:0]
+    if len(split):
+        codes[split] |= (words[word[split] + 1] << (32 - shift[split])) & ((1 << bits) - 1)
+    return codes
 
 
 def _match_threads() -> None:
