@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from quantcli.cli import app
+from quantcli.cli import app, capture_onnx_graph
+from quantcli.cli.command import Talk
+from quantcli.cli.console import Console
 from quantcli.folder import read_manifest
 
 WORDS = 94
@@ -157,10 +160,36 @@ def test_algorithms_matrix_and_options(capsys):
         assert all(option["help"] for option in algorithm["options"]), algorithm["name"]
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_capture_shows_what_was_measured_and_nothing_else(runs, capsys):
+    from quantcli.pipelines.capture import CaptureResult
+
+    measured = {"accuracy_level": 0, "flip_rate": 0.03, "tokens_per_second": 21.84, "sample": "Paris.\nThe"}
+    result = CaptureResult(
+        output=Path("onnx"),
+        size_bytes=180_000_000,
+        nodes={"4": 150, "float": 1},
+        seconds=36.0,
+        **(measured if runs else dict.fromkeys(measured)),
+    )
+    capture_onnx_graph.show(result, Console(Talk()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(maxsplit=1) == ["matrices", "150 in 4 bits, 1 float"]
+    assert lines[-1] == "onnx: 180 MB, in 36 s"
+    shown = [
+        "  accuracy level  0 (level 4 changes 3.0% of the top tokens)",
+        "  decoding        21.8 tokens/s",
+        "  sample          Paris. The",
+    ]
+    assert lines[1:-1] == (shown if runs else [])
+
+
 WAITING = textwrap.dedent("""
     import os, sys, time
     from dataclasses import replace
-    from quantcli.cli import app
+    from quantcli.cli import app, capture_onnx_graph
+from quantcli.cli.command import Talk
+from quantcli.cli.console import Console
 
     def run(options, console):
         print("a library talks")

@@ -138,3 +138,10 @@ def test_sizes(size, words):
 )
 def test_durations(seconds, words):
     assert human_duration(seconds) == words
+
+
+def test_long_messages_stay_one_line_in_a_pipe(capsys):
+    console = Console(Talk())
+    console.note("word " * 100)
+    console.warn("word " * 100)
+    assert len(capsys.readouterr().err.splitlines()) == 2

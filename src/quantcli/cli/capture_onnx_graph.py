@@ -19,8 +19,22 @@ def run(options: CaptureOptions, console: "Console") -> Any:
 
 
 def show(result: Any, console: "Console") -> None:
-    """The figures of the captured folder."""
-    console.pairs("", [(name.replace("_", " "), str(value)) for name, value in result.to_dict().items()])
+    """What the graph holds, what it wrote when it was tried, and one summary line."""
+    from quantcli.cli.console import human_duration, human_size
+
+    kinds = [f"{count} {f'in {kind} bits' if kind.isdigit() else kind}" for kind, count in result.nodes.items()]
+    rows = [("matrices", ", ".join(kinds))]
+    if result.accuracy_level is not None:
+        level = str(result.accuracy_level)
+        if result.flip_rate is not None:
+            level += f" (level 4 changes {result.flip_rate:.1%} of the top tokens)"
+        rows.append(("accuracy level", level))
+    if result.tokens_per_second is not None:
+        rows.append(("decoding", f"{result.tokens_per_second:.1f} tokens/s"))
+    if result.sample is not None:
+        rows.append(("sample", " ".join(result.sample.split())))
+    console.pairs("", rows)
+    console.text(f"{result.output}: {human_size(result.size_bytes)}, in {human_duration(result.seconds)}")
 
 
 COMMAND = Command(

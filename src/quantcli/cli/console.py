@@ -39,11 +39,11 @@ class Console:
     def note(self, message: str) -> None:
         """Says something worth knowing, unless quiet."""
         if not self.talk.quiet:
-            self._err.print(escape(message))
+            self._err.print(escape(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Says something that the user should act on or expect; also when quiet."""
-        self._err.print(f"[bold yellow]warning[/]: {escape(message)}")
+        self._err.print(f"[bold yellow]warning[/]: {escape(message)}", soft_wrap=True)
 
     def plan(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Shows what is about to be done, unless quiet."""
