@@ -187,9 +187,7 @@ def test_capture_shows_what_was_measured_and_nothing_else(runs, capsys):
 WAITING = textwrap.dedent("""
     import os, sys, time
     from dataclasses import replace
-    from quantcli.cli import app, capture_onnx_graph
-from quantcli.cli.command import Talk
-from quantcli.cli.console import Console
+    from quantcli.cli import app
 
     def run(options, console):
         print("a library talks")
