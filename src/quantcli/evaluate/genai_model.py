@@ -28,7 +28,7 @@ class GenaiModel:
         self.folder = folder
         try:
             config = json.loads((folder / "genai_config.json").read_text())
-            self.max_positions: int | None = int(config["model"]["context_length"])
+            self.max_positions: int = int(config["model"]["context_length"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / 'genai_config.json'} is not a GenAI configuration: {error}") from error
         try:
@@ -55,7 +55,8 @@ class GenaiModel:
 
         self._generator = None  # its cache goes before the next one comes
         params = og.GeneratorParams(self._model)
-        params.set_search_options(max_length=len(tokens) + room, do_sample=False, num_beams=1)
+        longest = min(len(tokens) + room, self.max_positions)
+        params.set_search_options(max_length=longest, do_sample=False, num_beams=1)
         try:
             self._generator = og.Generator(self._model, params)
             self._generator.append_tokens(tokens.numpy().astype(np.int32)[None])

@@ -14,8 +14,10 @@ __all__ = ["LanguageModel", "is_genai_folder", "open_language_model"]
 class LanguageModel(Protocol):
     """A causal language model that scores text and continues it."""
 
-    max_positions: int | None
-    """Longest input, where the folder says so."""
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input, where the folder says so."""
+        ...
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Scores text: tokens [T] int64 to [T, V] float32 on CPU; row t predicts token t + 1."""

@@ -33,7 +33,9 @@ class Speed:
 
 def measure_speed(model: LanguageModel, tokens: Tensor) -> Speed:
     """Times a model on its own; tokens [T] int64 is the prompt to read."""
-    prompt = tokens[:_PROMPT_TOKENS]
+    if model.max_positions is not None:
+        tokens = tokens[: model.max_positions - 1]  # room for the answer
+    prompt = tokens[: min(_PROMPT_TOKENS, (len(tokens) + 1) // 2)]
     model.start(prompt, room=4)  # first use compiles kernels and reserves memory
     for _ in range(3):
         model.step()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import resolve_model_folder
@@ -148,9 +149,21 @@ def _explained(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder} cannot be opened by transformers: {lines[0]}") from error
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A library says nothing on its own; transformers would draw on stderr."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
     config = load_config(folder, trust_remote_code)
-    with _explained(folder):
+    with _explained(folder), _no_progress_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

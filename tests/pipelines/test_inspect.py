@@ -1,0 +1,241 @@
+"""Inspection: what a folder is, its bits, its history and its digests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantcli.errors import InputError
+from quantcli.folder import Manifest, create_output, fingerprint, resolve_model_folder
+from quantcli.formats import gptq
+from quantcli.pipelines import inspect
+from quantcli.scheme import Scheme
+from quantcli.tensors.quantized import QuantizedTensor, group_index
+
+
+def packed(n: int, k: int, bits: int, group_size: int) -> dict[str, torch.Tensor]:
+    scheme = Scheme(bits, group_size, lowest_zero=1)
+    groups = scheme.group_count(k)
+    return gptq.pack(
+        QuantizedTensor(
+            torch.zeros(n, k, dtype=torch.uint8),
+            torch.ones(n, groups, dtype=torch.float16),
+            torch.ones(n, groups, dtype=torch.uint8),
+            scheme,
+            group_index(k, scheme),
+        )
+    )
+
+
+def float_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file(
+        {"a.weight": torch.zeros(8, 16), "b.weight": torch.zeros(4, 4, dtype=torch.bfloat16)},
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+def gptq_files(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    four, eight = Scheme(4, 32), Scheme(8, 16)
+    config = gptq.config_for(four, {"b": eight}, [], desc_act=False, lm_head=False, producer="test")
+    config["quantcli"] = {"embedding": {"name": "e", "bits": 8, "group_size": 16, "sym": False}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    tensors = {"norm.weight": torch.ones(64, dtype=torch.float16)}
+    for name, parts in {
+        "a": packed(32, 64, 4, 32),
+        "b": packed(16, 50, 8, 16),  # no multiple of a word, nor of a group
+        "e": packed(100, 64, 8, 16),
+    }.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def histogram(found: inspect.Inspection) -> dict[str, tuple[int, int]]:
+    return {row.label: (row.tensors, row.parameters) for row in found.histogram}
+
+
+def test_float_checkpoint(tmp_path):
+    found = inspect.run(float_folder(tmp_path / "f"))
+    assert found.what == "float checkpoint"
+    assert found.format == "safetensors, bfloat16, float32"
+    assert found.model_type == "llama"
+    assert found.parameters == 8 * 16 + 16
+    assert histogram(found) == {"float16": (1, 16), "float32": (1, 128)}
+    assert found.quantized_bits_per_weight is None
+    assert found.history == found.files == []
+    assert found.size_bytes == (tmp_path / "f" / "model.safetensors").stat().st_size
+
+
+def test_gptq_checkpoint(tmp_path):
+    found = inspect.run(gptq_files(tmp_path / "q"))
+    assert found.what == "GPTQ checkpoint"
+    assert "bits 4, group_size 32" in found.format
+    assert histogram(found) == {"4-bit": (1, 32 * 64), "8-bit": (2, 16 * 50 + 100 * 64), "float16": (1, 64)}
+    four = next(row for row in found.histogram if row.label == "4-bit")
+    assert 8 * four.size_bytes / four.parameters == 4 + 20 / 32
+    assert 8 < found.quantized_bits_per_weight < 10
+    assert json.loads(json.dumps(found.to_dict()))["intact"] is True
+
+
+def test_awq_and_unread_formats(tmp_path):
+    folder = float_folder(tmp_path / "q")
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    save_file(
+        {
+            "a.qweight": torch.zeros(64, 4, dtype=torch.int32),
+            "a.qzeros": torch.zeros(2, 4, dtype=torch.int32),
+            "a.scales": torch.ones(2, 32, dtype=torch.float16),
+        },
+        folder / "model.safetensors",
+    )
+    found = inspect.run(folder)
+    assert found.what == "AWQ checkpoint"
+    assert histogram(found) == {"4-bit": (1, 64 * 32)}
+    config = {"quant_method": "hqq"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    assert inspect.run(folder).what == "HQQ checkpoint"
+
+
+def make_output(target: Path, parent: Path, command: str) -> Path:
+    with create_output(target, plan={}) as output:
+        gptq_files(output.model)
+        manifest = Manifest(
+            kind="checkpoint",
+            command=command,
+            options={"bits": 4},
+            parent={"name": str(parent), "fingerprint": fingerprint(resolve_model_folder(parent))},
+            metrics={"kl": 0.1},
+        )
+        return output.commit(manifest)
+
+
+def test_history_follows_parents_that_are_still_the_same(tmp_path):
+    start = float_folder(tmp_path / "f")
+    first = make_output(tmp_path / "q", start, "quantize")
+    second = make_output(tmp_path / "r", first, "finetune")
+    for folder in (second, second / "model"):
+        found = inspect.run(folder)
+        assert [(s.command, s.parent) for s in found.history] == [("finetune", str(first)), ("quantize", str(start))]
+    assert found.history[0].metrics == {"kl": 0.1}
+    (first / "model" / "config.json").write_text("{}")
+    assert [s.command for s in inspect.run(second).history] == ["finetune"]
+
+
+def test_digests_name_every_file(tmp_path):
+    folder = make_output(tmp_path / "q", float_folder(tmp_path / "f"), "quantize")
+    assert {f.name: f.state for f in inspect.run(folder).files} == {
+        "model/config.json": "ok",
+        "model/model.safetensors": "ok",
+    }
+    config = folder / "model" / "config.json"
+    config.write_text(config.read_text() + " ")
+    (folder / "notes.txt").write_text("mine")
+    found = inspect.run(folder)
+    assert {f.name: f.state for f in found.files} == {
+        "model/config.json": "changed",
+        "model/model.safetensors": "ok",
+        "notes.txt": "extra",
+    }
+    assert not found.intact
+    weights = folder / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # the size stays
+    weights.write_bytes(content)
+    assert {f.name: f.state for f in inspect.run(folder).files}["model/model.safetensors"] == "changed"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    folder = make_output(tmp_path / "q", float_folder(tmp_path / "f"), "quantize")
+    manifest = json.loads((folder / "quantcli.json").read_text())
+    manifest["files"]["model/tokenizer.json"] = {"size_bytes": 1, "sha256": "0"}
+    (folder / "quantcli.json").write_text(json.dumps(manifest))
+    found = inspect.run(folder)
+    assert [f.name for f in found.files if f.state == "missing"] == ["model/tokenizer.json"]
+    assert not found.intact
+
+
+def constant(name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+
+
+def graph_folder(folder: Path) -> Path:
+    """MatMulNBits over 64 x 32 in 4 bits, a quantized table of 100 x 32 in 8 bits, a float bias and a shape."""
+    folder.mkdir(parents=True)
+    ids = ir.Value(name="ids", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
+    weights = [
+        constant("codes", np.zeros((64, 2, 8), np.uint8)),
+        constant("scales", np.ones((64, 2), np.float32)),
+        constant("table", np.zeros((100, 32), np.uint8)),
+        constant("table_scales", np.ones((100, 2), np.float32)),
+        constant("bias", np.ones(64, np.float32)),
+        constant("cos_cache", np.ones((64, 8), np.float32)),
+        constant("shape", np.array([2, 64])),
+    ]
+    codes, scales, table, table_scales, bias, cos, shape = weights
+    rows = ir.node(
+        "GatherBlockQuantized",
+        [table, ids, table_scales],
+        {"bits": 8, "block_size": 16},
+        domain="com.microsoft",
+        name="look_up",
+    )
+    product = ir.node(
+        "MatMulNBits",
+        [rows.outputs[0], codes, scales],
+        {"K": 32, "N": 64, "bits": 4, "block_size": 16},
+        domain="com.microsoft",
+        name="product",
+    )
+    total = ir.node("Add", [product.outputs[0], bias])
+    reshaped = ir.node("Reshape", [total.outputs[0], shape])
+    rotated = ir.node("Sum", [reshaped.outputs[0], cos])
+    graph = ir.Graph(
+        [ids],
+        rotated.outputs,
+        nodes=[rows, product, total, reshaped, rotated],
+        initializers=weights,
+        opset_imports={"": 21, "com.microsoft": 1},
+        name="g",
+    )
+    ir.save(ir.Model(graph, ir_version=10), folder / "model.onnx", external_data="model.onnx.data")
+    return folder
+
+
+def test_onnx_graph(tmp_path):
+    folder = graph_folder(tmp_path / "g")
+    found = inspect.run(folder)
+    assert found.what == "ONNX model"
+    assert found.format == "ONNX, ai.onnx 21, com.microsoft 1"
+    assert histogram(found) == {"4-bit": (1, 64 * 32), "8-bit": (1, 100 * 32), "float32": (1, 64)}
+    four = next(row for row in found.histogram if row.label == "4-bit")
+    assert four.size_bytes == 64 * 32 // 2 + 64 * 2 * 4
+    assert found.size_bytes == sum((folder / n).stat().st_size for n in ("model.onnx", "model.onnx.data"))
+    (folder / "genai_config.json").write_text('{"model": {"type": "llama"}}')
+    again = inspect.run(folder)
+    assert (again.what, again.model_type) == ("ONNX Runtime GenAI folder", "llama")
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        inspect.run(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="it is empty"):
+        inspect.run(tmp_path / "empty")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(InputError, match="is not an ONNX graph"):
+        inspect.run(tmp_path / "broken")
+    graph = graph_folder(tmp_path / "g")
+    (graph / "genai_config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        inspect.run(graph)
