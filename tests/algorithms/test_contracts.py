@@ -1,0 +1,87 @@
+"""What every rounder owes, for each that the registry lists; no list to be kept by hand."""
+
+import literal
+import pytest
+import torch
+
+from quantcli.algorithms import ALGORITHMS, make_options
+from quantcli.errors import UsageError
+from quantcli.scheme import Scheme
+from quantcli.tensors.affine import minmax_grid, round_to_grid
+from quantcli.tensors.hessian import Statistics, output_error
+
+ROUNDERS = [a for a in ALGORITHMS.values() if a.kind == "rounder"]
+
+
+def solve(algorithm, weight, hessian, scheme):
+    statistics = None if algorithm.calibration == "none" else Statistics(hessian, 1024)
+    return algorithm.run(weight, scheme, algorithm.options(), statistics)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [16, 48, 128, -1])
+@pytest.mark.parametrize("algorithm", ROUNDERS, ids=lambda a: a.name)
+def test_codes_scales_and_zeros_stay_in_range(algorithm, group_size, symmetric):
+    weight, hessian, _ = (torch.from_numpy(a).float() for a in literal.layer(N=7, K=160))
+    for bits in algorithm.bits:
+        scheme = Scheme(bits, group_size, symmetric, lowest_zero=1)
+        result = solve(algorithm, weight, hessian, scheme)
+        groups = scheme.group_count(160)
+        assert result.codes.shape == (7, 160) and result.codes.dtype == torch.uint8
+        assert result.scale.shape == result.zero.shape == (7, groups) and result.scale.dtype == torch.float16
+        assert int(result.codes.max()) < scheme.levels
+        assert 1 <= int(result.zero.min()) and int(result.zero.max()) < scheme.levels
+        assert torch.isfinite(result.scale).all() and (result.scale != 0).all()
+        if symmetric:
+            assert (result.zero == scheme.middle).all()
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ROUNDERS if a.name != "rtn"], ids=lambda a: a.name)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_error_on_held_out_inputs_is_clearly_below_rtn(algorithm, bits):
+    weight, hessian, held_out = (torch.from_numpy(a).float() for a in literal.layer(N=48, K=256, T=2048))
+    scheme = Scheme(bits, 64)
+    rtn = round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+    ours = output_error(weight, solve(algorithm, weight, hessian, scheme).dequantize(), held_out)
+    margin = {"gptq": 0.3, "kquant": 0.9}.get(algorithm.name, 0.95)
+    assert ours < margin * output_error(weight, rtn.dequantize(), held_out)
+
+
+@pytest.mark.parametrize("algorithm", ROUNDERS, ids=lambda a: a.name)
+def test_rows_are_independent(algorithm):
+    weight, hessian, _ = (torch.from_numpy(a).double() for a in literal.layer(N=12))
+    scheme = Scheme(4, 32)
+    whole = solve(algorithm, weight, hessian, scheme)
+    for start, stop in ((0, 5), (5, 12)):
+        part = solve(algorithm, weight[start:stop].contiguous(), hessian, scheme)
+        assert torch.equal(part.codes, whole.codes[start:stop])
+        assert torch.equal(part.scale, whole.scale[start:stop])
+
+
+@pytest.mark.parametrize("algorithm", ROUNDERS, ids=lambda a: a.name)
+def test_a_weight_of_zeros_and_constant_groups_come_back(algorithm):
+    weight = torch.zeros(4, 64)
+    weight[1] = 0.75
+    weight[2] = -3.0
+    hessian = torch.eye(64) + 0.1
+    result = solve(algorithm, weight, hessian, Scheme(4, 32))
+    assert (result.dequantize() - weight).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("algorithm", ROUNDERS, ids=lambda a: a.name)
+def test_inputs_that_were_always_zero_do_no_harm(algorithm):
+    weight, hessian, _ = (torch.from_numpy(a).float() for a in literal.layer(N=6, K=96))
+    hessian[:, 5] = hessian[5] = 0
+    result = solve(algorithm, weight, hessian, Scheme(4, 32))
+    assert torch.isfinite(result.dequantize()).all()
+
+
+def test_unknown_options_name_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'damp_percent'"):
+        make_options(ALGORITHMS["gptq"], {"damp_procent": "0.1"})
+    with pytest.raises(UsageError, match="order is one of static, none, dynamic, desc_act"):
+        make_options(ALGORITHMS["gptq"], {"order": "random"})
+    with pytest.raises(UsageError, match="sweeps is a int"):
+        make_options(ALGORITHMS["gptq"], {"sweeps": "two"})
+    with pytest.raises(UsageError, match="damp_percent must be"):
+        make_options(ALGORITHMS["gptq"], {"damp_percent": "-1"})

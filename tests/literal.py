@@ -1,0 +1,167 @@
+"""Slow, literal statements of the algorithms in numpy, which the fast ones must equal.
+
+Symbols: W [N, K], H [K, K], group size g, G = K // g groups; codes C, scale S (float16 values), zero Z; Q = (C - Z) S.
+"""
+
+import numpy as np
+
+
+def expand(a, g, columns):
+    return np.repeat(a, g, axis=1)[:, :columns]
+
+
+def dequantize(C, S, Z, g):
+    return (C - expand(Z, g, C.shape[1])) * expand(S, g, C.shape[1])
+
+
+def error(W, Q, H):
+    return float((((W - Q) @ H) * (W - Q)).sum() / ((W @ H) * W).sum())
+
+
+def fp16(a):
+    rounded = np.asarray(a).astype(np.float16).astype(np.float64)
+    return np.where(rounded == 0, 2.0**-24, rounded)
+
+
+def groups(W, g):
+    return [W[:, i : i + g] for i in range(0, W.shape[1], g)]
+
+
+def minmax_grid(W, bits, g, symmetric, lowest_zero=0):
+    top, S, Z = 2**bits - 1, [], []
+    for part in groups(W, g):
+        if symmetric:
+            extreme = np.array([row[np.abs(row).argmax()] for row in part])
+            S.append(fp16(-extreme / 2 ** (bits - 1)))
+            Z.append(np.full(len(part), 2.0 ** (bits - 1)))
+        else:
+            low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+            S.append(fp16((high - low) / top))
+            Z.append(np.clip(np.round(-low / S[-1]), lowest_zero, top))
+    return np.stack(S, 1), np.stack(Z, 1)
+
+
+def searched_grid(W, bits, g, symmetric, importance, steps=60, smallest=0.45, refine=0, lowest_zero=0):
+    """importance [K] or [N, K]; the first grid of least weighted squared error wins."""
+    importance = np.broadcast_to(importance, W.shape)
+    top = 2**bits - 1
+    S, Z = np.zeros((len(W), len(groups(W, g)))), np.zeros((len(W), len(groups(W, g))))
+    for r in range(len(W)):
+        for i, (w, h) in enumerate(zip(groups(W, g), groups(importance, g), strict=True)):
+            best = np.inf
+            for f in np.linspace(1.1 if symmetric else 1.0, smallest, steps):
+                if symmetric:
+                    extreme = w[r][np.abs(w[r]).argmax()]
+                    tries = [(-extreme * f / 2 ** (bits - 1), 2.0 ** (bits - 1))]
+                else:
+                    low, high = min(w[r].min(), 0), max(w[r].max(), 0)
+                    s = (high - low) * f / top
+                    at = -low * f / max(s, 2.0**-24)
+                    tries = [(s, np.clip(z, lowest_zero, top)) for z in (np.floor(at), np.ceil(at))]
+                for s, z in tries:
+                    s = float(fp16(s))
+                    q = np.clip(np.round(w[r] / s), -z, top - z)
+                    e = (h[r] * (q * s - w[r]) ** 2).sum()
+                    if e < best:
+                        best, S[r, i], Z[r, i] = e, s, z
+            for _ in range(refine):
+                z = Z[r, i]
+                q = np.clip(np.round(w[r] / S[r, i]), -z, top - z)
+                energy = (h[r] * q * q).sum()
+                s = float(fp16((h[r] * q * w[r]).sum() / energy if energy > 0 else S[r, i]))
+                q = np.clip(np.round(w[r] / s), -z, top - z)
+                e = (h[r] * (q * s - w[r]) ** 2).sum()
+                if not e < best:
+                    break
+                best, S[r, i] = e, s
+    return S, Z
+
+
+def rtn(W, S, Z, bits, g):
+    K = W.shape[1]
+    return np.clip(np.round(W / expand(S, g, K)) + expand(Z, g, K), 0, 2**bits - 1)
+
+
+def inverse_factor(H, damp):
+    """The textbook way: invert, then Cholesky."""
+    damped = H + damp * np.mean(np.diag(H)) * np.eye(len(H))
+    return np.linalg.cholesky(np.linalg.inv(damped)).T
+
+
+def gptq(W, H, bits, g, S, Z, order, damp=0.01):
+    """Column by column on a static grid; S, Z by group in memory order."""
+    U = inverse_factor(H[np.ix_(order, order)], damp)
+    V, C = W[:, order].copy(), np.zeros(W.shape)
+    for j, k in enumerate(order):
+        s, z = S[:, k // g], Z[:, k // g]
+        c = np.clip(np.round(V[:, j] / s) + z, 0, 2**bits - 1)
+        V[:, j:] -= np.outer((V[:, j] - (c - z) * s) / U[j, j], U[j, j:])
+        C[:, k] = c
+    return C
+
+
+def gptq_dynamic(W, H, bits, g, grid, order, damp=0.01):
+    """Column by column; a group's grid is chosen from the weights as corrected when its first column comes up."""
+    U = inverse_factor(H[np.ix_(order, order)], damp)
+    V, C, K = W[:, order].copy(), np.zeros(W.shape), W.shape[1]
+    S, Z = [], []
+    for j in range(K):
+        if j % g == 0:
+            s, z = grid(V[:, j : j + g], np.diag(H)[order][j : j + g])
+            S.append(s[:, 0])
+            Z.append(z[:, 0])
+        c = np.clip(np.round(V[:, j] / S[-1]) + Z[-1], 0, 2**bits - 1)
+        V[:, j:] -= np.outer((V[:, j] - (c - Z[-1]) * S[-1]) / U[j, j], U[j, j:])
+        C[:, order[j]] = c
+    return C, np.stack(S, 1), np.stack(Z, 1)
+
+
+def refit(W, H, C, Z, g, S, ridge=1e-4):
+    """One G x G solve per row, kept where the error of the row falls."""
+    N, K = W.shape
+    G = S.shape[1]
+    B = C - expand(Z, g, K)
+    Hd = H + ridge * np.mean(np.diag(H)) * np.eye(K)
+    out = S.copy()
+    for r in range(N):
+        P = np.zeros((K, G))
+        P[np.arange(K), np.arange(K) // g] = B[r]
+        M, b = P.T @ Hd @ P, P.T @ Hd @ W[r]
+        M[np.diag_indices(G)] += 1e-9 * np.trace(M) / G + 1e-12
+        s = np.linalg.solve(M, b)
+        s = fp16(np.where(np.abs(s) < 1e-8, S[r], s))
+
+        def loss(x, M=M, b=b):
+            return x @ M @ x - 2 * b @ x
+
+        if loss(s) < loss(S[r]):
+            out[r] = s
+    return out
+
+
+def descend(W, H, C, S, Z, bits, g, order, sweeps):
+    K = W.shape[1]
+    s, z, d = expand(S, g, K), expand(Z, g, K), np.diag(H)
+    C, Q = C.copy(), (C - z) * s
+    for _ in range(sweeps):
+        R = (W - Q) @ H
+        for k in order:
+            c = np.clip(np.round((Q[:, k] + R[:, k] / d[k]) / s[:, k]) + z[:, k], 0, 2**bits - 1)
+            q = (c - z[:, k]) * s[:, k]
+            R -= np.outer(q - Q[:, k], H[k])
+            Q[:, k], C[:, k] = q, c
+    return C
+
+
+def layer(N=24, K=160, T=1024, seed=0):
+    """A weight with heavy tails and inputs that are correlated and of uneven size: (W, H, held-out H)."""
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((K, K // 4)) / np.sqrt(K // 4)
+    gain = np.exp(0.5 * rng.standard_normal(K))
+    gain[rng.choice(K, 3, replace=False)] *= 8
+
+    def rows():
+        return (rng.standard_normal((T, K // 4)) @ A.T + 0.3 * rng.standard_normal((T, K))) * gain
+
+    X, Y = rows(), rows()
+    return 0.02 * rng.standard_t(6, (N, K)), X.T @ X / T, Y.T @ Y / T
