@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 from torch import nn
 
 from quantcli.errors import InputError
@@ -24,6 +26,11 @@ from quantcli.graphs.rows import Rows
 __all__ = ["GRAPH", "build", "build_half_precision"]
 
 GRAPH = "model.onnx"
+_SETTINGS = (
+    "hf_token=false",
+    "shared_embeddings=false",  # the rewrite shares the table, without the builder's Transpose of it
+    "windowed_kv_cache=false",  # genai 0.18 fails on prompts longer than a window whose cache is cut
+)
 
 
 @dataclass
@@ -58,11 +65,14 @@ def build(
         InputError: the builder does not know the architecture or does something to a weight that we cannot follow.
     """
     _refuse_false_heads(model)
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
     replace_by_names(model, matrices)
     with _intercept(model) as made:
         _run_builder(folder, target, "fp32", "cpu", trust_remote_code)
     if matrices.quantized and not made.loaded:
         raise _unsupported(model.config, "reads its weights by itself")
+    if scale is not None:
+        _restore_embedding_scale(made.graph.graph, float(scale))
     placements = Rewriter(made.graph.graph, made.ledger, matrices, accuracy_level).run()
     made.graph.graph.sort()
     save_graph(made.graph, target / GRAPH)
@@ -82,13 +92,14 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
             warnings.simplefilter("ignore")
             from onnxruntime_genai.models import builder
 
-            settings = ["hf_token=false", "shared_embeddings=false", *(["hf_remote=true"] if trust_remote_code else [])]
+            settings = [*_SETTINGS, *(["hf_remote=true"] if trust_remote_code else [])]
             options = builder.parse_extra_options(
                 None, str(folder), str(target), precision, provider, str(scratch), settings
             )
             config = options["hf_details"]["hf_config"]
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
+            _say_plainly(config)
             builder.create_model(None, str(folder), str(target), precision, provider, str(scratch), **options)
     except NotImplementedError as error:
         raise _unsupported(config, str(error).splitlines()[0]) from error
@@ -132,6 +143,29 @@ def _intercept(model: Any) -> Iterator[_Intercepted]:
         yield made
     finally:
         base.load_weights, base.make_initializer, base.save_model = saved
+
+
+def _restore_embedding_scale(graph: ir.Graph, scale: float) -> None:
+    """Gemma multiplies its embedding by the root of the hidden size, which the builder rounds to two decimals."""
+    for node in graph:
+        if node.name == "/model/embed_tokens/Mul":
+            name = "model.embed_tokens.scale"
+            value = ir.Value(name=name, const_value=ir.Tensor(np.array(scale, np.float32), name=name))
+            graph.register_initializer(value)
+            node.replace_input_with(1, value)
+
+
+def _say_plainly(config: Any) -> None:
+    """Puts into words of the builder what it would miss: windows of every layer, Gemma 3's two rotary bases."""
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    nested = getattr(config, "rope_parameters", None)
+    if not isinstance(nested, dict) or not {"full_attention", "sliding_attention"} <= set(nested):
+        return
+    if config.model_type != "gemma3_text" or any(p.get("rope_type") != "default" for p in nested.values()):
+        raise NotImplementedError("rotary embeddings that differ by layer type are scaled")
+    config.rope_parameters = dict(nested["full_attention"])
+    config.rope_local_base_freq = nested["sliding_attention"]["rope_theta"]
 
 
 def _refuse_false_heads(model: Any) -> None:

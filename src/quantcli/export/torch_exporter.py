@@ -29,6 +29,7 @@ __all__ = ["OPSETS", "export"]
 
 OPSETS = (18, 23)
 _DEFAULT_OPSET = 20
+_OWNER = "quantcli.module"  # marks the nodes that stand for a module
 
 
 def export(folder: Path, target: Path, model: Any, matrices: Matrices, opset: int | None) -> list[Placement]:
@@ -52,7 +53,11 @@ def export(folder: Path, target: Path, model: Any, matrices: Matrices, opset: in
     program = _trace(folder, model, shape, opset or _DEFAULT_OPSET)
     save_graph(program.model, target / "model.onnx")
     (target / "genai_config.json").write_text(json.dumps(_genai_config(folder, model, shape), indent=4) + "\n")
-    return [module.placement(program.model.graph, name) for name, module in blocks.items()]
+    found = {n.metadata_props[_OWNER]: n for n in program.model.graph if _OWNER in n.metadata_props}
+    missing = sorted(set(blocks) - set(found))
+    if missing:
+        raise AssertionError(f"torch.onnx lost {missing[0]}")
+    return [module.placement(found[name]) for name, module in blocks.items()]
 
 
 class _Blocks(nn.Module):
@@ -63,8 +68,9 @@ class _Blocks(nn.Module):
     zeros: Tensor
     index: Tensor | None
 
-    def __init__(self, name: str, tensor: QuantizedTensor, bias: Tensor | None = None):
+    def __init__(self, path: str, name: str, tensor: QuantizedTensor, bias: Tensor | None = None):
         super().__init__()
+        self.path = path
         self.name, (self.rows, self.columns) = name, tensor.shape
         self.layout: BlockLayout = plan_blocks(tensor.group, tensor.scheme.bits)
         self.register_buffer("codes", torch.from_numpy(self.layout.codes(tensor)))
@@ -73,21 +79,21 @@ class _Blocks(nn.Module):
         self.register_buffer("index", None)
         self.bias = nn.Parameter(bias.float(), requires_grad=False) if bias is not None else None
 
-    def placement(self, graph: ir.Graph, path: str) -> Placement:
-        """Where the exporter put it."""
-        names = {n: f"model.{path}.{n}" for n in ("codes", "scales", "zeros")}
-        missing = [n for n in names.values() if n not in graph.initializers]
-        if missing:
-            raise AssertionError(f"torch.onnx did not keep {missing[0]}")
+    def placement(self, node: ir.Node) -> Placement:
+        """Where the exporter put it; initializers of equal values may have become one."""
+        at = (1, 2, 3) if node.op_type == "MatMulNBits" else (0, 2, 3)
+        codes, scales, zeros = (node.inputs[i] for i in at)
+        if codes is None or scales is None or zeros is None:
+            raise AssertionError(f"torch.onnx lost an input of {node.name}")
         whole = (RowRange(self.name, 0, self.rows),)
-        return Placement(names["codes"], whole, self.columns, self.layout, names["scales"], names["zeros"])
+        return Placement(str(codes.name), whole, self.columns, self.layout, str(scales.name), str(zeros.name))
 
 
 class _Linear(_Blocks):
     """`x @ W.T + bias` as MatMulNBits."""
 
-    def __init__(self, name: str, tensor: QuantizedTensor, bias: Tensor | None = None):
-        super().__init__(name, tensor, bias)
+    def __init__(self, path: str, name: str, tensor: QuantizedTensor, bias: Tensor | None = None):
+        super().__init__(path, name, tensor, bias)
         if self.layout.columns is not None:
             self.index = self.layout.columns.clamp(min=0)
 
@@ -107,6 +113,7 @@ class _Linear(_Blocks):
             dtype=torch.float32,
             shape=(*x.shape[:-1], self.rows),
             version=1,
+            metadata_props={_OWNER: self.path},
         )
         return out if self.bias is None else out + self.bias
 
@@ -114,8 +121,8 @@ class _Linear(_Blocks):
 class _Embedding(_Blocks):
     """A table lookup as GatherBlockQuantized."""
 
-    def __init__(self, name: str, tensor: QuantizedTensor, scale: float | Tensor | None):
-        super().__init__(name, tensor)
+    def __init__(self, path: str, name: str, tensor: QuantizedTensor, scale: float | Tensor | None):
+        super().__init__(path, name, tensor)
         self.codes = self.codes.reshape(self.rows, -1)
         self.scale = None if scale is None else float(scale)
         length = self.layout.blocks * self.layout.block_size
@@ -137,6 +144,7 @@ class _Embedding(_Blocks):
             dtype=torch.float32,
             shape=(*ids.shape, length),
             version=1,
+            metadata_props={_OWNER: self.path},
         )
         out = out if self.index is None else out.index_select(-1, self.index)
         return out if self.scale is None else out * self.scale
@@ -174,9 +182,9 @@ def _replace_quantized(model: Any, matrices: Matrices) -> dict[str, _Blocks]:
         if not isinstance(matrix, QuantizedTensor):
             continue
         if isinstance(module, nn.Embedding | PackedEmbedding):
-            new: _Blocks = _Embedding(owner, matrix, getattr(module, "embed_scale", None))
+            new: _Blocks = _Embedding(name, owner, matrix, getattr(module, "embed_scale", None))
         else:
-            new = _Linear(owner, matrix, getattr(module, "bias", None))
+            new = _Linear(name, owner, matrix, getattr(module, "bias", None))
         placed[name] = new
         model.set_submodule(name, new)
     return placed

@@ -61,7 +61,7 @@ class Rows(Tensor):
         """All rows of one matrix."""
         return cls([RowRange(name, 0, rows)], columns)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Rows({self.ranges}, columns={self.columns}, transposed={self.transposed})"
 
     @classmethod
@@ -75,8 +75,12 @@ class Rows(Tensor):
             raise TypeError(f"{func} on a weight that is only named")
         if func in _UNCHANGED:
             return cls(self.ranges, self.columns, self.transposed)
-        if func in _TRANSPOSED or (func in (aten.transpose.int, aten.permute.default) and _swaps(args[1:])):
+        if func in _TRANSPOSED:
             return cls(self.ranges, self.columns, not self.transposed)
+        if func in (aten.transpose.int, aten.permute.default):
+            axes = args[1] if func is aten.permute.default else args[1:3]
+            swaps = (axes[0] % 2 == 1) if func is aten.permute.default else (axes[0] % 2 != axes[1] % 2)
+            return cls(self.ranges, self.columns, self.transposed != swaps)
         if func in _RESHAPED and _same_shape(self, args[1]):
             return cls(self.ranges, self.columns, self.transposed)
         if func is aten.slice.Tensor:
@@ -84,11 +88,6 @@ class Rows(Tensor):
         if func in (aten.split.Tensor, aten.split_with_sizes.default):
             return _split(self, args[1], args[2] if len(args) > 2 else 0)
         raise TypeError(f"{func} on a weight that is only named")
-
-
-def _swaps(axes: tuple[Any, ...]) -> bool:
-    flat = list(axes[0]) if len(axes) == 1 else list(axes)
-    return [a % 2 for a in flat] in ([0, 1], [1, 0]) if len(axes) == 2 else [a % 2 for a in flat] == [1, 0]
 
 
 def _same_shape(rows: Rows, shape: Sequence[int]) -> bool:
