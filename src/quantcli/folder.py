@@ -66,7 +66,7 @@ class Manifest:
 def resolve_model_folder(path: Path) -> Path:
     """The folder that holds the model itself: `X/model` for an output folder X of ours, else X."""
     if not path.exists():
-        raise InputError(f"model folder {path} does not exist")
+        raise InputError(f"model folder {path} does not exist", hint="give a checkpoint folder or a hub id")
     if not path.is_dir():
         raise InputError(f"{path} is a file, expected a model folder", hint="give the folder that holds config.json")
     if (path / MANIFEST).is_file() and (path / "model").is_dir():

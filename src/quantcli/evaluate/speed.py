@@ -57,28 +57,38 @@ def measure_speed(model: LanguageModel, tokens: Tensor) -> Speed:
     return Speed(statistics.median(reading), statistics.median(writing))
 
 
-@dataclass
 class PeakMemory:
-    """Filled when its context ends."""
+    """The most memory that the process has taken since the watch began; may be read while it goes on."""
 
-    above_start_bytes: int = 0
-    """Highest resident memory of the process less that at the start; on CUDA plus what torch allocated there."""
+    def __init__(self) -> None:
+        """Starts from what the process holds now."""
+        self._process = psutil.Process()
+        self._start = self._highest = self._process.memory_info().rss
+        self._on_cuda = torch.cuda.is_available()
+        self._cuda_start = torch.cuda.memory_allocated() if self._on_cuda else 0
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def look(self) -> None:
+        """Takes a reading."""
+        self._highest = max(self._highest, self._process.memory_info().rss)
+
+    @property
+    def above_start_bytes(self) -> int:
+        """Highest resident memory less that at the start; on CUDA plus what torch allocated there."""
+        self.look()
+        on_gpu = torch.cuda.max_memory_allocated() - self._cuda_start if self._on_cuda else 0
+        return int(self._highest - self._start + on_gpu)
 
 
 @contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
     """Watches the process's memory from a thread while the body runs."""
-    process, result, stop = psutil.Process(), PeakMemory(), threading.Event()
-    start = highest = process.memory_info().rss
-    on_cuda = torch.cuda.is_available()
-    cuda_start = torch.cuda.memory_allocated() if on_cuda else 0
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    result, stop = PeakMemory(), threading.Event()
 
     def watch() -> None:
-        nonlocal highest
         while not stop.wait(_SAMPLE_SECONDS):
-            highest = max(highest, process.memory_info().rss)
+            result.look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -87,6 +97,4 @@ def peak_memory() -> Iterator[PeakMemory]:
     finally:
         stop.set()
         thread.join()
-        highest = max(highest, process.memory_info().rss)
-        on_gpu = torch.cuda.max_memory_allocated() - cuda_start if on_cuda else 0
-        result.above_start_bytes = highest - start + on_gpu
+        result.look()

@@ -14,12 +14,25 @@ import onnxruntime_genai as og
 
 from quantcli.errors import InputError
 
-__all__ = ["LARGEST_FLIP_RATE", "LevelCheck", "Probe", "compare_levels", "probe"]
+__all__ = [
+    "COMPARED_TOKENS",
+    "LARGEST_FLIP_RATE",
+    "LevelCheck",
+    "Probe",
+    "compare_levels",
+    "probe",
+    "refuse_other_function",
+]
 
 LARGEST_FLIP_RATE = 0.005
 """Level 4 is taken by default only where at most this share of top tokens changes: 2 of 400."""
 SMALLEST_GAIN = 1.05
 """… and only where it decodes at least this much faster, since otherwise it costs accuracy for nothing."""
+COMPARED_TOKENS = 12
+"""First tokens of the text whose logits are compared with the checkpoint's own."""
+LARGEST_ERROR = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.05}
+"""Norm of the difference to the checkpoint's logits over their norm, by the dtype that the checkpoint ran in: the
+exporters' approximations (a rounded constant, another gelu) stay below 0.001, a wrong graph is off by more than 0.3."""
 _SAMPLE_TOKENS = 16
 _TIMED_TOKENS = 24
 
@@ -30,6 +43,8 @@ class Probe:
 
     top: np.ndarray
     """[T] most likely next token after each position of the text."""
+    first: np.ndarray
+    """[COMPARED_TOKENS, V] float32 logits of the first positions."""
     sample: tuple[int, ...]
     """Tokens that it wrote after the prompt."""
     tokens_per_second: float
@@ -92,7 +107,29 @@ def probe(folder: Path, text: Sequence[int], prompt: Sequence[int], longest: int
     if not written:
         raise InputError("the captured graph writes no token")
     pace = 1 / float(np.median(seconds[1:] or seconds))
-    return Probe(logits.argmax(-1), tuple(written[:_SAMPLE_TOKENS]), pace)
+    return Probe(logits.argmax(-1), logits[:COMPARED_TOKENS].copy(), tuple(written[:_SAMPLE_TOKENS]), pace)
+
+
+def refuse_other_function(found: np.ndarray, wanted: np.ndarray, dtype: str, model_type: str, exporter: str) -> None:
+    """Compares a captured graph with the checkpoint itself: exporters can be wrong about an architecture in silence.
+
+    Args:
+        found: Logits of the graph at accuracy level 0, [T, V].
+        wanted: Logits of the checkpoint, [T, V].
+        dtype: The dtype that the checkpoint ran in.
+        model_type: Named in the message.
+        exporter: Named in the message.
+
+    Raises:
+        InputError: they differ by more than arithmetic explains.
+    """
+    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    if not error <= LARGEST_ERROR[dtype]:
+        raise InputError(
+            f"the {exporter} exporter's graph of model type {model_type!r} computes something else than the "
+            f"checkpoint: its logits differ by {error:.1%}",
+            hint="add --exporter torch" if exporter == "genai" else None,
+        )
 
 
 def compare_levels(exact: Probe, int8: Probe) -> LevelCheck:

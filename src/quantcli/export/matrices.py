@@ -29,8 +29,6 @@ class Matrices:
 
     stored: dict[str, PackedLinear | Tensor] = field(default_factory=dict)
     """Packed or float [N, K], by module name."""
-    rounded: dict[str, Scheme] = field(default_factory=dict)
-    """Float matrices to round to the nearest code, by module name."""
     embedding: str = ""
     """Module name of the input embedding."""
     head: str = ""
@@ -38,7 +36,7 @@ class Matrices:
     _latest: dict[str, QuantizedTensor | Tensor] = field(default_factory=dict)
 
     def __call__(self, name: str) -> QuantizedTensor | Tensor:
-        """One matrix; what is rounded is rounded anew, always alike, so that no more than the latest are kept."""
+        """One matrix, unpacked; no more than the latest few are kept."""
         if name not in self._latest:
             while len(self._latest) >= _KEPT:
                 del self._latest[next(iter(self._latest))]
@@ -47,17 +45,12 @@ class Matrices:
 
     def _read(self, name: str) -> QuantizedTensor | Tensor:
         matrix = self.stored[name]
-        if isinstance(matrix, PackedLinear):
-            return matrix.quantized()
-        if name not in self.rounded:
-            return matrix
-        weight, scheme = matrix.float(), self.rounded[name]
-        return round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+        return matrix.quantized() if isinstance(matrix, PackedLinear) else matrix
 
     @property
     def quantized(self) -> dict[str, int]:
         """Rows of each matrix that the graph holds as codes."""
-        return {n: self.shape(n)[0] for n, m in self.stored.items() if n in self.rounded or isinstance(m, PackedLinear)}
+        return {n: self.shape(n)[0] for n, m in self.stored.items() if isinstance(m, PackedLinear)}
 
     def owner_of(self, module: nn.Module, name: str, is_head: bool) -> str | None:
         """The name under which a module's matrix is stored; None for modules without one."""
@@ -82,18 +75,28 @@ class Matrices:
         matrix = self.stored[name]
         return matrix.bits if isinstance(matrix, PackedLinear) else None
 
-    def round_linears(self, scheme: Scheme) -> None:
-        """Has every float linear of the blocks rounded; embedding and head stay as they are."""
-        for name, matrix in self.stored.items():
-            if name not in (self.embedding, self.head) and not isinstance(matrix, PackedLinear):
-                self.rounded[name] = scheme
+    def round_linears(self, model: Any, scheme: Scheme) -> None:
+        """Rounds every float linear of a model's blocks to the nearest code; embedding and head stay as they are."""
+        for name, module in list(model.named_modules()):
+            matrix = self.stored.get(name)
+            if name not in (self.embedding, self.head) and matrix is not None and not isinstance(matrix, PackedLinear):
+                model.set_submodule(name, self._rounded(name, matrix, scheme, module))
 
-    def round_head(self, scheme: Scheme) -> None:
-        """Has the float head rounded; one that is tied to the embedding gets codes of its own."""
-        if self.head == self.embedding:
-            self.head = "lm_head" if self.embedding != "lm_head" else "lm_head.own"
-            self.stored[self.head] = self.stored[self.embedding]
-        self.rounded[self.head] = scheme
+    def round_head(self, model: Any, scheme: Scheme) -> None:
+        """Rounds a model's float head; one that is tied to the embedding gets codes of its own."""
+        matrix, head = self.stored[self.head], model.get_output_embeddings()
+        assert not isinstance(matrix, PackedLinear)
+        name = next(n for n, m in model.named_modules(remove_duplicate=False) if m is head)
+        self.head = name
+        model.set_submodule(name, self._rounded(name, matrix, scheme, head))
+
+    def _rounded(self, name: str, matrix: Tensor, scheme: Scheme, module: nn.Module) -> PackedLinear:
+        weight = matrix.float()
+        codes = round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+        packed = PackedLinear.from_quantized(codes, bias=getattr(module, "bias", None))
+        self.stored[name] = packed
+        self._latest.pop(name, None)
+        return packed
 
 
 def load_matrices(folder: Path, trust_remote_code: bool) -> tuple[Any, Matrices]:

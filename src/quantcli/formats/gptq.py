@@ -41,7 +41,7 @@ def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
         "qweight": pack_rows(tensor.codes.T, bits),
         "qzeros": pack_rows(zeros.to(torch.uint8), bits).T.contiguous(),
         "scales": tensor.scale.T.contiguous(),
-        "g_idx": tensor.group.to(torch.int32).contiguous(),
+        "g_idx": tensor.group.to(torch.int32, copy=True).contiguous(),  # linears of one input share it
     }
 
 
@@ -56,10 +56,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, version: int = 1) -> Q
     scales = tensors["scales"].T.contiguous()
     rows, groups = scales.shape
     given = tensors.get("g_idx")
-    if given is not None:
-        columns = given.shape[0]
-    else:
-        columns = tensors["qweight"].shape[0] * 32 // scheme.bits
+    columns = given.shape[0] if given is not None else tensors["qweight"].shape[0] * 32 // scheme.bits
     group = given.to(torch.int32) if given is not None else group_index(columns, scheme, scales.device)
     expected = packed_words(columns, scheme.bits), rows
     if tuple(tensors["qweight"].shape) != expected:

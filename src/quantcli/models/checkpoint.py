@@ -111,7 +111,7 @@ class Checkpoint:
         buffer = torch.empty(entry.size_bytes, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
-            view, done = memoryview(buffer.numpy()), 0
+            view, done = memoryview(buffer.numpy().data), 0
             while done < entry.size_bytes:
                 count = stream.readinto(view[done:])
                 if not count:

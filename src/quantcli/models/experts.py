@@ -55,9 +55,9 @@ def unfuse_experts(model: nn.Module, model_type: str) -> int:
     names = _PROJECTIONS.get(model_type, _USUAL)
     found = [(path, module) for path, module in model.named_modules() if _is_fused(module)]
     for path, module in found:
-        experts, hidden, inner = module.down_proj.shape  # type: ignore[union-attr, misc]
+        experts, hidden, inner = module.down_proj.shape
         activation = module.act_fn
-        parts = [Expert(hidden, inner, activation, names) for _ in range(experts)]  # type: ignore[arg-type]
+        parts = [Expert(hidden, inner, activation, names) for _ in range(experts)]
         model.set_submodule(path, UnfusedExperts(parts))
     return len(found)
 

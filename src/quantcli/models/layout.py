@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
@@ -79,8 +79,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(N outputs, K inputs) of a linear, whichever way round it stores them."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)  # type: ignore[return-value]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def find_layout(model: Any) -> Layout:
@@ -129,7 +131,8 @@ def _longest_list(model: nn.Module) -> str:
                 candidates.append((-name.count("."), len(module), name))
     if not candidates:
         raise InputError(f"{type(model).__name__} has no repeated blocks with linear layers")
-    return max(candidates, key=lambda c: c[:2])[2]
+    path: str = max(candidates, key=lambda c: c[:2])[2]
+    return path
 
 
 def _norm_beside(model: nn.Module, blocks: str) -> str | None:

@@ -20,7 +20,7 @@ from quantcli.tensors.quantized import QuantizedTensor, group_index
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
 # Rows of input up to which unpacking in registers beats dequantizing and a matrix product, measured on 2 cores.
-_FEW_ROWS = 32
+_FEW_ROWS = 16
 # Float weights that may exist for a moment (32 MB): large heads go through in several blocks.
 _BLOCK_ELEMENTS = 1 << 23
 

@@ -1,4 +1,4 @@
-"""What this machine can do: its device, its free memory, and how fast it multiplies matrices (measured, not assumed)."""
+"""What this machine can do: its device, its free memory, and how fast it multiplies matrices, measured."""
 
 import time
 from functools import cache

@@ -1,10 +1,17 @@
 """Products with a matrix that stays packed: numba kernels over the GPTQ layout for CPU, plain torch for the rest.
 
-Symbols: K inputs, N outputs, G groups, b bits, M rows of input. `words` [W, N] uint32 holds the codes of one output as
-a bit stream down its column, so neighbouring outputs are neighbours in memory and every inner loop runs over them.
+Symbols: K inputs, N outputs, G groups, b bits, M rows of input. `words` [W, N] int32 holds the codes of one output as a
+bit stream down its column, so neighbouring outputs are neighbours in memory and every inner loop runs over them.
+
+The kernels are serial and shared out over a pool of threads here: numba's own pool costs milliseconds per call on a
+busy machine, a token takes hundreds of calls, and two threads that enter it at once end the process.
 """
 
-import threading
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -14,10 +21,12 @@ from torch import Tensor
 
 __all__ = ["dequantize_columns", "multiply", "unpack_on_device"]
 
-# Outputs that one task handles: their partial sums and a row of words stay in the first-level cache.
+# Outputs that are worked on together: their partial sums and a row of words stay in the first-level cache.
 _TILE = 256
-# numba's default thread pool ends the process when two threads enter it at once
-_ONE_AT_A_TIME = threading.Lock()
+# Rows up to which unpacking anew for each of them is faster than unpacking once into a buffer.
+_WHOLE_WORDS_ROWS = 2
+# Weights that are worth waking another thread for.
+_SHARE = 1 << 20
 
 
 def multiply(x: Tensor, words: Tensor, zero: Tensor, scale: Tensor, group: Tensor, bits: int) -> Tensor:
@@ -35,17 +44,11 @@ def multiply(x: Tensor, words: Tensor, zero: Tensor, scale: Tensor, group: Tenso
         [M, N] float32: x @ dequantized.T, summed in float32.
     """
     out = torch.empty(x.shape[0], words.shape[1], dtype=torch.float32)
-    with _ONE_AT_A_TIME:
-        _match_threads()
-        _multiply(
-            x.detach().contiguous().numpy(),
-            words.numpy().view(np.uint32),
-            zero.numpy(),
-            scale.numpy(),
-            group.numpy(),
-            bits,
-            out.numpy(),
-        )
+    groups = group.numpy()
+    by_words = len(x) <= _WHOLE_WORDS_ROWS and _groups_hold_whole_words(groups, bits)
+    kernel = _whole_words_kernel(bits) if by_words else _multiply
+    arrays = x.detach().contiguous().numpy(), words.numpy(), zero.numpy(), scale.numpy(), groups, bits, out.numpy()
+    _share_out(lambda start, stop: kernel(*arrays, start, stop), out.shape[1], x.shape[1])
     return out
 
 
@@ -54,16 +57,8 @@ def dequantize_columns(
 ) -> Tensor:
     """The transposed matrix for outputs [start, stop): [K, stop - start] float32; arguments as in `multiply`."""
     out = torch.empty(group.shape[0], stop - start, dtype=torch.float32)
-    with _ONE_AT_A_TIME:
-        _match_threads()
-        _dequantize(
-            words.numpy().view(np.uint32)[:, start:stop],
-            zero.numpy()[:, start:stop],
-            scale.numpy()[:, start:stop],
-            group.numpy(),
-            bits,
-            out.numpy(),
-        )
+    arrays = words.numpy(), zero.numpy(), scale.numpy(), group.numpy(), bits, start, out.numpy()
+    _share_out(lambda first, last: _dequantize(*arrays, first, last), stop - start, group.shape[0])
     return out
 
 
@@ -80,49 +75,118 @@ def unpack_on_device(words: Tensor, bits: int, count: int) -> Tensor:
     return codes
 
 
-def _match_threads() -> None:
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="packed")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _share_out(work: Callable[[int, int], Any], outputs: int, columns: int) -> None:
+    """Calls `work(start, stop)` over stretches of outputs, on as many of torch's threads as the size is worth."""
     # a user who limits torch's threads means this process, not one library in it
-    wanted = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
+    parts = max(1, min(torch.get_num_threads(), outputs * columns // _SHARE, -(-outputs // _TILE)))
+    step = -(-outputs // parts // _TILE) * _TILE
+    stretches = [(n, min(n + step, outputs)) for n in range(0, outputs, step)]
+    others = [_pool().submit(work, *stretch) for stretch in stretches[1:]]
+    work(*stretches[0])
+    for other in others:
+        other.result()
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc"}, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _groups_hold_whole_words(group: NDArray[np.int32], bits: int) -> bool:
+    """Whether no code straddles two words and all codes of a word share a group."""
+    per = 32 // bits
+    if 32 % bits or len(group) % per:
+        return False
+    by_word = group.reshape(-1, per)
+    return bool((by_word == by_word[:, :1]).all())
+
+
+@cache
+def _whole_words_kernel(bits: int) -> Callable[..., None]:
+    """The product for 2, 4 or 8 bits: with constant shifts a word's codes are unrolled, which takes half the time."""
+    per = 32 // bits
+    mask = np.uint32((1 << bits) - 1)
+
+    @numba.njit(fastmath={"contract", "reassoc"}, cache=True, nogil=True)
+    def multiply_whole_words(
+        x: NDArray[np.float32],
+        words: NDArray[np.int32],
+        zero: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        group: NDArray[np.int32],
+        _: int,
+        out: NDArray[np.float32],
+        start: int,
+        stop: int,
+    ) -> None:
+        rows, columns = x.shape
+        for first in range(start, stop, _TILE):
+            count = min(_TILE, stop - first)
+            middle = np.empty(count, np.float32)
+            total = np.zeros((rows, count), np.float32)
+            part = np.zeros((rows, count), np.float32)
+            for k in range(0, columns, per):
+                g = group[k]
+                if k == 0 or group[k - 1] != g:
+                    z = zero[g, first : first + count]
+                    for n in range(count):
+                        middle[n] = z[n]
+                packed = words[k // per, first : first + count]
+                for m in range(rows):
+                    values = x[m, k : k + per]
+                    sums = part[m]
+                    for n in range(count):
+                        word, at_zero = np.int32(packed[n]), middle[n]
+                        of_word = np.float32(0)
+                        for i in range(per):
+                            code = (word >> np.int32(i * bits)) & mask
+                            of_word += values[i] * (np.float32(code) - at_zero)
+                        sums[n] += of_word
+                if k + per == columns or group[k + per] != g:
+                    s = scale[g, first : first + count]
+                    for m in range(rows):
+                        for n in range(count):
+                            total[m, n] += part[m, n] * s[n]
+                            part[m, n] = 0
+            out[:, first : first + count] = total
+
+    return multiply_whole_words  # type: ignore[no-any-return]
+
+
+@numba.njit(fastmath={"contract", "reassoc"}, cache=True, nogil=True)
 def _multiply(
     x: NDArray[np.float32],
-    words: NDArray[np.uint32],
+    words: NDArray[np.int32],
     zero: NDArray[np.uint8],
     scale: NDArray[np.float32],
     group: NDArray[np.int32],
     bits: int,
     out: NDArray[np.float32],
+    start: int,
+    stop: int,
 ) -> None:
     rows, columns = x.shape
-    outputs = words.shape[1]
-    mask = np.uint32((1 << bits) - 1)
-    for tile in numba.prange((outputs + _TILE - 1) // _TILE):
-        first = tile * _TILE
-        count = min(_TILE, outputs - first)
+    for first in range(start, stop, _TILE):
+        count = min(_TILE, stop - first)
+        middle = np.empty(count, np.float32)
+        level = np.empty(count, np.float32)
         total = np.zeros((rows, count), np.float32)
         part = np.zeros((rows, count), np.float32)
-        level = np.empty(count, np.float32)
         for k in range(columns):
-            word, shift = (k * bits) >> 5, np.uint32((k * bits) & 31)
             g = group[k]
-            low = words[word, first : first + count]
-            z = zero[g, first : first + count]
-            if shift + bits <= 32:
+            if k == 0 or group[k - 1] != g:
+                z = zero[g, first : first + count]
                 for n in range(count):
-                    level[n] = np.float32(np.int32((low[n] >> shift) & mask) - np.int32(z[n]))
-            else:
-                high = words[word + 1, first : first + count]
-                back = np.uint32(32 - shift)
-                for n in range(count):
-                    level[n] = np.float32(np.int32(((low[n] >> shift) | (high[n] << back)) & mask) - np.int32(z[n]))
+                    middle[n] = z[n]
+            _read_levels(words, k * bits, bits, first, middle, level)
             for m in range(rows):
-                value = x[m, k]
+                value, sums = x[m, k], part[m]
                 for n in range(count):
-                    part[m, n] += value * level[n]
+                    sums[n] += value * level[n]
             if k + 1 == columns or group[k + 1] != g:
                 s = scale[g, first : first + count]
                 for m in range(rows):
@@ -132,26 +196,53 @@ def _multiply(
         out[:, first : first + count] = total
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True, nogil=True)
 def _dequantize(
-    words: NDArray[np.uint32],
+    words: NDArray[np.int32],
     zero: NDArray[np.uint8],
     scale: NDArray[np.float32],
     group: NDArray[np.int32],
     bits: int,
+    offset: int,
     out: NDArray[np.float32],
+    start: int,
+    stop: int,
 ) -> None:
-    columns, outputs = out.shape
+    for first in range(start, stop, _TILE):
+        count = min(_TILE, stop - first)
+        middle = np.empty(count, np.float32)
+        for k in range(len(group)):
+            g = group[k]
+            if k == 0 or group[k - 1] != g:
+                z = zero[g, offset + first : offset + first + count]
+                for n in range(count):
+                    middle[n] = z[n]
+            row = out[k, first : first + count]
+            _read_levels(words, k * bits, bits, offset + first, middle, row)
+            s = scale[g, offset + first : offset + first + count]
+            for n in range(count):
+                row[n] *= s[n]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _read_levels(
+    words: NDArray[np.int32],
+    bit: int,
+    bits: int,
+    first: int,
+    middle: NDArray[np.float32],
+    level: NDArray[np.float32],
+) -> None:
+    """Code minus zero point of one input and a tile of outputs; the code starts at `bit` of each column."""
+    count = len(level)
     mask = np.uint32((1 << bits) - 1)
-    for k in numba.prange(columns):
-        word, shift = (k * bits) >> 5, np.uint32((k * bits) & 31)
-        g = group[k]
-        if shift + bits <= 32:
-            for n in range(outputs):
-                code = (words[word, n] >> shift) & mask
-                out[k, n] = np.float32(np.int32(code) - np.int32(zero[g, n])) * scale[g, n]
-        else:
-            back = np.uint32(32 - shift)
-            for n in range(outputs):
-                code = ((words[word, n] >> shift) | (words[word + 1, n] << back)) & mask
-                out[k, n] = np.float32(np.int32(code) - np.int32(zero[g, n])) * scale[g, n]
+    word, shift = bit >> 5, np.uint32(bit & 31)
+    low = words[word, first : first + count]
+    if shift + bits <= 32:
+        for n in range(count):
+            level[n] = np.float32(np.int32((np.uint32(low[n]) >> shift) & mask)) - middle[n]
+    else:
+        high, back = words[word + 1, first : first + count], np.uint32(32 - shift)
+        for n in range(count):
+            code = ((np.uint32(low[n]) >> shift) | (np.uint32(high[n]) << back)) & mask
+            level[n] = np.float32(np.int32(code)) - middle[n]

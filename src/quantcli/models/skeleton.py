@@ -110,4 +110,5 @@ def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def _known_types() -> Container[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return CONFIG_MAPPING_NAMES
+    names: Container[str] = CONFIG_MAPPING_NAMES
+    return names

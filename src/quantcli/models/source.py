@@ -22,7 +22,7 @@ def locate_model(model: str) -> Path:
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         return resolve_model_folder(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_FILES)))

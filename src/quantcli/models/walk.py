@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def embed_tokens(
     hidden: list[Tensor] = []
     calls: dict[int, list[BlockCall]] = {}
     try:
-        for batch in tokens.split(batch_size):
+        for batch in torch.split(tokens, batch_size):
             seen: list[tuple[Tensor, BlockCall]] = []
             last = len(originals) - 1
             recorders = nn.ModuleList(_Recorder(b, seen, i == last) for i, b in enumerate(originals))
@@ -107,7 +108,7 @@ def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: Blo
     seen: list[tuple[str, Tensor]] = []
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name: seen.append((name, args[0]))  # type: ignore[misc]
+            lambda _module, args, name=name: seen.append((name, args[0]))
         )
         for name in linears
     ]
@@ -217,8 +218,6 @@ def run_block(
                     out = shadow.advance()
                 reference_inputs[index], shadows[index] = out, None
             return
-        if not all_finite(tensor):
-            raise InputError(f"activations are NaN or infinite at the input of {stages[current.stage][0]}")
         other = None
         if shadow is not None:
             while shadow.stage != -1 and shadow.stage < current.stage:
@@ -254,6 +253,7 @@ def run_block(
                 if all(done):
                     break
                 stage = min(moments.keys() - solved)
+                _check_finite(moments[stage], stages[stage][0])
                 solve(stages[stage], moments.pop(stage))
                 solved.add(stage)
                 if not keep:
@@ -264,6 +264,13 @@ def run_block(
     for number, names in enumerate(stages):
         if number not in solved:
             solve(names, None)
+
+
+def _check_finite(moments: StageMoments, name: str) -> None:
+    """A NaN or infinite activation shows on the diagonal: a glance at K sums instead of a pass over all tokens."""
+    for part in (moments.train, moments.held_out):
+        if part is not None and not all_finite(part.energies()):
+            raise InputError(f"activations are NaN or infinite at the input of {name}", hint="check the model itself")
 
 
 def _forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

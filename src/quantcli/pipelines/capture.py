@@ -5,19 +5,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from quantcli.errors import UsageError, nearest
 from quantcli.export import builder, torch_exporter
-from quantcli.export.accuracy import LARGEST_FLIP_RATE, LevelCheck, Probe, compare_levels, probe
+from quantcli.export.accuracy import (
+    COMPARED_TOKENS,
+    LARGEST_FLIP_RATE,
+    LevelCheck,
+    Probe,
+    compare_levels,
+    probe,
+    refuse_other_function,
+)
 from quantcli.export.companions import context_length, copy_tokenizer, probe_tokens, read_tokenizer
 from quantcli.export.matrices import Matrices, load_matrices
 from quantcli.folder import (
     Manifest,
-    PartialFolder,
     create_output,
     fingerprint,
     folder_size_bytes,
     require_free_bytes,
 )
+from quantcli.formats.gptq import LOWEST_ZERO
 from quantcli.graphs.files import check_external_data
 from quantcli.graphs.levels import change_accuracy_level, count_by_bits
 from quantcli.graphs.verify import verify_weights
@@ -95,8 +106,12 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             progress.warn("float16 graphs need CUDA: this one was written but not opened, nothing here can run it")
             level, check, last = None, None, None
         else:
-            _write_graph(options, folder, partial.model, progress)
-            level, check, last = _choose_level(options, folder, tokenizer, partial, progress)
+            text, prompt = probe_tokens(tokenizer)
+            wanted = _write_graph(options, folder, partial.model, text, progress)
+            exact = probe(partial.model, text, prompt, context_length(partial.model))
+            kind, model_type = str(wanted.dtype).removeprefix("torch."), str(checkpoint.config.get("model_type"))
+            refuse_other_function(exact.first, wanted.float().numpy(), kind, model_type, options.exporter)
+            level, check, last = _choose_level(options, partial.model, text, prompt, exact, progress)
         copy_tokenizer(folder, partial.model)
         sample = tokenizer.decode(last.sample) if last is not None else None
         result = CaptureResult(
@@ -169,10 +184,16 @@ def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
         )
 
 
-def _write_graph(options: CaptureOptions, folder: Path, target: Path, progress: Progress) -> None:
-    """Writes model.onnx at accuracy level 0, or the one asked for, and verifies its weights against the checkpoint."""
+def _write_graph(options: CaptureOptions, folder: Path, target: Path, text: list[int], progress: Progress) -> Tensor:
+    """Writes model.onnx at accuracy level 0 and compares its weights with the checkpoint's.
+
+    Returns:
+        The checkpoint's own logits of the first tokens of the text, [COMPARED_TOKENS, V] in the dtype it ran in.
+    """
     model, matrices = load_matrices(folder, options.trust_remote_code)
-    _round_what_was_asked(options, matrices)
+    _round_what_was_asked(options, model, matrices)
+    with torch.no_grad():
+        wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
     if options.exporter == "torch":
         placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
     else:
@@ -181,12 +202,13 @@ def _write_graph(options: CaptureOptions, folder: Path, target: Path, progress: 
     progress.note("comparing every weight of the graph with the checkpoint")
     expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
     verify_weights(target / builder.GRAPH, placements, matrices, expected)
+    return wanted
 
 
-def _round_what_was_asked(options: CaptureOptions, matrices: Matrices) -> None:
+def _round_what_was_asked(options: CaptureOptions, model: Any, matrices: Matrices) -> None:
     block = options.block_size or _DEFAULT_BLOCK
     if options.precision in ("int4", "int8"):
-        matrices.round_linears(Scheme(4 if options.precision == "int4" else 8, block))
+        matrices.round_linears(model, Scheme(4 if options.precision == "int4" else 8, block, lowest_zero=LOWEST_ZERO))
     wanted = options.lm_head_bits
     if wanted is None:
         return
@@ -197,23 +219,20 @@ def _round_what_was_asked(options: CaptureOptions, matrices: Matrices) -> None:
             hint="leave --lm-head-bits out, or quantize again with another --override for the head",
         )
     if stored is None and wanted != 16:
-        matrices.round_head(Scheme(wanted, block))
+        matrices.round_head(model, Scheme(wanted, block, lowest_zero=LOWEST_ZERO))
 
 
 def _choose_level(
-    options: CaptureOptions, folder: Path, tokenizer: Any, partial: PartialFolder, progress: Progress
+    options: CaptureOptions, model: Path, text: list[int], prompt: list[int], exact: Probe, progress: Progress
 ) -> tuple[int | None, LevelCheck | None, Probe]:
-    """Opens the graph, lets it write, and settles the accuracy level by what level 4 does to its top tokens."""
-    path = partial.model / builder.GRAPH
-    text, prompt = probe_tokens(tokenizer)
-    longest = context_length(partial.model)
-    exact = probe(partial.model, text, prompt, longest)
+    """Settles the accuracy level by what level 4 does to the top tokens; `exact` ran at level 0."""
+    path, longest = model / builder.GRAPH, context_length(model)
     asked = options.accuracy_level
     if change_accuracy_level(path, 4 if asked is None else asked) == 0:
         return None, None, exact
     if asked in (0, 1, 2, 3):
-        return asked, None, probe(partial.model, text, prompt, longest) if asked else exact
-    int8 = probe(partial.model, text, prompt, longest)
+        return asked, None, probe(model, text, prompt, longest) if asked else exact
+    int8 = probe(model, text, prompt, longest)
     check = compare_levels(exact, int8)
     said = (
         f"accuracy level 4 (int8 arithmetic) changes {check.flip_rate:.1%} of {check.positions} top tokens, "

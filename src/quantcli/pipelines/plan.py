@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from quantcli.models.layout import Layout, find_layout, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
 from quantcli.models.skeleton import build_skeleton, disk_name, load_config
 from quantcli.models.source import locate_model
-from quantcli.options import BUILTIN, SELF, QuantizeOptions
+from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.scheme import PER_CHANNEL, Scheme
 
 __all__ = ["EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
@@ -92,6 +92,8 @@ class Plan:
     seconds: float
     model_digest: str
     why_source: str = ""
+    judges: int = 0
+    """Rows of the model's own text that only judge."""
 
     @property
     def calibrates(self) -> bool:
@@ -114,6 +116,7 @@ class Plan:
             named = {"self": "text that the model writes itself", "builtin": "Python's documentation"}
             text = named.get(self.source or "", calibration.data or calibration.data_name or "")
             text += f", {calibration.num_samples} rows of {calibration.seq_len} tokens{self.why_source}"
+            text += f"; {self.judges} rows of the model's own judge" if self.judges else ""
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
             ("algorithm", self.algorithm.name + (f" ({settings})" if settings else "")),
@@ -208,15 +211,28 @@ def _resolve_algorithm(options: QuantizeOptions) -> tuple[Algorithm, Any]:
         raise UsageError(f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`")
     settings = algorithms.make_options(algorithm, {**preset_settings, **options.settings})
     calibration = options.calibration
-    if preset == "fast" or algorithm.calibration == "none":
-        if calibration.data or calibration.data_name:
-            raise UsageError(
-                f"{'preset fast' if preset == 'fast' else algorithm.name} uses no calibration text",
-                hint="leave out --data, or use --preset balanced",
-            )
+    _refuse_idle_calibration(calibration, preset, algorithm)
     if options.correct_earlier and algorithm.calibration != "required":
         raise UsageError(f"--correct-earlier is a step of gptq, {algorithm.name} has none", hint="use -a gptq")
     return algorithm, settings
+
+
+def _refuse_idle_calibration(calibration: CalibrationOptions, preset: str | None, algorithm: Algorithm) -> None:
+    """No flag without effect: text options where no text is read."""
+    if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
+        raise UsageError("--data-split is for --data-name", hint="leave it out")
+    if algorithm.calibration == "required" or (algorithm.calibration == "optional" and preset != "fast"):
+        if algorithm.calibration == "required" or calibration.data or calibration.data_name:
+            return
+        who = f"{algorithm.name} without --data"
+    else:
+        who = "preset fast" if preset == "fast" else algorithm.name
+    changed = [f.name for f in fields(calibration) if getattr(calibration, f.name) != f.default]
+    if changed:
+        raise UsageError(
+            f"{who} uses no calibration text, --{changed[0].replace('_', '-')} would have no effect",
+            hint="leave it out, or use --preset balanced",
+        )
 
 
 def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
@@ -320,14 +336,21 @@ def _with_source(plan: Plan, config: Any) -> Plan:
     solving = 3 + weights / 2e7 + _flops(plan) / (rate * _EFFICIENCY)
     calibration = plan.options.calibration
     given = calibration.data or calibration.data_name
-    if given and given != SELF:
-        return replace(plan, source=BUILTIN if given == BUILTIN else "data", seconds=solving)
+    named = BUILTIN if given == BUILTIN else "data"
     parameters = sum(e.size_bytes // e.dtype.itemsize for e in plan.checkpoint.entries.values())
     bandwidth = _BANDWIDTH if plan.device.type == "cpu" else 1e12
-    sampling, needed = estimate_sampling(
-        config, parameters, calibration.num_samples, calibration.seq_len, rate, bandwidth
-    )
     budget = plan.options.max_memory or free_bytes(plan.device)
+
+    def estimate(rows: int) -> tuple[float, int]:
+        return estimate_sampling(config, parameters, rows, calibration.seq_len, rate, bandwidth)
+
+    if given and given != SELF:
+        judges = max(1, calibration.num_samples // HELD_OUT_SHARE) if plan.options.preset == "best" else 0
+        sampling, needed = estimate(judges) if judges else (0.0, 0)
+        if needed > budget or sampling > solving:
+            judges, sampling = 0, 0.0
+        return replace(plan, source=named, seconds=solving + sampling, judges=judges)
+    sampling, needed = estimate(calibration.num_samples)
     if given != SELF:
         if needed > budget:
             return replace(

@@ -22,7 +22,7 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, run_block
-from quantcli.options import QuantizeOptions
+from quantcli.options import SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.progress import Progress, Silent, Task
@@ -42,6 +42,7 @@ class QuantizeResult:
     output: Path
     layers: list[LayerReport]
     seconds: float
+    """Time of this run and of the interrupted ones that it continued."""
     peak_bytes: int
     """Memory above what the process held when the run began."""
     size_bytes: int
@@ -98,11 +99,19 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
                 f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
                 hint="use fewer bits or larger groups",
             )
-        bits = 8 * sum(r.size_bytes for r in work.reports) / sum(r.parameters for r in work.reports)
+        weights = [*plan.targets.values(), *([plan.embedding] if plan.embedding else [])]
+        bits = sum(t.rows * t.columns * t.scheme.bits_per_weight(t.columns) for t in weights)
+        bits /= sum(t.rows * t.columns for t in weights)
         result = QuantizeResult(
-            options.output, work.reports, time.perf_counter() - started, watched.above_start_bytes, size,
-            plan.checkpoint.size_bytes, bits, plan.to_dict(),
-        )  # fmt: skip
+            output=options.output,
+            layers=work.reports,
+            seconds=work.seconds_before + time.perf_counter() - started,
+            peak_bytes=watched.above_start_bytes,
+            size_bytes=size,
+            parent_size_bytes=plan.checkpoint.size_bytes,
+            bits_per_weight=bits,
+            plan=plan.to_dict(),
+        )
         write_json(partial.root / "report.json", result.to_dict())
         metrics = {
             "seconds": round(result.seconds, 1),
@@ -148,11 +157,16 @@ class _Run:
         self.hidden: list[Tensor] = []
         self.float_hidden: list[Tensor] | None = None
         self.done = 0
+        self.seconds_before = 0.0
+        self._started = time.perf_counter()
+        self._held: set[int] = set()
+        self._norm: torch.nn.Module | None = None
         self._names = self._assign()
         self._log = partial.state / "progress.json"
         if partial.resumed and self._log.is_file():
             values = json.loads(self._log.read_text())
             self.done = values["done"]
+            self.seconds_before = values["seconds"]
             self.reports = [LayerReport(**layer) for layer in values["layers"]]
             if self.done:
                 progress.note(f"continuing after {self.done} finished blocks")
@@ -238,12 +252,13 @@ class _Run:
         plan, state = self.plan, self.partial.state
         tokens_file = state / "tokens.safetensors"
         if tokens_file.is_file():
-            tokens = load_file(tokens_file)["tokens"]
+            saved = load_file(tokens_file)
         else:
-            tokens = self._tokens()
-            save_file({"tokens": tokens}, state / "tokens.tmp")
+            saved = self._tokens()
+            save_file(saved, state / "tokens.tmp")
             (state / "tokens.tmp").replace(tokens_file)
-        self._held_rows = self._held_out_rows(tokens)
+        tokens, batch = torch.cat([saved["rows"], saved["judges"]]), plan.options.calibration.batch_size
+        self._held = self._held_out(len(saved["rows"]), len(tokens), batch)
         skeleton = plan.skeleton
         inside = tuple(path + "." for path in plan.layout.blocks)
         names = {
@@ -260,13 +275,12 @@ class _Run:
             prefix = f"{plan.layout.final_norm}."
             materialize(self._norm, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         _move_buffers(skeleton, plan.device)
-        hidden, calls = embed_tokens(skeleton, plan.layout, tokens.to(plan.device), plan.options.calibration.batch_size)
+        hidden, calls = embed_tokens(skeleton, plan.layout, tokens.to(plan.device), batch)
         for name in names:  # give the embedding's memory back
             module, _, leaf = name.rpartition(".")
             setattr(skeleton.get_submodule(module), leaf, torch.nn.Parameter(tensors[name].to("meta"), False))
-        saved = state / f"hidden-{self.done}.safetensors"
         if self.done:
-            kept = load_file(saved)
+            kept = load_file(state / f"hidden-{self.done}.safetensors")
             hidden = [kept[f"hidden.{i}"].to(plan.device) for i in range(len(hidden))]
             if plan.options.correct_earlier:
                 self.float_hidden = [kept[f"float.{i}"].to(plan.device) for i in range(len(hidden))]
@@ -275,8 +289,8 @@ class _Run:
         self.hidden = hidden
         return calls
 
-    def _tokens(self) -> Tensor:
-        """Calibration rows; where candidates compete on other text than the model's own, some of its own judge too."""
+    def _tokens(self) -> dict[str, Tensor]:
+        """Calibration rows, and rows that only judge: with `best` on other text, a little of the model's own."""
         plan, options = self.plan, self.plan.options
         common: dict[str, Any] = {
             "model_digest": plan.model_digest,
@@ -284,17 +298,21 @@ class _Run:
             "device": plan.device,
             "trust_remote_code": options.trust_remote_code,
         }
-        rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common)
-        return rows.tokens
+        rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common).tokens
+        judges = rows[:0]
+        if plan.judges:
+            asked = options.calibration
+            wanted = CalibrationOptions(SELF, num_samples=plan.judges, seq_len=asked.seq_len, seed=asked.seed)
+            judges = calibration_rows(wanted, plan.folder, **common).tokens
+        return {"rows": rows, "judges": judges}
 
-    def _held_out_rows(self, tokens: Tensor) -> set[int]:
-        """Micro-batches that only judge, spread evenly."""
-        batch = self.plan.options.calibration.batch_size
-        batches = -(-len(tokens) // batch)
+    def _held_out(self, rows: int, total: int, batch: int) -> set[int]:
+        """Micro-batches that only judge: one in `HELD_OUT_SHARE` of the rows, and all text of the model's own."""
+        batches, whole = -(-total // batch), rows // batch
         if not self.plan.holds_out or batches < 2:
             return set()
-        step = max(2, min(HELD_OUT_SHARE, batches))
-        return set(range(step - 1, batches, step))
+        step = max(2, min(HELD_OUT_SHARE, whole))
+        return set(range(step - 1, whole, step)) | set(range(-(-rows // batch), batches))
 
     def _float_tensor(self, disk: str) -> Tensor:
         """A tensor of the file in the dtype that blocks run in."""
@@ -341,7 +359,7 @@ class _Run:
             calls,
             stages,
             solve,
-            held_out=self._held_rows,
+            held_out=self._held,
             keep=plan.keep_paused,
             reference=reference,
             reference_inputs=self.float_hidden,
@@ -416,7 +434,7 @@ class _Run:
 
         train, held = Moments(head.columns, self.plan.device), Moments(head.columns, self.plan.device)
         for index, hidden in enumerate(self.hidden):
-            chosen = held if index in self._held_rows else train
+            chosen = held if index in self._held else train
             other = self._norm(self.float_hidden[index]) if self.float_hidden is not None else None
             chosen.add(self._norm(hidden), other)
         return self._solve([head], StageMoments(train, held))
@@ -431,7 +449,7 @@ class _Run:
             quantized[plan.embedding.disk] = plan.embedding
         keep = _DTYPES.get(plan.options.dtype)
         tensors: dict[str, Tensor] = {}
-        for disk, target in quantized.items():
+        for target in quantized.values():
             for part, tensor in gptq.pack(results[target.name].to("cpu")).items():
                 tensors[f"{target.stem}.{part}"] = tensor
         for disk in self._names[number]:
@@ -460,7 +478,9 @@ class _Run:
                 tensors |= {f"float.{i}": h.cpu() for i, h in enumerate(self.float_hidden)}
             save_file(tensors, state / "hidden.tmp")
             (state / "hidden.tmp").replace(state / f"hidden-{done}.safetensors")
-        write_json(self._log, {"done": done, "layers": [asdict(layer) for layer in self.reports]})
+        seconds = self.seconds_before + time.perf_counter() - self._started
+        layers = [asdict(layer) for layer in self.reports]
+        write_json(self._log, {"done": done, "seconds": seconds, "layers": layers})
         (state / f"hidden-{done - 1}.safetensors").unlink(missing_ok=True)
         self.done = done
 

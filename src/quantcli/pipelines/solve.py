@@ -21,6 +21,8 @@ from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["LayerReport", "read_weight", "solve_linears"]
 
+_RTN_ROWS = 128
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -39,7 +41,7 @@ class LayerReport:
     relative_error: float
     """Squared error of the output over the output's square under the calibration inputs; of the weight without data."""
     rtn_relative_error: float
-    """The same for round-to-nearest."""
+    """The same for round-to-nearest, on a sample of rows."""
     tokens: int
     """Calibration tokens that reached it."""
     seconds: float
@@ -105,10 +107,9 @@ def _report(
 ) -> LayerReport:
     hessian = statistics.hessian if statistics is not None else None
     error = output_error(weight, part.dequantize(), hessian)
-    rtn_error = error
-    if algorithm.name != "rtn":
-        rtn = round_to_grid(weight, *minmax_grid(weight, target.scheme), target.scheme)
-        rtn_error = output_error(weight, rtn.dequantize(), hessian)
+    rows = weight[:: max(1, target.rows // _RTN_ROWS)]  # rtn is a yardstick: a sample of rows tells it
+    rtn = round_to_grid(rows, *minmax_grid(rows, target.scheme), target.scheme)
+    rtn_error = error if algorithm.name == "rtn" else output_error(rows, rtn.dequantize(), hessian)
     return LayerReport(
         name=target.name,
         kind=target.name.rsplit(".", 1)[-1],

@@ -43,6 +43,10 @@ class Moments:
                 self._cross = torch.zeros_like(self._sum)
             self._cross.addmm_(f.T, x)
 
+    def energies(self) -> Tensor:
+        """Sum of squares of each input column, [K]."""
+        return self._sum.diagonal()
+
     def matrix(self) -> Tensor:
         """H [K, K] float32, symmetric."""
         lower = self._sum.tril()
@@ -121,7 +125,8 @@ def _invert_lower(lower: Tensor, base: int = 256) -> Tensor:
     size = lower.shape[0]
     if size <= base:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
     half = size // 2
     out = torch.zeros_like(lower)
     first, last = _invert_lower(lower[:half, :half], base), _invert_lower(lower[half:, half:], base)

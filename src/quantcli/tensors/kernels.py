@@ -4,6 +4,7 @@ Every kernel takes float32 arrays (or float64, in the tests that compare it with
 """
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -18,7 +19,7 @@ numba.config.THREADING_LAYER = "workqueue"
 
 
 @numba.njit(cache=True)
-def _as_float16(value: float) -> float:
+def _as_float16(value: Any) -> Any:
     """The nearest float16, as a wider float; zero becomes the smallest positive float16."""
     if value == 0.0:
         return 2.0**-24
@@ -31,7 +32,7 @@ def _as_float16(value: float) -> float:
 
 
 @numba.njit(cache=True, fastmath=True)
-def _grid_error(w: Floats, h: Floats, scale: float, zero: float, top: float) -> float:
+def _grid_error(w: Floats, h: Floats, scale: Any, zero: Any, top: Any) -> Any:
     """Importance-weighted squared error of one group on one grid."""
     inverse = w.dtype.type(1.0) / scale
     total = w.dtype.type(0.0)
@@ -44,7 +45,7 @@ def _grid_error(w: Floats, h: Floats, scale: float, zero: float, top: float) -> 
 
 
 @numba.njit(cache=True, fastmath=True)
-def _best_scale(w: Floats, h: Floats, scale: float, zero: float, top: float) -> float:
+def _best_scale(w: Floats, h: Floats, scale: Any, zero: Any, top: Any) -> Any:
     """The scale that minimizes the weighted error for the codes that `scale` gives."""
     inverse = w.dtype.type(1.0) / scale
     product, energy = w.dtype.type(0.0), w.dtype.type(0.0)
