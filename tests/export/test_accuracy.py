@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from quantcli.errors import InputError
-from quantcli.export.accuracy import Probe, compare_levels, probe
+from quantcli.export.accuracy import Probe, compare_levels, probe, refuse_other_function
 
 
 def made(top, pace):
-    return Probe(np.array(top), (1, 2), pace)
+    return Probe(np.array(top), np.zeros((1, 4)), (1, 2), pace)
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,13 @@ def test_a_folder_that_does_not_open_is_one_line(tmp_path):
     with pytest.raises(InputError, match="does not run") as raised:
         probe(tmp_path, [1, 2, 3], [1], 16)
     assert "\n" not in raised.value.message
+
+
+def test_another_function_is_refused():
+    wanted = np.random.default_rng(0).standard_normal((12, 50)).astype(np.float32)
+    refuse_other_function(wanted * 1.005, wanted, "float32", "olmo", "genai")
+    refuse_other_function(wanted * 1.04, wanted, "bfloat16", "olmo", "genai")
+    for other in (wanted * 1.02, wanted[::-1], wanted * np.nan):
+        with pytest.raises(InputError, match="'olmo' computes something else") as raised:
+            refuse_other_function(other, wanted, "float32", "olmo", "genai")
+        assert raised.value.hint == "add --exporter torch"

@@ -33,7 +33,7 @@ def test_rows_follow_what_exporters_do():
     ],
 )
 def test_arithmetic_on_a_name_is_refused(operation):
-    with pytest.raises(TypeError, match="only named|Rows"):
+    with pytest.raises(TypeError, match=r"only named|Rows"):
         operation(Rows.whole("w", 8, 16))
 
 

@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OlmoConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -368,6 +369,19 @@ def test_torch_exporter_takes_what_the_builder_does_not(tmp_path):
     assert_same_function(source, tmp_path / "o" / "model")
 
 
+def test_a_linear_that_the_builder_would_take_for_the_head_is_refused(tmp_path):
+    source = write_float(tmp_path / "f", LlamaConfig(**SMALL | {"intermediate_size": VOCAB}))
+    with pytest.raises(InputError, match="gate_proj has as many outputs as there are tokens"):
+        capture(source, tmp_path / "o")
+
+
+def test_a_graph_of_another_function_is_refused(tmp_path):
+    source = write_float(tmp_path / "f", OlmoConfig(**SMALL))  # the builder's OLMo is not OLMo, and it does not say so
+    with pytest.raises(InputError, match="'olmo' computes something else"):
+        capture(source, tmp_path / "o")
+    assert sorted(os.listdir(tmp_path)) == ["f"]
+
+
 def test_half_precision_says_that_it_was_not_opened(llama, tmp_path):
     heard = Heard()
     result = capture(llama, tmp_path / "o", heard, precision="fp16")
@@ -426,7 +440,7 @@ def make_infinite(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def widen_vocabulary(folder: Path) -> None:
+def narrow_vocabulary(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 96}
     tensors = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -442,7 +456,7 @@ def widen_vocabulary(folder: Path) -> None:
         (drop_tokenizer, "has no tokenizer"),
         (drop_scales, "up_proj"),
         (make_infinite, "not finite"),
-        (widen_vocabulary, "as many outputs as there are tokens"),
+        (narrow_vocabulary, "the model knows 96"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.errors import UsageError, nearest
+from quantcli.errors import InputError, UsageError, nearest
 from quantcli.export import builder, torch_exporter
 from quantcli.export.accuracy import (
     COMPARED_TOKENS,
@@ -192,6 +192,9 @@ def _write_graph(options: CaptureOptions, folder: Path, target: Path, text: list
     """
     model, matrices = load_matrices(folder, options.trust_remote_code)
     _round_what_was_asked(options, model, matrices)
+    tokens = matrices.shape(matrices.embedding)[0]
+    if max(text) >= tokens:
+        raise InputError(f"{folder}: the tokenizer gives token {max(text)}, the model knows {tokens}")
     with torch.no_grad():
         wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
     if options.exporter == "torch":
