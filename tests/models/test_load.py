@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,50 @@ def test_bits_and_desc_act(tmp_path, bits, shuffled):
     model = tiny_model()
     folder = gptq_folder(tmp_path / "q", model, Scheme(bits, 48, lowest_zero=1), shuffled)
     torch.testing.assert_close(logits(load(folder, device="cpu")), logits(model), rtol=1e-4, atol=1e-4)
+
+
+FAMILIES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "gpt_neox": {},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma2": {"head_dim": 16},
+    "qwen3": {"head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_by_the_names_on_disk(tmp_path, model_type):
+    """Packs what the files hold, experts one by one, and compares with transformers on the rounded weights."""
+    tiny_model(model_type, **FAMILIES[model_type]).save_pretrained(tmp_path / "f")
+    tensors = load_file(tmp_path / "f" / "model.safetensors")
+    scheme = Scheme(4, 32, lowest_zero=1)
+    packed = {}
+    for name in [n for n in tensors if _is_block_linear(n, tensors[n])]:
+        q = rounded(tensors[name].float(), scheme)
+        tensors[name] = q.dequantize()
+        packed[name.removesuffix(".weight")] = gptq.pack(q)
+    assert len(packed) >= 2 * 4
+    save_file(tensors, tmp_path / "f" / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "f").eval()
+    config = gptq.config_for(scheme, {}, [], desc_act=False, lm_head=False, producer="test")
+    shutil.copytree(tmp_path / "f", tmp_path / "q")
+    for name, parts in packed.items():
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+    loaded = load(tmp_path / "q", device="cpu")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-4)
+
+
+def _is_block_linear(name: str, tensor: torch.Tensor) -> bool:
+    inside = ".layers." in name or ".h." in name
+    router = name.endswith("gate.weight")
+    return inside and name.endswith(".weight") and tensor.ndim == 2 and not router
 
 
 def test_float_folder(tmp_path):
