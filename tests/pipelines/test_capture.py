@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OlmoConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
@@ -367,6 +368,14 @@ def test_torch_exporter_takes_what_the_builder_does_not(tmp_path):
     assert raised.value.hint == "add --exporter torch"
     capture(source, tmp_path / "o", exporter="torch")
     assert_same_function(source, tmp_path / "o" / "model")
+
+
+@pytest.mark.parametrize("exporter", ["genai", "torch"])
+def test_mixture_of_experts_is_refused(exporter, tmp_path):
+    source = write_float(tmp_path / "f", MixtralConfig(**SMALL, num_local_experts=2))
+    with pytest.raises(InputError, match="'mixtral'"):
+        capture(source, tmp_path / "o", exporter=exporter)
+    assert sorted(os.listdir(tmp_path)) == ["f"]
 
 
 def test_a_linear_that_the_builder_would_take_for_the_head_is_refused(tmp_path):

@@ -45,6 +45,11 @@ def export(folder: Path, target: Path, model: Any, matrices: Matrices, opset: in
     Raises:
         InputError: torch cannot trace the architecture.
     """
+    config = model.config.get_text_config()
+    if any(getattr(config, n, None) for n in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise InputError(
+            f"model type {config.model_type!r} is a mixture of experts, whose routing --exporter torch cannot trace"
+        )
     model.float().eval().requires_grad_(False)
     model.set_attn_implementation("eager")
     model.config.use_cache = True
