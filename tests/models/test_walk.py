@@ -1,0 +1,180 @@
+"""The walk runs blocks as transformers does, one stage after another, and sees each linear's true input."""
+
+import copy
+
+import pytest
+import torch
+
+import families
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import find_layout
+from quantcli.models.skeleton import build_skeleton, disk_name, materialize
+from quantcli.models.walk import block_stages, embed_tokens, run_block
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+class Opened:
+    """A model on disk with its skeleton, outside tensors in place."""
+
+    def __init__(self, family, folder):
+        self.model = families.build(family)
+        families.save(self.model, folder)
+        self.checkpoint = Checkpoint.open(folder)
+        self.skeleton = build_skeleton(folder)
+        self.layout = find_layout(self.skeleton)
+        inside = tuple(b + "." for b in self.layout.blocks)
+        outside = [n for n in self.skeleton.state_dict() if not n.startswith(inside)]
+        tensors = {n: self.read(n) for n in outside if self.disk(n)}
+        materialize(self.skeleton, tensors)
+
+    def disk(self, name):
+        return disk_name(name, self.skeleton, self.checkpoint.entries)
+
+    def read(self, name):
+        return self.checkpoint.read(self.disk(name))
+
+    def block(self, number):
+        path = self.layout.blocks[number]
+        block = copy.deepcopy(self.skeleton.get_submodule(path))
+        materialize(block, {n: self.read(f"{path}.{n}") for n in block.state_dict()})
+        linears = [n.removeprefix(path + ".") for n in self.layout.linears if n.startswith(path + ".")]
+        return block, linears
+
+
+@pytest.fixture
+def opened(request, tmp_path):
+    return Opened(request.param, tmp_path)
+
+
+@pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
+def test_blocks_in_a_row_give_what_the_model_gives(opened):
+    tokens = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
+    expected = opened.model(tokens, output_hidden_states=True).hidden_states
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 2)
+    assert [len(h) for h in hidden] == [2, 2, 1]
+    assert torch.equal(torch.cat(hidden), expected[0])
+    for number in range(len(opened.layout.blocks)):
+        block, linears = opened.block(number)
+        call = {size: c[number] for size, c in calls.items()}
+        stages = block_stages(block, linears, hidden[0], call[2])
+        assert sorted(n for names in stages for n in names) == sorted(linears)
+        solved, reference = [], [h.clone() for h in hidden]
+        run_block(
+            block,
+            hidden,
+            call,
+            stages,
+            lambda names, _, solved=solved: solved.append(names),
+            held_out={1},
+            keep=number == 0,
+            reference=copy.deepcopy(block),
+            reference_inputs=reference,
+        )
+        assert sorted(map(tuple, solved)) == sorted(map(tuple, stages))
+        assert torch.allclose(torch.cat(reference), torch.cat(hidden), atol=1e-6)
+        if number + 1 < len(opened.layout.blocks):  # the last hidden state of transformers is behind the final norm
+            assert torch.allclose(torch.cat(hidden), expected[number + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.KNOWN)
+def test_known_families_are_in_the_table(family, tmp_path):
+    opened = Opened(family, tmp_path)
+    assert opened.layout.known
+    assert opened.layout.final_norm is not None
+    assert opened.skeleton.get_submodule(opened.layout.final_norm) is not None
+    assert not any(name.endswith(("gate", "router")) for name in opened.layout.linears)
+
+
+@pytest.mark.parametrize("family", families.FOUND)
+def test_other_families_are_found_by_looking(family, tmp_path):
+    opened = Opened(family, tmp_path)
+    assert not opened.layout.known
+    assert opened.layout.blocks == ("model.layers.0", "model.layers.1")
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+@pytest.mark.parametrize("keep", [True, False])
+def test_each_stage_sees_the_quantized_weights_of_those_before(opened, keep):
+    """True sequential order: the Hessian of a stage is that of a model whose earlier linears are already changed."""
+    tokens = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(1))
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 4)
+    block, linears = opened.block(0)
+    call = {size: c[0] for size, c in calls.items()}
+    expected_block = copy.deepcopy(block)
+    stages = block_stages(block, linears, hidden[0], call[4])
+    assert stages == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    before = [h.clone() for h in hidden]
+    seen = {}
+
+    def solve(names, moments):
+        seen[names[0]] = moments.train.matrix(), moments.train.tokens
+        for name in names:
+            block.get_submodule(name).weight.data.mul_(0.5)
+
+    run_block(block, hidden, call, stages, solve, keep=keep)
+
+    changed = set()
+    for names in stages:
+        inputs = []
+        hook = expected_block.get_submodule(names[0]).register_forward_pre_hook(
+            lambda _m, args, inputs=inputs: inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for h in before:
+            expected_block(h, *call[len(h)].args, **call[len(h)].kwargs)
+        hook.remove()
+        x = torch.cat(inputs)
+        matrix, count = seen[names[0]]
+        assert count == len(x) == 6 * 24
+        assert torch.allclose(matrix, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        for name in names:
+            expected_block.get_submodule(name).weight.data.mul_(0.5)
+            changed.add(name)
+    out = [expected_block(h, *call[len(h)].args, **call[len(h)].kwargs) for h in before]
+    out = [o[0] if isinstance(o, tuple) else o for o in out]
+    assert torch.allclose(torch.cat(hidden), torch.cat(out), atol=1e-5)
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_held_out_batches_stay_out_of_training(opened):
+    tokens = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(2))
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 2)
+    block, linears = opened.block(0)
+    call = {size: c[0] for size, c in calls.items()}
+    first = torch.cat([hidden[0], hidden[2]])
+    normed = block.input_layernorm(first).reshape(-1, 64)
+    held = block.input_layernorm(hidden[1]).reshape(-1, 64)
+    seen = {}
+    stages = block_stages(block, linears, hidden[0], call[2])
+    run_block(block, hidden, call, stages, lambda n, m: seen.setdefault(n[0], m), held_out={1})
+    moments = seen["self_attn.q_proj"]
+    assert torch.allclose(moments.train.matrix(), normed.T @ normed / len(normed), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(moments.held_out.matrix(), held.T @ held / len(held), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_cross_moments_pair_the_two_streams(opened):
+    tokens = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(3))
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 2)
+    block, linears = opened.block(0)
+    reference = [h.clone() for h in hidden]
+    noisy = [h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4)) for h in hidden]
+    x, f = (block.input_layernorm(torch.cat(s)).reshape(-1, 64) for s in (noisy, reference))
+    call = {size: c[0] for size, c in calls.items()}
+    seen = {}
+    run_block(
+        block, noisy, call, block_stages(block, linears, hidden[0], call[2]),
+        lambda n, m: seen.setdefault(n[0], m), reference=copy.deepcopy(block), reference_inputs=reference,
+    )  # fmt: skip
+    cross = seen["self_attn.q_proj"].train.cross()
+    assert torch.allclose(cross, f.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert set(seen) == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
