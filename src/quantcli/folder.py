@@ -281,6 +281,7 @@ def _open_partial(root: Path, plan: Mapping[str, Any], force: bool) -> bool:
             found = json.loads((root / "plan.json").read_text())
         except (OSError, ValueError):
             found = None
+        found = found if isinstance(found, dict) else None
         if found == wanted:
             return True
         if found is not None and not force:
