@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.folder import write_json
 
-__all__ = ["Checkpoint", "CheckpointWriter", "TensorEntry", "copy_companions", "read_config"]
+__all__ = ["Checkpoint", "CheckpointWriter", "TensorEntry", "copy_companions", "read_config", "write_tensors"]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
@@ -152,7 +153,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     data = 8 + length
     for name, dtype, shape, offsets in items:
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise damaged(f"tensor {name} has unknown dtype {dtype!r}")
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
             raise damaged(f"tensor {name} has shape {shape!r}")
@@ -205,6 +206,21 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     raise InputError(f"{folder} holds no safetensors weights (found {', '.join(names)})")
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file.
+
+    Raises:
+        OSError: with its errno, which safetensors gives only inside a text.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 class CheckpointWriter:
     """Writes shards that appear whole or not at all, then the index."""
 
@@ -219,7 +235,7 @@ class CheckpointWriter:
         """Writes one shard."""
         path = self.shard(number)
         temporary = path.with_suffix(".tmp")
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        write_tensors({n: t.contiguous() for n, t in tensors.items()}, temporary)
         os.replace(temporary, path)
         return path
 
