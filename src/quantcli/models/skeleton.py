@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantcli.errors import InputError
-from quantcli.models.checkpoint import read_config
+from quantcli.models.checkpoint import TensorEntry, read_config
 from quantcli.models.experts import unfuse_experts
 
-__all__ = ["build_skeleton", "disk_name", "load_config", "materialize"]
+__all__ = ["build_skeleton", "check_tensors", "disk_name", "load_config", "materialize"]
 
 # module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
 _RENAMED = {
     "mixtral": ((".mlp.", ".block_sparse_moe."),),
     "gpt_neox": (("lm_head.", "embed_out."),),
 }
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -44,8 +45,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise InputError(f"model type {model_type!r} is not known to the installed transformers")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # validators of configurations raise whatever they like
+        raise InputError(f"{folder / 'config.json'} cannot be used: {_reason(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     wrong = [a for a in architectures if a not in decoders] if "auto_map" not in raw else []
@@ -70,9 +71,8 @@ def build_skeleton(folder: Path, config: Any = None, trust_remote_code: bool = F
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"no model can be built from {folder / 'config.json'}: {reason}") from error
+        except Exception as error:  # a value that cannot be shows up anywhere in a model's code
+            raise InputError(f"no model can be built from {folder / 'config.json'}: {_reason(error)}") from error
         unfuse_experts(model, config.model_type)
     return model.eval()
 
@@ -91,6 +91,30 @@ def disk_name(name: str, model: Any, stored: Container[str]) -> str | None:
     return None
 
 
+def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    """Compares every parameter of the skeleton with what the files' headers say.
+
+    Raises:
+        InputError: a tensor is missing, has another shape than the configuration says, or a dtype that holds no weights.
+    """
+    head = model.get_output_embeddings()
+    tied = getattr(head, "weight", None) if getattr(model.config, "tie_word_embeddings", False) else None
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        disk = disk_name(name, model, entries)
+        if disk is None:
+            if parameter is tied:
+                continue
+            raise InputError(f"tensor {name} is missing from {folder}", hint="copy or download the model again")
+        entry = entries[disk]
+        if entry.shape != tuple(parameter.shape):
+            raise InputError(
+                f"tensor {disk} has shape {list(entry.shape)}, the configuration says {list(parameter.shape)}"
+            )
+        if entry.dtype not in _WEIGHT_DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in _WEIGHT_DTYPES)
+            raise InputError(f"tensor {disk} is {str(entry.dtype).removeprefix('torch.')}, expected {allowed}")
+
+
 def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Gives a module on the meta device its tensors, by their names inside it; the module owns them afterwards.
 
@@ -105,6 +129,11 @@ def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             )
     module.load_state_dict(tensors, strict=False, assign=True)
     module.requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error that may have none or many."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _known_types() -> Container[str]:

@@ -17,7 +17,7 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
-from quantcli.models.skeleton import build_skeleton, disk_name, load_config
+from quantcli.models.skeleton import build_skeleton, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.scheme import PER_CHANNEL, Scheme
@@ -175,6 +175,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     config = load_config(folder, options.trust_remote_code)
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    check_tensors(skeleton, checkpoint.entries, folder)
     default = Scheme(options.bits, options.group_size, options.symmetric, gptq.LOWEST_ZERO)
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
     untie = layout.head in targets and layout.tied
