@@ -180,6 +180,7 @@ def run_block(
     keep: bool = True,
     reference: nn.Module | None = None,
     reference_inputs: list[Tensor] | None = None,
+    path: str = "",
 ) -> None:
     """Quantizes one block in true sequential order; `inputs` become the block's outputs, in place.
 
@@ -193,6 +194,7 @@ def run_block(
         keep: Whether paused forwards are kept (one pass) or run again from the block's input (less memory).
         reference: The float block, whose stage inputs are wanted as well.
         reference_inputs: Hidden states of the float stream; become the float block's outputs, in place.
+        path: Module path of the block, for messages.
     """
     solved: set[int] = set()
     moments: dict[int, StageMoments] = {}
@@ -253,7 +255,7 @@ def run_block(
                 if all(done):
                     break
                 stage = min(moments.keys() - solved)
-                _check_finite(moments[stage], stages[stage][0])
+                _check_finite(moments[stage], f"{path}.{stages[stage][0]}".lstrip("."))
                 solve(stages[stage], moments.pop(stage))
                 solved.add(stage)
                 if not keep:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli import __version__
@@ -19,7 +19,7 @@ from quantcli.errors import InputError
 from quantcli.evaluate.speed import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, write_json
 from quantcli.formats import gptq
-from quantcli.models.checkpoint import CheckpointWriter, copy_companions
+from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, run_block
 from quantcli.options import SELF, CalibrationOptions, QuantizeOptions
@@ -255,7 +255,7 @@ class _Run:
             saved = load_file(tokens_file)
         else:
             saved = self._tokens()
-            save_file(saved, state / "tokens.tmp")
+            write_tensors(saved, state / "tokens.tmp")
             (state / "tokens.tmp").replace(tokens_file)
         tokens, batch = torch.cat([saved["rows"], saved["judges"]]), plan.options.calibration.batch_size
         self._held = self._held_out(len(saved["rows"]), len(tokens), batch)
@@ -363,6 +363,7 @@ class _Run:
             keep=plan.keep_paused,
             reference=reference,
             reference_inputs=self.float_hidden,
+            path=path,
         )
         return results
 
@@ -476,7 +477,7 @@ class _Run:
             tensors = {f"hidden.{i}": h.cpu() for i, h in enumerate(self.hidden)}
             if self.float_hidden is not None:
                 tensors |= {f"float.{i}": h.cpu() for i, h in enumerate(self.float_hidden)}
-            save_file(tensors, state / "hidden.tmp")
+            write_tensors(tensors, state / "hidden.tmp")
             (state / "hidden.tmp").replace(state / f"hidden-{done}.safetensors")
         seconds = self.seconds_before + time.perf_counter() - self._started
         layers = [asdict(layer) for layer in self.reports]
