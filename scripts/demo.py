@@ -154,14 +154,14 @@ def main() -> None:
 
     print(f"\n{sentence(captured / 'model')}")
 
-    against = ["--reference", str(model), "--data", str(evaluation), "--json"]
+    on, against = ["--data", str(evaluation), "--json"], ["--reference", str(model)]
     lines = [list(COLUMNS)]
-    for label, folder, mark in (
-        ("original", model, source),
-        ("quantized", quantized, made),
-        ("captured", captured, captured / MANIFEST),
+    for label, folder, mark, reference in (
+        ("original", model, source, []),
+        ("quantized", quantized, made, against),
+        ("captured", captured, captured / MANIFEST, against),
     ):
-        figures = steps.measure(f"evaluate {label}", ["evaluate", "-m", str(folder), *against], mark, evaluation)
+        figures = steps.measure(f"evaluate {label}", ["evaluate", "-m", str(folder), *on, *reference], mark, evaluation)
         lines.append(cells(label, figures))
     print(f"\n{table(lines)}\n\n{time.perf_counter() - begun:.0f} s")
 
