@@ -162,19 +162,22 @@ class PartialFolder:
 
     def commit(self, manifest: Manifest) -> Path:
         """Writes the manifest with the digest of every file, then puts the folder in its place."""
-        shutil.rmtree(self.state, ignore_errors=True)
-        (self.root / "plan.json").unlink(missing_ok=True)
+        scratch = (MANIFEST, "plan.json", "state")
+        paths = [p for p in sorted(self.root.rglob("*")) if p.relative_to(self.root).parts[0] not in scratch]
         files = {
             str(p.relative_to(self.root)): {"size_bytes": p.stat().st_size, "sha256": file_digest(p)}
-            for p in sorted(self.root.rglob("*"))
-            if p.is_file() and p.name != MANIFEST
+            for p in paths
+            if p.is_file()
         }
         values = asdict(manifest) | {"files": files, "versions": manifest.versions or package_versions()}
         write_json(self.root / MANIFEST, values)
-        for path in self.root.rglob("*"):
+        for path in (*paths, self.root / MANIFEST, self.root):
             _flush_to_disk(path)
+        # digests of a large model take a while: what a killed run needs to continue goes last, its plan first of that
+        (self.root / "plan.json").unlink(missing_ok=True)
+        shutil.rmtree(self.state, ignore_errors=True)
         if self.replaces:
-            old = self.target.with_name(self.target.name + ".partial-old")
+            old = _old(self.target)
             shutil.rmtree(old, ignore_errors=True)
             self.target.rename(old)
             self.root.rename(self.target)
@@ -227,6 +230,12 @@ def create_output(
     partial = None
     keep = False
     try:
+        if _old(target).is_dir():  # a run was killed while it replaced the target
+            if target.exists():
+                shutil.rmtree(_old(target))
+            else:
+                _old(target).rename(target)
+            replaces = _check_target(target, inputs, force)
         resumed = _open_partial(root, plan, force)
         partial = PartialFolder(target, root, plan, resumed, replaces)
         yield partial
@@ -245,8 +254,13 @@ def create_output(
     finally:
         if partial is not None and not partial.committed and not (keep and partial.state.is_dir()):
             shutil.rmtree(root, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: afterwards it may be another run's
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _old(target: Path) -> Path:
+    """Where a target stands aside for the moment in which it is replaced."""
+    return target.with_name(target.name + ".partial-old")
 
 
 def _check_target(target: Path, inputs: Sequence[Path], force: bool) -> bool:

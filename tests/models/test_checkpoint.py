@@ -4,11 +4,11 @@ import json
 import struct
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import tiny
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import INDEX, Checkpoint, CheckpointWriter, copy_companions, read_header
 

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from quantcli.cli import app
 from quantcli.models.checkpoint import INDEX
 

@@ -95,7 +95,7 @@ def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) 
     """Compares every parameter of the skeleton with what the files' headers say.
 
     Raises:
-        InputError: a tensor is missing, has another shape than the configuration says, or a dtype that holds no weights.
+        InputError: a tensor is missing, or has another shape than the configuration says, or is of integers.
     """
     head = model.get_output_embeddings()
     tied = getattr(head, "weight", None) if getattr(model.config, "tie_word_embeddings", False) else None
