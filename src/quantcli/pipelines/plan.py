@@ -10,14 +10,14 @@ import torch
 
 from quantcli import algorithms
 from quantcli.algorithms import Algorithm
-from quantcli.data.sampling import estimate_sampling
+from quantcli.data.sampling import SamplingKey, estimate_sampling
 from quantcli.errors import InputError, ResourceError, UsageError
 from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
-from quantcli.models.skeleton import build_skeleton, check_tensors, disk_name, load_config
+from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.scheme import PER_CHANNEL, Scheme
@@ -173,6 +173,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     checkpoint = Checkpoint.open(folder)
     _refuse_quantized(checkpoint, folder)
     config = load_config(folder, options.trust_remote_code)
+    check_counts(config, checkpoint.entries, folder)
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
     check_tensors(skeleton, checkpoint.entries, folder)
@@ -343,6 +344,8 @@ def _with_source(plan: Plan, config: Any) -> Plan:
     budget = plan.options.max_memory or free_bytes(plan.device)
 
     def estimate(rows: int) -> tuple[float, int]:
+        if SamplingKey(plan.model_digest, rows, calibration.seq_len, calibration.seed).file.is_file():
+            return 0.0, 0  # written before, and kept
         return estimate_sampling(config, parameters, rows, calibration.seq_len, rate, bandwidth)
 
     if given and given != SELF:
@@ -364,7 +367,8 @@ def _with_source(plan: Plan, config: Any) -> Plan:
             f"--data self needs about {needed / 1e9:.1f} GB for the whole model, {budget / 1e9:.1f} GB are free",
             hint="use --data builtin or --data FILE",
         )
-    return replace(plan, source=SELF, seconds=solving + sampling, why_source=f", about {sampling:.0f} s to write")
+    wait = f", about {sampling:.0f} s to write" if sampling else ", written before"
+    return replace(plan, source=SELF, seconds=solving + sampling, why_source=wait)
 
 
 def _wants_data(plan: Plan) -> bool:
