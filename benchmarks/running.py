@@ -1,0 +1,139 @@
+"""Runs workers one after the other, each in a process of its own, and says what each cost."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Cost",
+    "cost_values",
+    "describe_machine",
+    "evaluate",
+    "measure_rates",
+    "our_command",
+    "our_environment",
+    "run_measured",
+]
+
+HERE = Path(__file__).resolve().parent
+_RATES = """
+import json, time, torch
+from quantcli.models.machine import matmul_flops
+def rate(size, dtype, seconds):
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    best, begun = 0.0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+cpu = torch.device("cpu")
+print(json.dumps({
+    "quick_float32": matmul_flops(cpu), "quick_bfloat16": matmul_flops(cpu, torch.bfloat16),
+    "float32_2048": rate(2048, torch.float32, 4.0), "torch": torch.__version__, "threads": torch.get_num_threads(),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process cost from outside, start to exit."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    """User and system time, its children's included."""
+    exit_code: int
+    log: str
+    """Where its output is."""
+
+
+def run_measured(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Cost:
+    """Runs a command and waits for it; both outputs go to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        seconds = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, process.returncode, str(log))
+
+
+def our_environment(scratch: Path, threads: int | None = None) -> dict[str, str]:
+    """Variables for our own processes: compiled kernels and self-written text are made anew, in `scratch`."""
+    variables = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NUMBA_CACHE_DIR": str(scratch / "numba"),
+        "QUANTCLI_CACHE": str(scratch / "cache"),
+    }
+    if threads is not None:
+        variables |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    return dict(variables)
+
+
+def our_command(model: Path, calibration: Path | None, output: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The command line of `our_worker.py`."""
+    data = "-" if calibration is None else str(calibration)
+    return [sys.executable, str(HERE / "our_worker.py"), str(model), data, str(output), json.dumps(settings)]
+
+
+def evaluate(
+    folder: Path, reference: Path, text: Path, windows: int, seq_len: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """`quantcli evaluate` of a folder against the float model, without timing.
+
+    Raises:
+        RuntimeError: it failed; the message is its own.
+    """
+    command = [sys.executable, "-m", "quantcli", "evaluate", "-m", str(folder), "--reference", str(reference)]
+    command += ["--data", str(text), "--num-samples", str(windows), "--seq-len", str(seq_len), "--no-speed", "--json"]
+    done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"quantcli evaluate {folder}: {done.stderr.strip()[-500:]}")
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
+
+
+def measure_rates(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Matrix products a second: `quantcli.models.machine.matmul_flops`, and the best of 4 s at 2048."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RATES], env=dict(environment), capture_output=True, text=True, check=True
+    )
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory, system, and how busy it is."""
+    processor = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": memory,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def cost_values(cost: Cost) -> dict[str, Any]:
+    """For JSON."""
+    values = asdict(cost)
+    values.pop("log")
+    return values
