@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from quantcli.errors import InputError
 from quantcli.models.checkpoint import TensorEntry, read_config
 from quantcli.models.experts import unfuse_experts
 
-__all__ = ["build_skeleton", "check_tensors", "disk_name", "load_config", "materialize"]
+__all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "load_config", "materialize"]
 
 # module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
 _RENAMED = {
     "mixtral": ((".mlp.", ".block_sparse_moe."),),
     "gpt_neox": (("lm_head.", "embed_out."),),
 }
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -89,6 +90,19 @@ def disk_name(name: str, model: Any, stored: Container[str]) -> str | None:
         if candidate in stored:
             return candidate
     return None
+
+
+def check_counts(config: Any, entries: Sized, folder: Path) -> None:
+    """Refuses a configuration with more layers or experts than files can hold, before a model of that size is built.
+
+    Raises:
+        InputError: a count that cannot be.
+    """
+    text = config.get_text_config()
+    for name, most in ({"num_hidden_layers": len(entries)} | dict.fromkeys(_EXPERT_COUNTS, 1024)).items():
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count > most:
+            raise InputError(f"{folder / 'config.json'} says {name} {count}, the files hold {len(entries)} tensors")
 
 
 def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:
