@@ -19,6 +19,7 @@ __all__ = [
     "measure_rates",
     "our_command",
     "our_environment",
+    "quantcli",
     "run_measured",
 ]
 
@@ -91,18 +92,36 @@ def our_command(model: Path, calibration: Path | None, output: Path, settings: M
 
 
 def evaluate(
-    folder: Path, reference: Path, text: Path, windows: int, seq_len: int, environment: Mapping[str, str]
+    folder: Path,
+    reference: Path | None,
+    text: Path,
+    windows: int,
+    seq_len: int,
+    environment: Mapping[str, str],
+    speed: bool = False,
 ) -> dict[str, Any]:
-    """`quantcli evaluate` of a folder against the float model, without timing.
+    """`quantcli evaluate` of a folder, against the float model where one is given.
 
     Raises:
         RuntimeError: it failed; the message is its own.
     """
-    command = [sys.executable, "-m", "quantcli", "evaluate", "-m", str(folder), "--reference", str(reference)]
-    command += ["--data", str(text), "--num-samples", str(windows), "--seq-len", str(seq_len), "--no-speed", "--json"]
+    command = ["evaluate", "-m", str(folder), "--data", str(text), "--num-samples", str(windows)]
+    command += ["--seq-len", str(seq_len), "--json"]
+    command += ["--reference", str(reference)] if reference is not None else []
+    command += [] if speed else ["--no-speed"]
+    return quantcli(command, environment)
+
+
+def quantcli(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Runs a command that prints JSON.
+
+    Raises:
+        RuntimeError: it failed; the message is its own.
+    """
+    command = [sys.executable, "-m", "quantcli", *arguments]
     done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"quantcli evaluate {folder}: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"quantcli {' '.join(arguments)}: {done.stderr.strip()[-500:]}")
     values: dict[str, Any] = json.loads(done.stdout)
     return values
 
