@@ -1,5 +1,8 @@
 """What this machine can do: its device, its free memory, and how fast it multiplies matrices, measured."""
 
+import ctypes
+import gc
+import sys
 import time
 from functools import cache
 
@@ -8,7 +11,7 @@ import torch
 
 from quantcli.errors import UsageError
 
-__all__ = ["compute_dtype", "free_bytes", "matmul_flops", "pick_device"]
+__all__ = ["compute_dtype", "free_bytes", "matmul_flops", "pick_device", "return_memory"]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -31,6 +34,15 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps the holes between live tensors otherwise."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+        if trim is not None:
+            trim(0)
 
 
 @cache

@@ -20,6 +20,7 @@ from quantcli.evaluate.speed import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, write_json
 from quantcli.formats import gptq
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
+from quantcli.models.machine import return_memory
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, run_block
 from quantcli.options import SELF, CalibrationOptions, QuantizeOptions
@@ -229,6 +230,7 @@ class _Run:
         """Quantizes and writes every block that an earlier run has not finished."""
         plan, count = self.plan, len(self.plan.layout.blocks)
         calls = self._begin_streams() if plan.calibrates and (self.done < count or self._head_needs_stream()) else {}
+        return_memory()  # tokenizer and embedding
         with self.progress.track("quantizing", count, start=self.done) as task:
             for number in range(self.done, count):
                 begun = len(self.reports)
@@ -238,6 +240,8 @@ class _Run:
                     results = self._data_free([t for t in plan.targets.values() if self._in_block(t, number)])
                 self._write(number, results)
                 self._remember(number + 1)
+                del results
+                return_memory()
                 worst = max((r.relative_error for r in self.reports[begun:]), default=0.0)
                 task.advance(1, f"worst error {worst:.2%}")
 

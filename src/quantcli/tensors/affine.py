@@ -13,7 +13,7 @@ from quantcli.scheme import Scheme
 from quantcli.tensors import kernels
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["SCALE_DTYPE", "minmax_grid", "round_to_grid", "searched_grid", "stored_scale"]
+__all__ = ["LARGEST_SCALE", "SCALE_DTYPE", "minmax_grid", "round_to_grid", "searched_grid", "stored_scale"]
 
 SCALE_DTYPE = torch.float16
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros keeps a scale that is not zero
