@@ -46,8 +46,8 @@ class CalibrationOptions:
     """Calibration rows."""
     seq_len: int = 512
     """Tokens per calibration row."""
-    batch_size: int = 4
-    """Rows that go through a block together; more is rarely faster and takes more memory."""
+    batch_size: int = 1
+    """Rows that go through a block together; more takes more memory and, on a CPU, more time."""
     seed: int = 0
     """Seed of every random choice."""
 

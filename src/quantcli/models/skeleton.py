@@ -50,6 +50,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{folder / 'config.json'} cannot be used: {_reason(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not (isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)):
+        raise InputError(
+            f"{folder / 'config.json'} names the architectures {architectures!r}, expected a list of names"
+        )
     wrong = [a for a in architectures if a not in decoders] if "auto_map" not in raw else []
     if getattr(config, "is_encoder_decoder", False) or (wrong and len(wrong) == len(architectures)):
         what = wrong[0] if wrong else model_type
