@@ -1,10 +1,10 @@
 """Each rounder equals its slow literal statement, in float64, code for code."""
 
-import literal
 import numpy as np
 import pytest
 import torch
 
+import literal
 from quantcli.algorithms.rounders import gptq, kquant, rtn
 from quantcli.algorithms.rounders.gptq import GptqOptions
 from quantcli.scheme import Scheme
