@@ -25,10 +25,12 @@ __all__ = [
     "Manifest",
     "PartialFolder",
     "create_output",
+    "describe_parent",
     "file_digest",
     "fingerprint",
     "folder_size_bytes",
     "package_versions",
+    "public_options",
     "read_manifest",
     "require_free_bytes",
     "resolve_model_folder",
@@ -61,6 +63,18 @@ class Manifest:
     """Relative path to size_bytes and sha256 of every file."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
+
+
+def describe_parent(folder: Path, digest: str) -> dict[str, Any]:
+    """What a manifest says of the model folder that something was made from: a name to look for, never a place."""
+    inside = folder.name == "model" and (folder.resolve().parent / MANIFEST).is_file()
+    return {"name": folder.resolve().parent.name if inside else folder.name, "fingerprint": digest}
+
+
+def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a manifest keeps: where a folder stood says nothing about it, and trust is never handed on."""
+    private = ("model", "output", "force", "dry_run", "trust_remote_code")
+    return {name: value for name, value in options.items() if name not in private}
 
 
 def resolve_model_folder(path: Path) -> Path:

@@ -336,7 +336,9 @@ def test_folder_is_complete_and_can_be_moved(llama, tmp_path):
     manifest = read_manifest(tmp_path / "elsewhere")
     assert manifest.kind == "onnx" and manifest.command == "capture-onnx-graph"
     assert set(manifest.files) == {f"model/{n}" for n in names}
-    assert str(tmp_path) not in (folder / "genai_config.json").read_text()
+    assert manifest.parent["name"] == "q"
+    for file in (folder / "genai_config.json", tmp_path / "elsewhere" / "quantcli.json"):
+        assert str(tmp_path) not in file.read_text()
     assert result.size_bytes == sum(p.stat().st_size for p in folder.iterdir())
     assert onnx_logits(folder, [3, 4, 5, 6], 2).shape == (4, VOCAB)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantcli.errors import InputError
-from quantcli.folder import Manifest, create_output, fingerprint, resolve_model_folder
+from quantcli.folder import Manifest, create_output, describe_parent, fingerprint, resolve_model_folder
 from quantcli.formats import gptq
 from quantcli.pipelines import inspect
 from quantcli.scheme import Scheme
@@ -112,7 +112,7 @@ def make_output(target: Path, parent: Path, command: str) -> Path:
             kind="checkpoint",
             command=command,
             options={"bits": 4},
-            parent={"name": str(parent), "fingerprint": fingerprint(resolve_model_folder(parent))},
+            parent=describe_parent(resolve_model_folder(parent), fingerprint(resolve_model_folder(parent))),
             metrics={"kl": 0.1},
         )
         return output.commit(manifest)
@@ -124,7 +124,7 @@ def test_history_follows_parents_that_are_still_the_same(tmp_path):
     second = make_output(tmp_path / "r", first, "finetune")
     for folder in (second, second / "model"):
         found = inspect.run(folder)
-        assert [(s.command, s.parent) for s in found.history] == [("finetune", str(first)), ("quantize", str(start))]
+        assert [(s.command, s.parent) for s in found.history] == [("finetune", "q"), ("quantize", "f")]
     assert found.history[0].metrics == {"kl": 0.1}
     (first / "model" / "config.json").write_text("{}")
     assert [s.command for s in inspect.run(second).history] == ["finetune"]

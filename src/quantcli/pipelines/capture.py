@@ -24,8 +24,10 @@ from quantcli.export.matrices import Matrices, load_matrices
 from quantcli.folder import (
     Manifest,
     create_output,
+    describe_parent,
     fingerprint,
     folder_size_bytes,
+    public_options,
     require_free_bytes,
 )
 from quantcli.formats.gptq import LOWEST_ZERO
@@ -127,8 +129,9 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
         metrics = {k: v for k, v in result.to_dict().items() if k != "output"}
         if check is not None:
             metrics["accuracy_check"] = asdict(check)
-        parent = {"model": options.model, "fingerprint": fingerprint(folder)}
-        partial.commit(Manifest("onnx", "capture-onnx-graph", resolved | {"accuracy_level": level}, parent, metrics))
+        made = public_options(resolved | {"accuracy_level": level})
+        parent = describe_parent(folder, fingerprint(folder))
+        partial.commit(Manifest("onnx", "capture-onnx-graph", made, parent, metrics))
     return result
 
 

@@ -194,10 +194,10 @@ def _history(folder: Path, manifest: Manifest | None) -> list[Step]:
 
 
 def _find_parent(root: Path, manifest: Manifest) -> Path | None:
-    """The folder that a folder was made from, if it still lies where it was and is still the same."""
+    """The folder that a folder was made from, if it lies beside it or here and is still the same."""
     wanted = manifest.parent.get("fingerprint")
-    names = [str(manifest.parent[k]) for k in ("path", "name") if manifest.parent.get(k)]
-    for candidate in (base / name for name in names for base in (root, root.parent, Path())):
+    name = Path(str(manifest.parent.get("name", ""))).name
+    for candidate in (root.resolve().parent / name, Path(name)) if name else ():
         if candidate.is_dir() and fingerprint(resolve_model_folder(candidate)) == wanted:
             return candidate
     return None

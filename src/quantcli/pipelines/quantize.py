@@ -17,7 +17,7 @@ from quantcli.algorithms import find
 from quantcli.data.calibration import calibration_rows
 from quantcli.errors import InputError
 from quantcli.evaluate.speed import peak_memory
-from quantcli.folder import Manifest, PartialFolder, create_output, write_json
+from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
 from quantcli.formats import gptq
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.machine import return_memory
@@ -121,8 +121,8 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
             "bits_per_weight": round(bits, 4),
             "mean_relative_error": sum(r.relative_error for r in work.reports) / len(work.reports),
         }
-        parent = {"name": plan.folder.name, "fingerprint": plan.model_digest}
-        partial.commit(Manifest("checkpoint", "quantize", _public(options), parent, metrics))
+        parent = describe_parent(plan.folder, plan.model_digest)
+        partial.commit(Manifest("checkpoint", "quantize", public_options(asdict(options)), parent, metrics))
     return replace(result, evaluation=_evaluate(options, progress)) if options.evaluate else result
 
 
@@ -136,14 +136,6 @@ def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
         ),
         progress,
     )
-
-
-def _public(options: QuantizeOptions) -> dict[str, Any]:
-    # where a folder stood says nothing about what it holds, and trust is never handed on
-    values = asdict(options)
-    for name in ("output", "model", "force", "dry_run", "trust_remote_code"):
-        values.pop(name)
-    return values
 
 
 class _Run:
