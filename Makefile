@@ -8,7 +8,7 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check format bench docs clean
+.PHONY: help demo test quick check format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,8 +16,11 @@ help: ## list the targets
 demo: $(INSTALLED) ## quantize, capture, generate, evaluate a real model; prints one table
 	@$(BIN)/python scripts/demo.py
 
-test: $(INSTALLED) ## the whole suite with coverage; PYTEST='-m "not real"' leaves out the demo model
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST)
+test: quick ## the whole suite, with coverage
+	$(BIN)/python -m pytest -m real --cov --cov-append --cov-report=term
+
+quick: $(INSTALLED) ## the suite without the demo model: one process per core, each with one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not real' -n auto --dist loadfile --cov --cov-report=
 
 check: $(INSTALLED) ## format, lint, types, docs up to date
 	$(BIN)/ruff format --check $(SOURCES)

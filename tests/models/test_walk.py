@@ -9,7 +9,7 @@ import families
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import find_layout
 from quantcli.models.skeleton import build_skeleton, disk_name, materialize
-from quantcli.models.walk import block_stages, embed_tokens, run_block
+from quantcli.models.walk import block_stages, embed_tokens, idle_inputs, run_block
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,7 @@ def test_blocks_in_a_row_give_what_the_model_gives(opened):
             lambda names, _, solved=solved: solved.append(names),
             held_out={1},
             keep=number == 0,
+            idle=idle_inputs(block, stages, hidden[0], call[2]),
             reference=copy.deepcopy(block),
             reference_inputs=reference,
         )
@@ -178,3 +179,23 @@ def test_cross_moments_pair_the_two_streams(opened):
     cross = seen["self_attn.q_proj"].train.cross()
     assert torch.allclose(cross, f.T @ x / len(x), rtol=1e-4, atol=1e-6)
     assert set(seen) == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+
+
+@pytest.mark.parametrize("opened", ["llama"], indirect=True)
+def test_what_a_paused_forward_no_longer_reads_is_emptied(opened):
+    tokens = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(0))
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 1)
+    block, linears = opened.block(0)
+    call = {size: c[0] for size, c in calls.items()}
+    stages = block_stages(block, linears, hidden[0], call[1])
+    idle = idle_inputs(block, stages, hidden[0], call[1])
+    # q, k, v; o; gate, up; down: the residual needs the block's input until attention is added to it
+    assert idle == {1: [0], 2: [-1, 1], 3: [2]}
+    plain = [h.clone() for h in hidden]
+    run_block(block, plain, call, stages, lambda *_: None)
+    sizes = []
+    mine = list(hidden)
+    run_block(block, mine, call, stages, lambda *_: sizes.append(sum(h.numel() for h in hidden)), idle=idle)
+    full = sum(h.numel() for h in plain)
+    assert sizes == [full, full, 0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(plain, mine, strict=True))

@@ -3,13 +3,13 @@
 One forward does what usually takes three to five. Every micro-batch runs in a greenlet of its own; it stops in front
 of the first linear of each stage (linears that read the same input), adds its input to the stage's Hessian and lets the
 next micro-batch come up. Once all have arrived, the stage is solved, its quantized weights are put in place, and the
-forwards go on from where they stood: true sequential order, for any architecture, at the cost of one pass. Only what a
-paused forward still needs is kept. Where even that does not fit, forwards are dropped at each stage and run again
-(`keep=False`).
+forwards go on from where they stood: true sequential order, for any architecture, at the cost of one pass. What a
+paused forward holds but no longer reads is emptied (`idle_inputs`). Where the rest does not fit, forwards are dropped
+at each stage and run again (`keep=False`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ from quantcli.models.layout import Layout
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
-__all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "run_block"]
+__all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "idle_inputs", "run_block"]
+
+BLOCK_INPUT = -1
+"""Stands for the block's own input where stages are numbered."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,49 @@ def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: Blo
     return [names for _, names in stages] + missed
 
 
+def idle_inputs(block: nn.Module, stages: list[list[str]], hidden: Tensor, call: BlockCall) -> dict[int, list[int]]:
+    """Which inputs nothing reads any more once a forward stands in front of a stage.
+
+    A paused forward's frames hold the block's input and its submodules' arguments to the end, read or not. Which are
+    not is found by trying, on one row: an input is idle where emptying it leaves the output the same.
+
+    Returns:
+        By stage, the inputs that become idle there: `BLOCK_INPUT`, or the number of an earlier stage.
+    """
+
+    def output(victim: int | None = None, at: int | None = None) -> Tensor | None:
+        seen = {BLOCK_INPUT: hidden.clone()}
+
+        def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[stage] = args[0]
+                if stage == at and victim in seen:
+                    _empty(seen[victim])
+
+            return hook
+
+        with _hooks(block, stages, make):
+            try:
+                return _forward(block, seen[BLOCK_INPUT], call)
+            except Exception:  # whatever a model says when it meets an empty tensor
+                return None
+
+    idle: dict[int, list[int]] = {}
+    expected = output()
+    for victim in range(BLOCK_INPUT, len(stages)):
+        for stage in range(victim + 1, len(stages)):
+            found = output(victim, stage)
+            if found is not None and expected is not None and torch.equal(found, expected):
+                idle.setdefault(stage, []).append(victim)
+                break
+    return idle
+
+
+def _empty(tensor: Tensor) -> None:
+    """Takes a tensor's memory away, whoever holds it; views of it keep theirs."""
+    tensor.set_(torch.empty(0, dtype=tensor.dtype, device=tensor.device))  # type: ignore[call-overload]
+
+
 class _Pass:
     """One micro-batch's forward through a block, stopping where a hook tells it to."""
 
@@ -136,11 +182,20 @@ class _Pass:
         self._greenlet = greenlet(lambda: (-1, _forward(block, hidden, call)))
         self.stage = -2
         """Where it stands: a stage, -1 at the end, -2 before the start."""
+        self._inputs = {BLOCK_INPUT: hidden}
 
-    def advance(self) -> Tensor:
-        """Runs to the next stop and returns the input there, or to the end and returns the output."""
+    def advance(self, idle: Mapping[int, list[int]]) -> Tensor:
+        """Runs to the next stop and returns the input there, or to the end and returns the output.
+
+        Args:
+            idle: Inputs to empty, by the stage in front of which it stops.
+        """
         stage, tensor = self._greenlet.switch()
         self.stage = stage
+        for number in idle.get(stage, ()):
+            if number in self._inputs:
+                _empty(self._inputs.pop(number))
+        self._inputs[stage] = tensor
         out: Tensor = tensor
         return out
 
@@ -150,8 +205,7 @@ class _Pass:
             self._greenlet.throw(GreenletExit)
 
 
-@contextmanager
-def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> Iterator[None]:
+def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> AbstractContextManager[None]:
     """Hooks that hand over to the scheduler in front of each stage that is not solved yet."""
 
     def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -161,6 +215,14 @@ def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> Itera
 
         return hook
 
+    return _hooks(block, stages, make)
+
+
+@contextmanager
+def _hooks(
+    block: nn.Module, stages: list[list[str]], make: Callable[[int], Callable[[nn.Module, tuple[Any, ...]], None]]
+) -> Iterator[None]:
+    """In front of the first linear of each stage."""
     hooks = [block.get_submodule(names[0]).register_forward_pre_hook(make(stage)) for stage, names in enumerate(stages)]
     try:
         yield
@@ -178,6 +240,7 @@ def run_block(
     *,
     held_out: set[int] = frozenset(),  # type: ignore[assignment]
     keep: bool = True,
+    idle: Mapping[int, list[int]] | None = None,
     reference: nn.Module | None = None,
     reference_inputs: list[Tensor] | None = None,
     path: str = "",
@@ -192,12 +255,14 @@ def run_block(
         solve: Called with a stage's linears and moments; None where no token reached it.
         held_out: Micro-batches that solvers must not see.
         keep: Whether paused forwards are kept (one pass) or run again from the block's input (less memory).
+        idle: From `idle_inputs`: what a kept forward may lose; without it, nothing.
         reference: The float block, whose stage inputs are wanted as well.
         reference_inputs: Hidden states of the float stream; become the float block's outputs, in place.
         path: Module path of the block, for messages.
     """
     solved: set[int] = set()
     moments: dict[int, StageMoments] = {}
+    released = idle if idle is not None and keep else {}
     count = len(inputs)
     passes: list[_Pass | None] = [None] * count
     shadows: list[_Pass | None] = [None] * count
@@ -210,20 +275,20 @@ def run_block(
             current = passes[index] = _Pass(block, inputs[index], calls[len(inputs[index])])
             if reference is not None and reference_inputs is not None:
                 shadows[index] = _Pass(reference, reference_inputs[index], calls[len(inputs[index])])
-        tensor = current.advance()
+        tensor = current.advance(released)
         shadow = shadows[index]
         if current.stage == -1:
             inputs[index], passes[index], done[index] = tensor, None, True
             if shadow is not None and reference_inputs is not None:
-                out = shadow.advance()
+                out = shadow.advance(released)
                 while shadow.stage != -1:
-                    out = shadow.advance()
+                    out = shadow.advance(released)
                 reference_inputs[index], shadows[index] = out, None
             return
         other = None
         if shadow is not None:
             while shadow.stage != -1 and shadow.stage < current.stage:
-                other = shadow.advance()
+                other = shadow.advance(released)
             if shadow.stage != current.stage or other is None or other.shape != tensor.shape:
                 other = None  # a token that an expert sees in one stream only
         stage = moments.get(current.stage)

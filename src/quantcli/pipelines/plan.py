@@ -27,6 +27,8 @@ __all__ = ["EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
 EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
 HELD_OUT_SHARE = 8
 """One row in so many is held out where candidates compete."""
+_PIECE = 128
+"""Tokens that the model writes in one go where its text only judges."""
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
     "fast": ("kquant", {}),
@@ -94,6 +96,11 @@ class Plan:
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
+
+    @property
+    def judge_text(self) -> CalibrationOptions:
+        """How that text is written: many short pieces, joined into rows; a step of writing reads all weights."""
+        return _judge_text(self.options.calibration, self.judges)
 
     @property
     def calibrates(self) -> bool:
@@ -343,18 +350,18 @@ def _with_source(plan: Plan, config: Any) -> Plan:
     bandwidth = _BANDWIDTH if plan.device.type == "cpu" else 1e12
     budget = plan.options.max_memory or free_bytes(plan.device)
 
-    def estimate(rows: int) -> tuple[float, int]:
-        if SamplingKey(plan.model_digest, rows, calibration.seq_len, calibration.seed).file.is_file():
+    def estimate(text: CalibrationOptions) -> tuple[float, int]:
+        if SamplingKey(plan.model_digest, text.num_samples, text.seq_len, text.seed).file.is_file():
             return 0.0, 0  # written before, and kept
-        return estimate_sampling(config, parameters, rows, calibration.seq_len, rate, bandwidth)
+        return estimate_sampling(config, parameters, text.num_samples, text.seq_len, rate, bandwidth)
 
     if given and given != SELF:
         judges = max(1, calibration.num_samples // HELD_OUT_SHARE) if plan.options.preset == "best" else 0
-        sampling, needed = estimate(judges) if judges else (0.0, 0)
+        sampling, needed = estimate(_judge_text(calibration, judges)) if judges else (0.0, 0)
         if needed > budget or sampling > solving:
             judges, sampling = 0, 0.0
         return replace(plan, source=named, seconds=solving + sampling, judges=judges)
-    sampling, needed = estimate(calibration.num_samples)
+    sampling, needed = estimate(calibration)
     if given != SELF:
         if needed > budget:
             return replace(
@@ -369,6 +376,13 @@ def _with_source(plan: Plan, config: Any) -> Plan:
         )
     wait = f", about {sampling:.0f} s to write" if sampling else ", written before"
     return replace(plan, source=SELF, seconds=solving + sampling, why_source=wait)
+
+
+def _judge_text(calibration: CalibrationOptions, rows: int) -> CalibrationOptions:
+    pieces = calibration.seq_len // _PIECE if calibration.seq_len % _PIECE == 0 else 1
+    return CalibrationOptions(
+        SELF, num_samples=rows * pieces, seq_len=calibration.seq_len // pieces, seed=calibration.seed
+    )
 
 
 def _wants_data(plan: Plan) -> bool:

@@ -22,8 +22,8 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.machine import return_memory
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, run_block
-from quantcli.options import SELF, CalibrationOptions, QuantizeOptions
+from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, idle_inputs, run_block
+from quantcli.options import QuantizeOptions
 from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.progress import Progress, Silent, Task
@@ -153,6 +153,7 @@ class _Run:
         self.seconds_before = 0.0
         self._started = time.perf_counter()
         self._held: set[int] = set()
+        self._idle: dict[tuple[Any, ...], dict[int, list[int]]] = {}
         self._norm: torch.nn.Module | None = None
         self._names = self._assign()
         self._log = partial.state / "progress.json"
@@ -297,9 +298,8 @@ class _Run:
         rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common).tokens
         judges = rows[:0]
         if plan.judges:
-            asked = options.calibration
-            wanted = CalibrationOptions(SELF, num_samples=plan.judges, seq_len=asked.seq_len, seed=asked.seed)
-            judges = calibration_rows(wanted, plan.folder, **common).tokens
+            written = calibration_rows(plan.judge_text, plan.folder, **common).tokens
+            judges = written.reshape(plan.judges, options.calibration.seq_len)
         return {"rows": rows, "judges": judges}
 
     def _held_out(self, rows: int, total: int, batch: int) -> set[int]:
@@ -339,6 +339,9 @@ class _Run:
             return {}
         first = self.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
+        kind = (type(block), *map(tuple, stages))
+        if kind not in self._idle:
+            self._idle[kind] = idle_inputs(block, stages, first, calls[len(first)])
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:
@@ -357,6 +360,7 @@ class _Run:
             solve,
             held_out=self._held,
             keep=plan.keep_paused,
+            idle=self._idle[kind],
             reference=reference,
             reference_inputs=self.float_hidden,
             path=path,
