@@ -20,7 +20,7 @@ from quantcli.evaluate.speed import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
 from quantcli.formats import gptq
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
-from quantcli.models.machine import return_memory
+from quantcli.models.machine import return_memory, settled_heap
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, idle_inputs, run_block
 from quantcli.options import QuantizeOptions
@@ -83,6 +83,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
             options.output, plan=plan.identity(), inputs=[plan.folder], force=options.force, resumable=True
         ) as partial,
         peak_memory() as watched,
+        settled_heap(),
         torch.no_grad(),
     ):
         progress.plan("Plan", plan.rows())
@@ -351,6 +352,7 @@ class _Run:
                 module = block.get_submodule(target.removeprefix(path + "."))
                 weight = tensor.dequantize(module.weight.dtype).to(module.weight.device)
                 module.weight.data.copy_(weight.T if plan.targets[target].transposed else weight)
+            return_memory(collect=False)  # the next stage's tensors do not fit into the holes that this one leaves
 
         run_block(
             block,
