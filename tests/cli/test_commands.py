@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,21 @@ def started(body, *argv):
 def test_a_signal_ends_with_130_and_one_line(number):
     with started("time.sleep(60)") as process:
         assert process.stderr.readline() == "begun\n"
+        os.kill(process.pid, number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, err) == ("", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_destructor_runs_is_not_lost(number):
+    # the first object fails in another way, which is said as ever
+    objects = "for act in (lambda self: 1 / 0, lambda self: time.sleep(60)): type('It', (), dict(__del__=act))()"
+    with started(f"exec({objects!r}); time.sleep(60)") as process:
+        assert process.stderr.readline() == "begun\n"
+        while "ZeroDivisionError" not in process.stderr.readline():
+            pass
+        time.sleep(0.1)
         os.kill(process.pid, number)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs: `--help` answers at once.
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -115,6 +116,8 @@ def build() -> TyperGroup:
         )(typer_function(command))
     group = get_command(app)
     assert isinstance(group, TyperGroup)
+    for param in group.params:
+        _default_to_no(param)
     return group
 
 
@@ -150,6 +153,9 @@ class _Leaf(TyperCommand):
 class _Group(TyperGroup):
     """Help with whole summaries, and the examples as they were written."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        return _default_to_no(super().get_help_option(ctx))
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help) for name, command in self.commands.items()])
@@ -158,13 +164,20 @@ class _Group(TyperGroup):
         formatter.write(f"\n{self.epilog}\n")
 
 
+def _default_to_no(param: Any) -> Any:
+    """Flags of typer itself are None where not given, for which it imports pydantic: half of the time of `--help`."""
+    if param.default is None:
+        param.default = False
+    return param
+
+
 def _execute(request: Request) -> int:
     from quantcli.cli.console import Console
 
     command, talk = request.command, request.talk
     console = Console(talk)
     _keep_libraries_quiet(talk.verbose)
-    with _terminable(), _stdout_for_results(talk.verbose):
+    with _interruptible(), _stdout_for_results(talk.verbose):
         result = command.run(request.options, console)
     if talk.json:
         console.json(result.to_dict())
@@ -207,20 +220,37 @@ def _stdout_for_results(verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end a run as Ctrl-C does: what is finished is kept."""
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM end a run as Ctrl-C does, what is finished being kept, and lets neither get lost.
+
+    An exception that a signal raises while a destructor happens to run is printed and dropped by Python. Garbage of a
+    large library takes a tenth of a second to collect, so that this is not rare: the signal is then given again.
+    """
+    timers: list[threading.Timer] = []
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            # from another thread, a moment later: what is raised inside of this hook would be dropped as well
+            timers.append(threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGTERM]))
+            timers[-1].start()
+        else:
+            unraisable(dropped)
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # not the main thread: whoever runs us there handles signals
         yield
         return
+    unraisable, sys.unraisablehook = sys.unraisablehook, again
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
+        sys.unraisablehook = unraisable
         signal.signal(signal.SIGTERM, before)
 
 
