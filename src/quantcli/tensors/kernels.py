@@ -1,4 +1,4 @@
-"""Loops that are too fine for whole-tensor operations, compiled by numba: rows in parallel, one row's data in cache.
+"""Loops that are too fine for whole-tensor operations, compiled by numba: rows in parallel, a tile of them in cache.
 
 Every kernel takes float32 arrays (or float64, in the tests that compare it with a literal reference).
 """
@@ -16,6 +16,8 @@ Floats = NDArray[np.floating]
 
 # the default (tbb, omp) would add a second OpenMP pool that fights torch's for the cores
 numba.config.THREADING_LAYER = "workqueue"
+
+_LANES = 64  # rows that go through a block together: each operation then is a few full vectors wide
 
 
 @numba.njit(cache=True)
@@ -132,6 +134,26 @@ def expand(
             out[r, k] = np.float32(np.int32(codes[r, k]) - np.int32(zero[r, g])) * scale[r, g]
 
 
+@numba.njit(cache=True)
+def _tile(matrix: Floats, first: int) -> Floats:
+    """Rows `first` to `first + _LANES` of [N, B] as [B, _LANES], filled up with zeros."""
+    count = min(_LANES, matrix.shape[0] - first)
+    out = np.zeros((matrix.shape[1], _LANES), matrix.dtype)
+    for r in range(count):
+        for j in range(matrix.shape[1]):
+            out[j, r] = matrix[first + r, j]
+    return out
+
+
+@numba.njit(cache=True)
+def _feed_forward(tile: Floats, j: int, change: Floats, factor: Floats) -> None:
+    """Feeds the change of column j [_LANES] into the later columns of a tile [B, _LANES]."""
+    for k in range(j + 1, tile.shape[0]):
+        share, column = factor[j, k], tile[k]
+        for r in range(_LANES):
+            column[r] -= change[r] * share
+
+
 @numba.njit(cache=True, parallel=True)
 def round_block(
     weight: Floats,
@@ -146,7 +168,7 @@ def round_block(
     """GPTQ's inner loop over one block of B columns, all rows in parallel; fills `codes` and `errors`.
 
     Args:
-        weight: [N, B] weights that earlier blocks' errors have been fed into; changed in place.
+        weight: [N, B] weights that earlier blocks' errors have been fed into.
         codes: [N, B], out.
         errors: [N, B], out: (w - q) / U[j, j], which the caller feeds into the later blocks.
         factor: [B, B] the block's part of the upper factor U.
@@ -156,16 +178,23 @@ def round_block(
         top: Largest code.
     """
     rows, width = weight.shape
-    for r in numba.prange(rows):
-        w = weight[r]
+    lowest, highest = weight.dtype.type(0), weight.dtype.type(top)
+    for part in numba.prange((rows + _LANES - 1) // _LANES):
+        first = part * _LANES
+        count, tile = min(_LANES, rows - first), _tile(weight, first)
+        s, z = np.ones(_LANES, weight.dtype), np.zeros(_LANES, weight.dtype)
+        code, error = np.zeros(_LANES, weight.dtype), np.zeros(_LANES, weight.dtype)
         for j in range(width):
-            s, z = scale[r, group[j]], zero[r, group[j]]
-            code = min(max(np.rint(w[j] / s) + z, z - z), z - z + top)
-            codes[r, j] = np.uint8(code)
-            error = (w[j] - (code - z) * s) / factor[j, j]
-            errors[r, j] = error
-            for k in range(j + 1, width):
-                w[k] -= error * factor[j, k]
+            if j == 0 or group[j] != group[j - 1]:
+                for r in range(count):
+                    s[r], z[r] = scale[first + r, group[j]], zero[first + r, group[j]]
+            pivot, w = factor[j, j], tile[j]
+            for r in range(_LANES):
+                code[r] = min(max(np.rint(w[r] / s[r]) + z[r], lowest), highest)
+                error[r] = (w[r] - (code[r] - z[r]) * s[r]) / pivot
+            for r in range(count):
+                codes[first + r, j], errors[first + r, j] = np.uint8(code[r]), error[r]
+            _feed_forward(tile, j, error, factor)
 
 
 @numba.njit(cache=True, parallel=True)
@@ -183,9 +212,9 @@ def descend_block(
     """Coordinate descent over one block of B columns: re-rounds each code under the exact Hessian.
 
     Args:
-        residual: [N, B] (W - Q) H for these columns; changed in place.
+        residual: [N, B] (W - Q) H for these columns.
         quantized: [N, B] dequantized Q; changed in place.
-        codes: [N, B]; changed in place.
+        codes: [N, B], out.
         steps: [N, B], out: the change of Q, which the caller feeds into the later columns' residual.
         hessian: [B, B] the block's part of H.
         scale: [N, G].
@@ -194,16 +223,23 @@ def descend_block(
         top: Largest code.
     """
     rows, width = residual.shape
-    for r in numba.prange(rows):
-        rest = residual[r]
+    lowest, highest = residual.dtype.type(0), residual.dtype.type(top)
+    for part in numba.prange((rows + _LANES - 1) // _LANES):
+        first = part * _LANES
+        count, tile, values = min(_LANES, rows - first), _tile(residual, first), _tile(quantized, first)
+        s, z = np.ones(_LANES, residual.dtype), np.zeros(_LANES, residual.dtype)
+        code, step = np.zeros(_LANES, residual.dtype), np.zeros(_LANES, residual.dtype)
         for j in range(width):
-            s, z = scale[r, group[j]], zero[r, group[j]]
-            code = min(max(np.rint((quantized[r, j] + rest[j] / hessian[j, j]) / s) + z, z - z), z - z + top)
-            value = (code - z) * s
-            step = value - quantized[r, j]
-            steps[r, j] = step
-            if step != 0.0:
-                quantized[r, j] = value
-                codes[r, j] = np.uint8(code)
-                for k in range(j + 1, width):
-                    rest[k] -= step * hessian[j, k]
+            if j == 0 or group[j] != group[j - 1]:
+                for r in range(count):
+                    s[r], z[r] = scale[first + r, group[j]], zero[first + r, group[j]]
+            pivot, rest, value = hessian[j, j], tile[j], values[j]
+            for r in range(_LANES):
+                code[r] = min(max(np.rint((value[r] + rest[r] / pivot) / s[r]) + z[r], lowest), highest)
+                new = (code[r] - z[r]) * s[r]
+                step[r] = new - value[r]
+                value[r] = new
+            for r in range(count):
+                codes[first + r, j], steps[first + r, j] = np.uint8(code[r]), step[r]
+                quantized[first + r, j] = value[r]
+            _feed_forward(tile, j, step, hessian)
