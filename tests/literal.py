@@ -165,3 +165,29 @@ def layer(N=24, K=160, T=1024, seed=0):
 
     X, Y = rows(), rows()
     return 0.02 * rng.standard_t(6, (N, K)), X.T @ X / T, Y.T @ Y / T
+
+
+def awq(W, H, bits, g, n_grid, rows=None):
+    """The scale of least error among a^r / w^(1-r), or ones; `rows` [K] names the scale that a column shares."""
+    rows = np.arange(W.shape[1]) if rows is None else np.asarray(rows)
+    mean = np.array([[rows == r] for r in range(rows.max() + 1)], dtype=float)[:, 0]
+    mean /= mean.sum(1, keepdims=True)
+    a = np.sqrt(mean @ np.diag(H))
+    relative = np.concatenate([np.abs(p) / np.abs(p).max(1, keepdims=True) for p in groups(W, g)], 1)
+    w = mean @ relative.mean(0)
+
+    def loss(s):
+        V = W * s[rows]
+        S, Z = minmax_grid(V, bits, g, False)
+        E = W - dequantize(rtn(V, S, Z, bits, g), S, Z, g) / s[rows]
+        return ((E @ H) * E).sum()
+
+    best = np.ones(len(a))
+    least = loss(best)
+    for i in range(n_grid):
+        s = a ** (i / n_grid) / (w ** (1 - i / n_grid) + 1e-4)
+        s = np.maximum(s, 1e-4)
+        s = s / np.sqrt(s.max() * s.min())
+        if loss(s) < least:
+            best, least = s, loss(s)
+    return best

@@ -12,6 +12,7 @@ from quantcli.errors import UsageError, nearest
 from quantcli.scheme import PER_CHANNEL
 
 __all__ = [
+    "FORMATS",
     "PRESETS",
     "CalibrationOptions",
     "CaptureOptions",
@@ -22,6 +23,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
+FORMATS = ("gptq", "awq", "float")
 SELF, BUILTIN = "self", "builtin"
 
 
@@ -110,12 +112,13 @@ class QuantizeOptions:
     output: Path
     """Folder to write."""
     algorithm: str | None = None
-    """Algorithm; `quantcli algorithms` lists them. Default: what the preset says, gptq for balanced."""
+    """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
+    what the preset says, gptq for balanced."""
     preset: str | None = None
     """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: that, then scale
     refit and coordinate descent. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
-    """Further options of the algorithm, by name, as `quantcli algorithms NAME` lists them."""
+    """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
     bits: int = 4
     """Bits per weight."""
     group_size: int = 64
@@ -132,6 +135,8 @@ class QuantizeOptions:
     """Other bits, group size or symmetry for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
+    format: str = "gptq"
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits) or float (dequantized, which every tool reads)."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -154,6 +159,8 @@ class QuantizeOptions:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
+        if self.format not in FORMATS:
+            raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if not 2 <= self.bits <= 8:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quantcli.errors import InputError
 from quantcli.formats import gptq
+from quantcli.formats.codec import Described
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -100,7 +101,9 @@ def test_shapes_and_groups_that_do_not_fit():
 def test_configuration_and_schemes():
     default, other = Scheme(4, 64, symmetric=True), Scheme(8, 32)
     config = gptq.config_for(
-        default, {"a.b": other}, ["a.c"], desc_act=False, lm_head=True, producer="quantcli:0", damp_percent=0.01
+        Described(
+            default, {"a.b": other}, ["a.c"], desc_act=False, lm_head=True, producer="quantcli:0", damp_percent=0.01
+        )
     )
     assert config["quant_method"] == config["checkpoint_format"] == "gptq"
     assert (config["bits"], config["group_size"], config["sym"], config["lm_head"]) == (4, 64, True, True)
@@ -110,7 +113,7 @@ def test_configuration_and_schemes():
     # a name is matched whole, and its dots are dots
     for name in ("a.bb", "axb", "x.a.b", "a.c.d"):
         assert gptq.scheme_of(config, name) == default
-    assert "dynamic" not in gptq.config_for(default, {}, [], desc_act=False, lm_head=False, producer="p")
+    assert "dynamic" not in gptq.config_for(Described(default, {}, [], desc_act=False, lm_head=False, producer="p"))
 
 
 def test_dynamic_rules_of_others():

@@ -27,6 +27,7 @@ from transformers import (
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import read_manifest
 from quantcli.formats import gptq
+from quantcli.formats.codec import Described
 from quantcli.graphs.levels import count_by_bits
 from quantcli.models.load import load
 from quantcli.options import CaptureOptions
@@ -141,12 +142,14 @@ def write_quantized(folder: Path, source: Path, plan: Plan) -> Path:
         tensors.update({f"{module}.{part}": t for part, t in gptq.pack(codes).items()})
     exceptions = {n: s for n, s in plan.exceptions.items()} | ({"lm_head": plan.head} if plan.head else {})
     config["quantization_config"] = gptq.config_for(
-        plan.scheme,
-        exceptions,
-        list(plan.excluded),
-        desc_act=plan.desc_act,
-        lm_head=plan.head is not None,
-        producer="test",
+        Described(
+            plan.scheme,
+            exceptions,
+            list(plan.excluded),
+            desc_act=plan.desc_act,
+            lm_head=plan.head is not None,
+            producer="test",
+        )
     )
     if plan.embedding is not None:
         settings = {"bits": plan.embedding.bits, "group_size": plan.embedding.group_size, "sym": False}

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quantcli.data.sources import evaluation_windows
 from quantcli.errors import InputError, UsageError
 from quantcli.formats import gptq
+from quantcli.formats.codec import Described
 from quantcli.models.load import load
 from quantcli.options import EvaluateOptions
 from quantcli.pipelines import evaluate
@@ -54,7 +55,9 @@ def quantize(folder: Path, source: Path) -> None:
         tensors |= {f"{name.removesuffix('.weight')}.{part}": t for part, t in gptq.pack(q).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = gptq.config_for(scheme, {}, [], desc_act=False, lm_head=False, producer="test")
+    config["quantization_config"] = gptq.config_for(
+        Described(scheme, {}, [], desc_act=False, lm_head=False, producer="test")
+    )
     (folder / "config.json").write_text(json.dumps(config))
 
 

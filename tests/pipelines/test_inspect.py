@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from quantcli.errors import InputError
 from quantcli.folder import Manifest, create_output, describe_parent, fingerprint, resolve_model_folder
 from quantcli.formats import gptq
+from quantcli.formats.codec import Described
 from quantcli.pipelines import inspect
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
@@ -44,7 +45,7 @@ def float_folder(folder: Path) -> Path:
 def gptq_files(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     four, eight = Scheme(4, 32), Scheme(8, 16)
-    config = gptq.config_for(four, {"b": eight}, [], desc_act=False, lm_head=False, producer="test")
+    config = gptq.config_for(Described(four, {"b": eight}, [], desc_act=False, lm_head=False, producer="test"))
     config["quantcli"] = {"embedding": {"name": "e", "bits": 8, "group_size": 16, "sym": False}}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
     tensors = {"norm.weight": torch.ones(64, dtype=torch.float16)}

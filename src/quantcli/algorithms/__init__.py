@@ -8,13 +8,13 @@ import dataclasses
 import importlib
 import pkgutil
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantcli.errors import UsageError, nearest
 
-__all__ = ["ALGORITHMS", "Algorithm", "find", "make_options"]
+__all__ = ["ALGORITHMS", "KEEP_FLOAT", "Algorithm", "Step", "find", "find_chain", "make_options", "make_steps"]
 
 Calibration = Literal["none", "optional", "required"]
 
@@ -36,11 +36,23 @@ class Algorithm:
     options: type
     """Frozen dataclass of its own options; the fields' docstrings are their help."""
     run: Callable[..., Any]
-    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor."""
+    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes."""
-    formats: tuple[str, ...] = ("gptq",)
+    formats: tuple[str, ...] = ("gptq", "awq", "float")
     """Formats that hold its result exactly."""
+    scope: Literal["stage", "model"] = "stage"
+    """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""
+    then: str | None = None
+    """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An algorithm with its options."""
+
+    algorithm: Algorithm
+    settings: Any
 
 
 def _load() -> Iterator[Algorithm]:
@@ -59,6 +71,50 @@ def find(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         raise UsageError(f"unknown algorithm {name!r}, {nearest(name, ALGORITHMS)}", hint="see `quantcli algorithms`")
     return ALGORITHMS[name]
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Nothing to choose."""
+
+
+KEEP_FLOAT = Algorithm(
+    "float", "rounder", "leaves weights as they are", tuple(range(2, 9)), "none", _Nothing, lambda *_: None
+)
+"""Stands for the rounder after a transform that ends in a float model."""
+
+
+def find_chain(text: str) -> list[Algorithm]:
+    """The algorithms of `awq,gptq`: transforms, then one rounder; the rounder may be left to the last transform."""
+    chain = [find(name.strip()) for name in text.split(",")]
+    if chain[-1].kind == "transform":
+        chain.append(KEEP_FLOAT if chain[-1].then is None else find(chain[-1].then))
+    for algorithm in chain[:-1]:
+        if algorithm.kind != "transform":
+            raise UsageError(
+                f"{algorithm.name} rounds, nothing can follow it", hint="write transforms first, as in -a awq,gptq"
+            )
+    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
+        raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
+    names = [a.name for a in chain]
+    if len(set(names)) != len(names):
+        raise UsageError(f"an algorithm is named twice in {text!r}")
+    return chain
+
+
+def make_steps(chain: Sequence[Algorithm], settings: Mapping[str, str]) -> list[Step]:
+    """Options for each algorithm of a chain; a key that two of them have is given as `gptq.KEY`."""
+    parts: dict[str, dict[str, str]] = {a.name: {} for a in chain}
+    for key, text in settings.items():
+        owner, dot, name = key.rpartition(".")
+        if dot and owner not in parts:
+            raise UsageError(f"option {key!r} is for {owner!r}, which does not run", hint="see `quantcli algorithms`")
+        plain = name.replace("-", "_")
+        having = [a.name for a in chain if plain in {f.name for f in dataclasses.fields(a.options)}]
+        if not dot and len(having) > 1:
+            raise UsageError(f"{' and '.join(having)} both have an option {key!r}", hint=f"write {having[-1]}.{key}")
+        parts[owner or (having[0] if having else chain[-1].name)][name] = text
+    return [Step(a, make_options(a, parts[a.name])) for a in chain]
 
 
 def make_options(algorithm: Algorithm, settings: Mapping[str, str]) -> Any:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.flags import parse_settings, parse_size
-from quantcli.options import DTYPES, PRESETS, Override, QuantizeOptions
+from quantcli.options import DTYPES, FORMATS, PRESETS, Override, QuantizeOptions
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
@@ -83,6 +83,7 @@ COMMAND = Command(
         "symmetric": FlagStyle(("--sym/--asym",)),
         "exclude": FlagStyle(metavar="REGEX"),
         "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
+        "format": FlagStyle(choices=FORMATS, metavar="|".join(FORMATS)),
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
         "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),

@@ -1,4 +1,4 @@
-"""AWQ checkpoints of the `gemm` layout, 4 bits, as AutoAWQ and gptqmodel write them; read only.
+"""AWQ checkpoints of the `gemm` layout, 4 bits, as AutoAWQ and gptqmodel write them.
 
 For a linear with K inputs, N outputs and G groups of g columns:
 
@@ -6,7 +6,8 @@ For a linear with K inputs, N outputs and G groups of g columns:
 - qzeros  [G, N/8] int32: the zero points, packed alike and stored as they are;
 - scales  [G, N] float16 or bfloat16.
 
-Groups are runs of neighbouring columns. `zero_point: false` stores no qzeros: the zero is 8.
+Groups are runs of neighbouring columns and divide K; one scheme holds for all linears. `zero_point: false` stores no
+qzeros: the zero is 8. We always write qzeros, which readers of either kind take.
 """
 
 from collections.abc import Mapping
@@ -16,15 +17,25 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.formats.codec import Codec, Described, Held
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["scheme_of", "unpack"]
+__all__ = ["CODEC", "pack", "scheme_of", "unpack"]
 
 _BITS = 4
 _PER_WORD = 32 // _BITS
 # output number within a word, from its low bits up
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The three stored tensors of one linear."""
+    return {
+        "qweight": _pack_words(tensor.codes.T),
+        "qzeros": _pack_words(tensor.zero.T),
+        "scales": tensor.scale.T.contiguous(),
+    }
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme:
@@ -74,9 +85,62 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
     )
 
 
+def _pack_words(codes: Tensor) -> Tensor:
+    """[R, 8 C] uint8 to [R, C] int32."""
+    parts = codes.reshape(codes.shape[0], -1, _PER_WORD).to(torch.int32)
+    words = torch.zeros(parts.shape[:2], dtype=torch.int32, device=codes.device)
+    for place, output in enumerate(_ORDER):
+        words |= parts[:, :, output] << (_BITS * place)
+    return words
+
+
+def _refuse(held: Held) -> str | None:
+    scheme = held.scheme
+    if scheme.bits != _BITS:
+        return f"it holds {_BITS} bits, not {scheme.bits}"
+    if not held.ordered:
+        return "it holds groups of neighbouring columns only"
+    if held.rows % _PER_WORD:
+        return f"it holds a multiple of {_PER_WORD} outputs, not {held.rows}"
+    if held.columns % scheme.columns_per_group(held.columns):
+        return f"groups of {scheme.group_size} do not divide {held.columns} inputs"
+    if not held.is_default:
+        return "all linears have one scheme in it"
+    return None
+
+
+def _config(described: Described) -> dict[str, Any]:
+    scheme = described.default
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(described.excluded) or None,
+        "meta": {"quantizer": [described.producer]},
+    }
+
+
+def _packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
+    groups = scheme.group_count(columns)
+    return rows // 2 * (columns + groups) + 2 * groups * rows
+
+
 def _unpack_words(words: Tensor) -> Tensor:
     """[R, C] int32 to [R, 8 C] uint8."""
     out = torch.empty(words.shape[0], words.shape[1], _PER_WORD, dtype=torch.uint8, device=words.device)
     for place, output in enumerate(_ORDER):
         out[:, :, output] = ((words >> (_BITS * place)) & 15).to(torch.uint8)
     return out.view(words.shape[0], -1)
+
+
+CODEC = Codec(
+    name="awq",
+    lowest_zero=0,
+    refuse=_refuse,
+    pack=pack,
+    unpack=unpack,
+    config=_config,
+    packed_bytes=_packed_bytes,
+)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
+from quantcli.formats.codec import Codec, Described
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["BITS", "LOWEST_ZERO", "PARTS", "config_for", "pack", "scheme_of", "unpack"]
+__all__ = ["BITS", "CODEC", "LOWEST_ZERO", "PARTS", "config_for", "pack", "packed_bytes", "scheme_of", "unpack"]
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LOWEST_ZERO = 1
@@ -75,29 +76,11 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, version: int = 1) -> Q
     )
 
 
-def config_for(
-    default: Scheme,
-    exceptions: Mapping[str, Scheme],
-    excluded: list[str],
-    *,
-    desc_act: bool,
-    lm_head: bool,
-    producer: str,
-    damp_percent: float | None = None,
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json, as gptqmodel writes it.
-
-    Args:
-        default: Scheme of the linears that have no entry of their own.
-        exceptions: Linears with another scheme, by module name.
-        excluded: Linears that stayed float, by module name.
-        desc_act: Whether `g_idx` is not in order.
-        lm_head: Whether the head is quantized.
-        producer: Name and version of the tool.
-        damp_percent: Damping that the solver began with, if any.
-    """
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{_escape(name)}$": {} for name in excluded}
-    for name, scheme in exceptions.items():
+def config_for(described: Described) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as gptqmodel writes it."""
+    default = described.default
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{_escape(name)}$": {} for name in described.excluded}
+    for name, scheme in described.exceptions.items():
         dynamic[f"+:^{_escape(name)}$"] = {
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -111,16 +94,23 @@ def config_for(
         "bits": default.bits,
         "group_size": default.group_size,
         "sym": default.symmetric,
-        "desc_act": desc_act,
-        "lm_head": lm_head,
+        "desc_act": described.desc_act,
+        "lm_head": described.lm_head,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [producer]},
+        "meta": {"quantizer": [described.producer]},
     }
-    if damp_percent is not None:
-        config["damp_percent"] = damp_percent
+    if described.damp_percent is not None:
+        config["damp_percent"] = described.damp_percent
     if dynamic:
         config["dynamic"] = dynamic
     return config
+
+
+def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
+    """Bytes of the four stored tensors."""
+    groups = scheme.group_count(columns)
+    words = packed_words(columns, scheme.bits) * rows + packed_words(rows, scheme.bits) * groups
+    return 4 * words + 2 * groups * rows + 4 * columns
 
 
 def scheme_of(config: Mapping[str, Any], name: str) -> Scheme | None:
@@ -142,3 +132,14 @@ def scheme_of(config: Mapping[str, Any], name: str) -> Scheme | None:
 
 def _escape(name: str) -> str:
     return name.replace(".", r"\.")
+
+
+CODEC = Codec(
+    name="gptq",
+    lowest_zero=LOWEST_ZERO,
+    refuse=lambda held: None,
+    pack=pack,
+    unpack=unpack,
+    config=config_for,
+    packed_bytes=packed_bytes,
+)

@@ -22,7 +22,7 @@ from quantcli.models.layout import Layout
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
-__all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "idle_inputs", "run_block"]
+__all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "forward", "idle_inputs", "run_block"]
 
 BLOCK_INPUT = -1
 """Stands for the block's own input where stages are numbered."""
@@ -116,7 +116,7 @@ def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: Blo
         for name in linears
     ]
     try:
-        _forward(block, hidden, call)
+        forward(block, hidden, call)
     finally:
         for hook in hooks:
             hook.remove()
@@ -155,7 +155,7 @@ def idle_inputs(block: nn.Module, stages: list[list[str]], hidden: Tensor, call:
 
         with _hooks(block, stages, make):
             try:
-                return _forward(block, seen[BLOCK_INPUT], call)
+                return forward(block, seen[BLOCK_INPUT], call)
             except Exception:  # whatever a model says when it meets an empty tensor
                 return None
 
@@ -179,7 +179,7 @@ class _Pass:
     """One micro-batch's forward through a block, stopping where a hook tells it to."""
 
     def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall):
-        self._greenlet = greenlet(lambda: (-1, _forward(block, hidden, call)))
+        self._greenlet = greenlet(lambda: (-1, forward(block, hidden, call)))
         self.stage = -2
         """Where it stands: a stage, -1 at the end, -2 before the start."""
         self._inputs = {BLOCK_INPUT: hidden}
@@ -340,7 +340,8 @@ def _check_finite(moments: StageMoments, name: str) -> None:
             raise InputError(f"activations are NaN or infinite at the input of {name}", hint="check the model itself")
 
 
-def _forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+def forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's output hidden state [b, T, D]."""
     out = block(hidden, *call.args, **call.kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

@@ -1,7 +1,7 @@
 """What a quantize run will do, decided before it begins: algorithm, scheme of every linear, size, memory, time."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,22 @@ from typing import Any
 import torch
 
 from quantcli import algorithms
-from quantcli.algorithms import Algorithm
+from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.data.sampling import SamplingKey, estimate_sampling
 from quantcli.errors import InputError, ResourceError, UsageError
 from quantcli.folder import fingerprint, require_free_bytes
-from quantcli.formats import gptq
+from quantcli.formats import CODECS, gptq
+from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.rotate import refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.scheme import PER_CHANNEL, Scheme
 
-__all__ = ["EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
+__all__ = ["DTYPES", "EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
 
 EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
 HELD_OUT_SHARE = 8
@@ -35,6 +37,7 @@ _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
     "balanced": ("gptq", {}),
     "best": ("gptq", _BEST),
 }
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BANDWIDTH = 1.2e10  # bytes a second that an ordinary two-core machine reads from memory
 _EFFICIENCY = 0.55  # share of the matrix-product rate that whole runs reach
 
@@ -52,18 +55,13 @@ class Target:
     transposed: bool
     """Whether the file holds [K, N] (GPT-2's Conv1D)."""
     scheme: Scheme
+    stored_bytes: int
+    """What it takes on disk."""
 
     @property
     def stem(self) -> str:
         """The disk name without `.weight`."""
         return self.disk.removesuffix(".weight")
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the four stored tensors."""
-        groups = self.scheme.group_count(self.columns)
-        words = -(-self.columns * self.scheme.bits // 32) * self.rows + -(-self.rows * self.scheme.bits // 32) * groups
-        return 4 * words + 2 * groups * self.rows + 4 * self.columns
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,10 @@ class Plan:
     """Everything that is decided beforehand."""
 
     folder: Path
+    transforms: tuple[Step, ...]
+    """What the float model goes through first."""
     algorithm: Algorithm
+    """The rounder."""
     settings: Any
     options: QuantizeOptions
     checkpoint: Checkpoint
@@ -98,6 +99,15 @@ class Plan:
     """Rows of the model's own text that only judge."""
 
     @property
+    def codec(self) -> Codec:
+        """How linears are stored."""
+        return CODECS["float" if self.algorithm is KEEP_FLOAT else self.options.format]
+
+    def float_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What a float tensor of the input is written in."""
+        return DTYPES.get(self.options.dtype, stored)
+
+    @property
     def judge_text(self) -> CalibrationOptions:
         """How that text is written: many short pieces, joined into rows; a step of writing reads all weights."""
         return _judge_text(self.options.calibration, self.judges)
@@ -111,13 +121,16 @@ class Plan:
     def holds_out(self) -> bool:
         """Whether some rows only judge."""
         improves = bool(getattr(self.settings, "refit", False) or getattr(self.settings, "sweeps", 0))
-        return self.calibrates and (improves or self.options.correct_earlier)
+        return self.calibrates and (improves or self.scaling is not None or self.options.correct_earlier)
+
+    @property
+    def scaling(self) -> Step | None:
+        """The transform that works on each input."""
+        return next((step for step in self.transforms if step.algorithm.scope == "stage"), None)
 
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
-        scheme, calibration = self.default, self.options.calibration
-        group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
-        settings = ", ".join(f"{k}={v}" for k, v in asdict(self.settings).items())
+        calibration = self.options.calibration
         text = "none"
         if self.calibrates:
             named = {"self": "text that the model writes itself", "builtin": "Python's documentation"}
@@ -126,9 +139,8 @@ class Plan:
             text += f"; {self.judges} rows of the model's own judge" if self.judges else ""
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
-            ("algorithm", self.algorithm.name + (f" ({settings})" if settings else "")),
-            ("scheme", f"{scheme.bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
-            ("linears", f"{len(self.targets)}{self._exceptions()}"),
+            *(("transform", _words(step)) for step in self.transforms),
+            *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
@@ -137,10 +149,21 @@ class Plan:
         ]
         return rows
 
+    def _rounding_rows(self) -> list[tuple[str, str]]:
+        scheme = self.default
+        group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        return [
+            ("algorithm", _words(Step(self.algorithm, self.settings))),
+            ("scheme", f"{scheme.bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
+            ("format", self.codec.name),
+            ("linears", f"{len(self.targets)}{self._exceptions()}"),
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
         return {
             "model": str(self.folder),
+            "transforms": {step.algorithm.name: asdict(step.settings) for step in self.transforms},
             "algorithm": self.algorithm.name,
             "settings": asdict(self.settings),
             "scheme": self.default.to_dict(),
@@ -175,63 +198,105 @@ def make_plan(options: QuantizeOptions) -> Plan:
         InputError: a model that cannot be quantized.
         ResourceError: not enough memory or disk.
     """
-    algorithm, settings = _resolve_algorithm(options)
+    *transforms, rounder = _resolve_steps(options)
+    algorithm, settings = rounder.algorithm, rounder.settings
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     _refuse_quantized(checkpoint, folder)
     config = load_config(folder, options.trust_remote_code)
     check_counts(config, checkpoint.entries, folder)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
+    if rotation is not None:
+        config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    if rotation is not None:
+        refuse_unrotatable(skeleton)
+        checkpoint = _rotated(checkpoint, skeleton, layout, rotation)
     check_tensors(skeleton, checkpoint.entries, folder)
-    default = Scheme(options.bits, options.group_size, options.symmetric, gptq.LOWEST_ZERO)
+    codec = CODECS[options.format]
+    default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
-    untie = layout.head in targets and layout.tied
+    _refuse_format(codec, options, targets, default, getattr(settings, "order", "") == "desc_act", layout)
+    untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
-    stored = checkpoint.entries[next(iter(targets.values())).disk].dtype
+    first = disk_name(f"{layout.linears[0]}.weight", skeleton, checkpoint.entries)
+    stored = checkpoint.entries[first].dtype if first is not None else torch.float32
     dtype = compute_dtype(device, stored)
     base = Plan(
-        folder, algorithm, settings, options, checkpoint, skeleton, layout, default, targets, embedding, untie,
-        source=None, device=device, dtype=dtype, keep_paused=True, size_bytes=0, peak_bytes=0, seconds=0.0,
-        model_digest=fingerprint(folder),
+        folder, tuple(transforms), algorithm, settings, options, checkpoint, skeleton, layout, default, targets,
+        embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
+        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder),
     )  # fmt: skip
     plan = _with_source(base, config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
     return _with_memory(plan)
 
 
-def _resolve_algorithm(options: QuantizeOptions) -> tuple[Algorithm, Any]:
+def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) -> Checkpoint:
+    config = skeleton.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
+    return rotate(checkpoint, skeleton, layout, stream, head)
+
+
+def _words(step: Step) -> str:
+    settings = ", ".join(f"{k}={v}" for k, v in asdict(step.settings).items())
+    return step.algorithm.name + (f" ({settings})" if settings else "")
+
+
+def _resolve_steps(options: QuantizeOptions) -> list[Step]:
+    """Transforms and, last, the rounder, each with its settings."""
     preset = options.preset
     if preset is None and options.algorithm is None:
         preset = "balanced"
-    name, preset_settings = _PRESETS[preset] if preset else (options.algorithm or "", {})
-    if options.algorithm is not None:
-        algorithm = algorithms.find(options.algorithm)
-        if preset and name != algorithm.name:
+    name, preset_settings = _PRESETS[preset] if preset else ("", {})
+    chain = algorithms.find_chain(options.algorithm or name)
+    rounder = chain[-1]
+    if preset and name != rounder.name:
+        named = options.algorithm or ""
+        transforms = ",".join(a.name for a in chain[:-1])
+        raise UsageError(
+            f"preset {preset} is a setting of {name}, not of {rounder.name}",
+            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{name}"
+            + (f" instead of {named}" if named else ""),
+        )
+    for algorithm in chain:
+        if options.bits not in algorithm.bits:
+            allowed = ", ".join(map(str, algorithm.bits))
             raise UsageError(
-                f"preset {preset} is a setting of {name}, not of {algorithm.name}",
-                hint=f"leave out --preset, or use -a {name}",
+                f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`"
             )
-    else:
-        algorithm = algorithms.find(name)
-    if options.bits not in algorithm.bits:
-        allowed = ", ".join(map(str, algorithm.bits))
-        raise UsageError(f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`")
-    settings = algorithms.make_options(algorithm, {**preset_settings, **options.settings})
-    calibration = options.calibration
-    _refuse_idle_calibration(calibration, preset, algorithm)
-    if options.correct_earlier and algorithm.calibration != "required":
-        raise UsageError(f"--correct-earlier is a step of gptq, {algorithm.name} has none", hint="use -a gptq")
-    return algorithm, settings
+    if rounder is KEEP_FLOAT:
+        _refuse_idle_rounding(options, chain[-2].name)
+    steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
+    _refuse_idle_calibration(options.calibration, preset, chain)
+    if options.correct_earlier and rounder.calibration != "required":
+        raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
+    return steps
 
 
-def _refuse_idle_calibration(calibration: CalibrationOptions, preset: str | None, algorithm: Algorithm) -> None:
+def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
+    """No flag without effect: how to round where nothing is rounded."""
+    for field in ("bits", "group_size", "symmetric", "quantize_lm_head", "quantize_embeddings", "exclude", "overrides"):
+        if getattr(options, field) != getattr(QuantizeOptions, field):
+            raise UsageError(
+                f"{name} alone writes a float model, {field} would have no effect",
+                hint=f"name a rounder, as in -a {name},gptq",
+            )
+    if options.format == "awq":
+        raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
+
+
+def _refuse_idle_calibration(calibration: CalibrationOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
     """No flag without effect: text options where no text is read."""
     if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
         raise UsageError("--data-split is for --data-name", hint="leave it out")
-    if algorithm.calibration == "required" or (algorithm.calibration == "optional" and preset != "fast"):
-        if algorithm.calibration == "required" or calibration.data or calibration.data_name:
+    algorithm, needs = chain[-1], any(a.calibration == "required" for a in chain)
+    if needs or (algorithm.calibration == "optional" and preset != "fast"):
+        if needs or calibration.data or calibration.data_name:
             return
         who = f"{algorithm.name} without --data"
     else:
@@ -268,6 +333,8 @@ def _targets(
                 f"{type(skeleton).__name__} has no output head to quantize", hint="drop --quantize-lm-head"
             )
         names.append(layout.head)
+    if algorithm is KEEP_FLOAT:
+        return {}
     used: set[str] = set()
     targets = {}
     for name in names:
@@ -289,22 +356,49 @@ def _targets(
         rows, columns = weight_shape(module)
         if columns < scheme.group_size:
             scheme = replace(scheme, group_size=PER_CHANNEL)
-        disk = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
-        if disk is None and name == layout.head:
-            disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
-            stem = f"{name}.weight"
-            if disk is None:
-                raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
-            targets[name] = Target(name, stem, rows, columns, False, scheme)
-            continue
-        if disk is None:
+        disk = source = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
+        if disk is None and name == layout.head:  # tied: read from the embedding, written under its own name
+            disk, source = f"{name}.weight", disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+        if disk is None or source is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
-        targets[name] = Target(name, disk, rows, columns, tuple(module.weight.shape) != (rows, columns), scheme)
+        size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
+        targets[name] = Target(name, disk, rows, columns, tuple(module.weight.shape) != (rows, columns), scheme, size)
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
     if not targets:
         raise UsageError("--exclude leaves nothing to quantize")
     return targets
+
+
+def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
+    packed = CODECS[options.format].packed_bytes
+    if packed is None:
+        return rows * columns * DTYPES.get(options.dtype, stored).itemsize
+    return packed(rows, columns, scheme)
+
+
+def _refuse_format(
+    codec: Codec,
+    options: QuantizeOptions,
+    targets: Mapping[str, Target],
+    default: Scheme,
+    desc_act: bool,
+    layout: Layout,
+) -> None:
+    """What the format cannot hold exactly, with the formats that can."""
+    hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
+    for target in targets.values():
+        held = Held(target.rows, target.columns, target.scheme, target.scheme == default, not desc_act)
+        why = codec.refuse(held)
+        if why is None and target.name == layout.head and codec.name == "awq":
+            why = "readers of it expect a float output head"
+        if why is not None:
+            others = [n for n, c in CODECS.items() if c.refuse(held) is None and n != codec.name]
+            raise UsageError(
+                f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
+            )
+    if options.quantize_embeddings and codec.name != "gptq":
+        raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 
 
 def _embedding_target(options: QuantizeOptions, skeleton: Any, layout: Layout, checkpoint: Checkpoint) -> Target | None:
@@ -314,7 +408,8 @@ def _embedding_target(options: QuantizeOptions, skeleton: Any, layout: Layout, c
     disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
     if disk is None:
         raise InputError(f"tensor {layout.embedding}.weight is missing from {checkpoint.folder}")
-    return Target(layout.embedding, disk, rows, columns, False, EMBEDDING_SCHEME)
+    size = gptq.packed_bytes(rows, columns, EMBEDDING_SCHEME)
+    return Target(layout.embedding, disk, rows, columns, False, EMBEDDING_SCHEME, size)
 
 
 def _flops(plan: Plan) -> float:
@@ -331,6 +426,9 @@ def _flops(plan: Plan) -> float:
         if (block, target.columns, 0) not in seen:
             seen.add((block, target.columns, 0))
             hessians += 1.2 * tokens * target.columns**2 + target.columns**3
+            for step in plan.transforms:  # a search over grid points, each scored under the Hessian
+                points, rows = getattr(step.settings, "n_grid", 0), getattr(step.settings, "rows", 0)
+                solves += 2 * points * min(rows, target.rows) * target.columns**2
     if plan.options.correct_earlier:
         forward, hessians = 2 * forward, 2.7 * hessians
     return forward + hessians + solves
@@ -339,7 +437,7 @@ def _flops(plan: Plan) -> float:
 def _with_source(plan: Plan, config: Any) -> Plan:
     """Chooses the calibration text and estimates the time."""
     weights = sum(t.rows * t.columns for t in plan.targets.values())
-    if plan.algorithm.calibration == "none" or not _wants_data(plan):
+    if not plan.targets or not _wants_data(plan):
         return replace(plan, source=None, seconds=2 + weights / 2.5e7)
     rate = matmul_flops(plan.device, plan.dtype)
     solving = 3 + weights / 2e7 + _flops(plan) / (rate * _EFFICIENCY)
@@ -387,27 +485,30 @@ def _judge_text(calibration: CalibrationOptions, rows: int) -> CalibrationOption
 
 def _wants_data(plan: Plan) -> bool:
     """Whether statistics are gathered; kquant uses them only where text was named."""
-    if plan.algorithm.calibration == "required":
+    used = [plan.algorithm.calibration, *(step.algorithm.calibration for step in plan.transforms)]
+    if "required" in used:
         return True
-    return bool(plan.options.calibration.data or plan.options.calibration.data_name)
+    return "optional" in used and bool(plan.options.calibration.data or plan.options.calibration.data_name)
 
 
 def _size_bytes(plan: Plan) -> int:
     """Bytes of the written weights."""
-    itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}.get(plan.options.dtype)
     replaced = {t.disk for t in plan.targets.values()} | ({plan.embedding.disk} if plan.embedding else set())
-    total = sum(t.packed_bytes for t in plan.targets.values())
-    total += plan.embedding.packed_bytes if plan.embedding else 0
+    total = sum(t.stored_bytes for t in plan.targets.values())
+    total += plan.embedding.stored_bytes if plan.embedding else 0
     for name, entry in plan.checkpoint.entries.items():
         if name not in replaced:
             count = entry.size_bytes // entry.dtype.itemsize
-            total += count * (itemsize if itemsize and entry.dtype.is_floating_point else entry.dtype.itemsize)
+            total += count * (plan.float_dtype(entry.dtype) if entry.dtype.is_floating_point else entry.dtype).itemsize
     return total
 
 
 def _with_memory(plan: Plan) -> Plan:
     """Estimates the peak, chooses whether paused forwards are kept, refuses what cannot fit."""
     budget = plan.options.max_memory or free_bytes(plan.device)
+    if not plan.targets:  # a shard under way, and one tensor more
+        largest = max(e.size_bytes for e in plan.checkpoint.entries.values())
+        return _checked(replace(plan, peak_bytes=4 * largest + 200_000_000), budget)
     itemsize = plan.dtype.itemsize
     first = plan.layout.blocks[0] + "."
     block = sum(t.rows * t.columns for t in plan.targets.values() if t.name.startswith(first)) * itemsize

@@ -18,22 +18,23 @@ from quantcli.data.calibration import calibration_rows
 from quantcli.errors import InputError
 from quantcli.evaluate.speed import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
-from quantcli.formats import gptq
+from quantcli.formats import CODECS
+from quantcli.formats.codec import Codec, Described
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
+from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm, is_transposed
 from quantcli.models.machine import return_memory, settled_heap
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, idle_inputs, run_block
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan, Target, make_plan
+from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.progress import Progress, Silent, Task
+from quantcli.tensors import affine
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["QuantizeResult", "run"]
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,16 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
         write_json(partial.model / "config.json", work.config())
         work.writer.finish(len(plan.layout.blocks) + 1)
         size = sum(p.stat().st_size for p in partial.model.glob("*.safetensors"))
-        if size >= plan.checkpoint.size_bytes:
+        if size >= plan.checkpoint.size_bytes and plan.codec.unpack is not None:
             raise InputError(
                 f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
                 hint="use fewer bits or larger groups",
             )
         weights = [*plan.targets.values(), *([plan.embedding] if plan.embedding else [])]
-        bits = sum(t.rows * t.columns * t.scheme.bits_per_weight(t.columns) for t in weights)
-        bits /= sum(t.rows * t.columns for t in weights)
+        count = sum(t.rows * t.columns for t in weights)
+        bits = 8.0 * plan.dtype.itemsize
+        if weights:
+            bits = sum(t.rows * t.columns * t.scheme.bits_per_weight(t.columns) for t in weights) / count
         result = QuantizeResult(
             output=options.output,
             layers=work.reports,
@@ -120,7 +123,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
             "peak_bytes": result.peak_bytes,
             "size_bytes": size,
             "bits_per_weight": round(bits, 4),
-            "mean_relative_error": sum(r.relative_error for r in work.reports) / len(work.reports),
+            "mean_relative_error": sum(r.relative_error for r in work.reports) / max(len(work.reports), 1),
         }
         parent = describe_parent(plan.folder, plan.model_digest)
         partial.commit(Manifest("checkpoint", "quantize", public_options(asdict(options)), parent, metrics))
@@ -155,6 +158,9 @@ class _Run:
         self._started = time.perf_counter()
         self._held: set[int] = set()
         self._idle: dict[tuple[Any, ...], dict[int, list[int]]] = {}
+        self._folds: dict[tuple[Any, ...], dict[str, Fold]] = {}
+        self._edited: dict[str, Tensor] = {}
+        """Tensors that stay float, as folds have changed them, by name on disk; until their block is written."""
         self._norm: torch.nn.Module | None = None
         self._names = self._assign()
         self._log = partial.state / "progress.json"
@@ -191,16 +197,18 @@ class _Run:
         config = dict(plan.checkpoint.config)
         targets = plan.targets
         damp = getattr(plan.settings, "damp_percent", None)
-        quantization = gptq.config_for(
-            plan.default,
-            {t.stem: t.scheme for t in targets.values() if t.scheme != plan.default},
-            [n for n in plan.layout.linears if n not in targets],
-            desc_act=getattr(plan.settings, "order", "") == "desc_act",
-            lm_head=plan.layout.head in targets,
-            producer=f"quantcli:{__version__}",
-            damp_percent=damp,
+        quantization = plan.codec.config(
+            Described(
+                plan.default,
+                {t.stem: t.scheme for t in targets.values() if t.scheme != plan.default},
+                [n for n in plan.layout.linears if n not in targets],
+                desc_act=getattr(plan.settings, "order", "") == "desc_act",
+                lm_head=plan.layout.head in targets,
+                producer=f"quantcli:{__version__}",
+                damp_percent=damp,
+            )
         )
-        if plan.embedding is not None:
+        if plan.embedding is not None and quantization is not None:
             scheme = plan.embedding.scheme
             quantization["quantcli"] = {
                 "embedding": {
@@ -210,7 +218,8 @@ class _Run:
                     "sym": scheme.symmetric,
                 }
             }
-        config["quantization_config"] = quantization
+        if quantization is not None:
+            config["quantization_config"] = quantization
         if plan.untie_head:
             config["tie_word_embeddings"] = False
         if plan.options.dtype != "keep":
@@ -343,14 +352,22 @@ class _Run:
         kind = (type(block), *map(tuple, stages))
         if kind not in self._idle:
             self._idle[kind] = idle_inputs(block, stages, first, calls[len(first)])
+            if plan.scaling is not None:
+                config = plan.skeleton.config.get_text_config()
+                head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+                self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
+        folds = self._folds.get(kind, {})
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:
             targets = [plan.targets[f"{path}.{name}"] for name in names]
-            for target, tensor in self._solve(targets, moments).items():
+            fold = folds.get(names[0])
+            solved, scale = self._solve(targets, moments, (path, fold, results) if fold is not None else None)
+            for target, tensor in solved.items():
                 results[target] = tensor
                 module = block.get_submodule(target.removeprefix(path + "."))
-                weight = tensor.dequantize(module.weight.dtype).to(module.weight.device)
+                weight = tensor.dequantize().to(module.weight.device)
+                weight = (weight if scale is None else weight / scale).to(module.weight.dtype)
                 module.weight.data.copy_(weight.T if plan.targets[target].transposed else weight)
             return_memory(collect=False)  # the next stage's tensors do not fit into the holes that this one leaves
 
@@ -369,8 +386,23 @@ class _Run:
         )
         return results
 
-    def _solve(self, targets: Sequence[Target], moments: StageMoments | None) -> dict[str, QuantizedTensor]:
-        """Quantizes linears that share an input."""
+    def _solve(
+        self,
+        targets: Sequence[Target],
+        moments: StageMoments | None,
+        place: tuple[str, Fold, dict[str, QuantizedTensor]] | None = None,
+    ) -> tuple[dict[str, QuantizedTensor], Tensor | None]:
+        """Quantizes linears that share an input.
+
+        Args:
+            targets: The linears.
+            moments: Of their input, where tokens reached it.
+            place: Path of their block, the fold of their input and what the block has of results, where an input may be
+                scaled.
+
+        Returns:
+            What was computed, and [K] by which their columns were scaled beforehand, if they were.
+        """
         plan = self.plan
         weights = {t.name: read_weight(plan.checkpoint, t, self._source_of(t)).to(plan.device) for t in targets}
         algorithm, settings, statistics = plan.algorithm, plan.settings, None
@@ -390,9 +422,57 @@ class _Run:
             )
             algorithm = find("kquant")
             settings = algorithm.options()
-        results, reports = solve_linears(targets, weights, algorithm, settings, statistics)
+        scale = None
+        if place is not None and statistics is not None:
+            scale = self._scale(targets, list(weights.values()), statistics, *place)
+        results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self.reports += reports
-        return results
+        return results, scale
+
+    def _scale(
+        self,
+        targets: Sequence[Target],
+        weights: Sequence[Tensor],
+        statistics: Statistics,
+        path: str,
+        fold: Fold,
+        results: dict[str, QuantizedTensor],
+    ) -> Tensor | None:
+        """The scale [K] of an input, if one helps; what makes the input is divided by it."""
+        step = self.plan.scaling
+        assert step is not None
+        given = torch.arange(targets[0].columns) if fold.rows is None else fold.rows
+        rows, shared = torch.unique(given.to(self.plan.device), return_inverse=True)
+        found = step.algorithm.run(weights, [t.scheme for t in targets], step.settings, statistics, shared)
+        if found is None:
+            return None
+        producer = f"{path}.{fold.producer}"
+        if fold.is_norm:
+            gain, found = folded_norm(self._stored(f"{producer}.weight").to(found.device), found, fold.offset)
+            self._edited[self._disk(f"{producer}.weight")] = gain.cpu()
+        elif producer in results:
+            results[producer] = affine.divide_rows(results[producer], rows, found)
+        else:
+            target = self._stored(f"{producer}.weight")
+            transposed = is_transposed(self.plan.skeleton.get_submodule(producer))
+            self._edited[self._disk(f"{producer}.weight")] = divide_rows(target, rows.cpu(), found.cpu(), transposed)
+        if getattr(self.plan.skeleton.get_submodule(producer), "bias", None) is not None:
+            bias = self._stored(f"{producer}.bias")
+            self._edited[self._disk(f"{producer}.bias")] = divide_rows(bias, rows.cpu(), found.cpu())
+        return found[shared]
+
+    def _disk(self, name: str) -> str:
+        disk = disk_name(name, self.plan.skeleton, self.plan.checkpoint.entries)
+        assert disk is not None
+        return disk
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor that stays float, as it will be written but for folds."""
+        disk = self._disk(name)
+        if disk in self._edited:
+            return self._edited[disk]
+        tensor = self.plan.checkpoint.read(disk)
+        return tensor.to(self.plan.float_dtype(tensor.dtype))
 
     def _source_of(self, target: Target) -> str:
         """The tensor that a target is read from: a tied head is the embedding's."""
@@ -405,7 +485,7 @@ class _Run:
     def _data_free(self, targets: Sequence[Target]) -> dict[str, QuantizedTensor]:
         results: dict[str, QuantizedTensor] = {}
         for target in targets:
-            results |= self._solve([target], None)
+            results |= self._solve([target], None)[0]
         return results
 
     # -- the rest of the model ----------------------------------------------------------------------------------------
@@ -440,7 +520,7 @@ class _Run:
             chosen = held if index in self._held else train
             other = self._norm(self.float_hidden[index]) if self.float_hidden is not None else None
             chosen.add(self._norm(hidden), other)
-        return self._solve([head], StageMoments(train, held))
+        return self._solve([head], StageMoments(train, held))[0]
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -450,15 +530,15 @@ class _Run:
         quantized = {t.disk: t for t in plan.targets.values() if t.name in results}
         if plan.embedding is not None and plan.embedding.name in results:
             quantized[plan.embedding.disk] = plan.embedding
-        keep = _DTYPES.get(plan.options.dtype)
+        keep = DTYPES.get(plan.options.dtype)
         tensors: dict[str, Tensor] = {}
         for target in quantized.values():
-            for part, tensor in gptq.pack(results[target.name].to("cpu")).items():
+            for part, tensor in self._packed(target, results[target.name]).items():
                 tensors[f"{target.stem}.{part}"] = tensor
         for disk in self._names[number]:
             if disk in quantized:
                 continue
-            tensor = plan.checkpoint.read(disk)
+            tensor = self._edited.pop(disk) if disk in self._edited else plan.checkpoint.read(disk)
             if tensor.is_floating_point():
                 if not all_finite(tensor):
                     raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
@@ -468,9 +548,30 @@ class _Run:
         del tensors
         written = load_file(path)
         for target in quantized.values():
-            parts = {part: written[f"{target.stem}.{part}"] for part in gptq.PARTS}
-            if not _same(gptq.unpack(parts, target.scheme), results[target.name].to("cpu")):
+            computed = results[target.name].to("cpu")
+            packed = self._packed(target, computed)
+            parts = {part: written[f"{target.stem}.{part}"] for part in packed}
+            codec = self._codec(target)
+            same = (
+                torch.equal(parts["weight"], packed["weight"])
+                if codec.unpack is None
+                else _same(codec.unpack(parts, target.scheme), computed)
+            )
+            if not same:
                 raise AssertionError(f"{path.name}: {target.stem} reads back other than it was computed")
+
+    def _codec(self, target: Target) -> Codec:
+        """Embeddings are stored as gptq stores linears."""
+        return CODECS["gptq"] if target is self.plan.embedding else self.plan.codec
+
+    def _packed(self, target: Target, result: QuantizedTensor) -> dict[str, Tensor]:
+        """What is stored of one linear, by the last part of the name."""
+        packed = self._codec(target).pack(result.to("cpu"))
+        if "weight" in packed:
+            stored = self.plan.checkpoint.entries[self._source_of(target)].dtype
+            weight = packed["weight"].to(self.plan.float_dtype(stored))
+            packed["weight"] = weight.T.contiguous() if target.transposed else weight
+        return packed
 
     def _remember(self, done: int) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""

@@ -45,6 +45,8 @@ class LayerReport:
     tokens: int
     """Calibration tokens that reached it."""
     seconds: float
+    scaled: bool = False
+    """Whether a transform scaled its inputs."""
 
 
 def read_weight(checkpoint: Checkpoint, target: Target, disk: str) -> Tensor:
@@ -71,8 +73,17 @@ def solve_linears(
     algorithm: Algorithm,
     settings: Any,
     statistics: Statistics | None,
+    scale: Tensor | None = None,
 ) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
     """Quantizes linears that share an input; those of one scheme in one solve, stacked along their rows.
+
+    Args:
+        targets: The linears.
+        weights: [N, K] float32, by module path.
+        algorithm: The rounder.
+        settings: Its options.
+        statistics: Of the input.
+        scale: [K]; the columns of W times it are what is quantized, for an input divided by it.
 
     Returns:
         The quantized tensors and a report on each, by module path in the order of `targets`.
@@ -82,11 +93,12 @@ def solve_linears(
         by_scheme[target.scheme].append(target)
     results: dict[str, QuantizedTensor] = {}
     reports: dict[str, LayerReport] = {}
+    seen = statistics.scaled(scale) if statistics is not None and scale is not None else statistics
     for scheme, members in by_scheme.items():
         begun = time.perf_counter()
         stacked = torch.cat([weights[t.name] for t in members]) if len(members) > 1 else weights[members[0].name]
         try:
-            solved = algorithm.run(stacked, scheme, settings, statistics)
+            solved = algorithm.run(stacked if scale is None else stacked * scale, scheme, settings, seen)
         except InputError as error:
             raise InputError(f"{members[0].name}: {error.message}", error.hint) from error
         seconds = (time.perf_counter() - begun) / len(members)
@@ -95,7 +107,7 @@ def solve_linears(
             part = solved.rows(first, first + target.rows)
             first += target.rows
             results[target.name] = part
-            reports[target.name] = _report(target, weights[target.name], part, algorithm, statistics, seconds)
+            reports[target.name] = _report(target, weights[target.name], part, algorithm, statistics, scale, seconds)
     return results, [reports[t.name] for t in targets]
 
 
@@ -105,10 +117,12 @@ def _report(
     part: QuantizedTensor,
     algorithm: Algorithm,
     statistics: Statistics | None,
+    scale: Tensor | None,
     seconds: float,
 ) -> LayerReport:
     hessian = statistics.hessian if statistics is not None else None
-    error = output_error(weight, part.dequantize(), hessian)
+    quantized = part.dequantize()
+    error = output_error(weight, quantized if scale is None else quantized / scale, hessian)
     rows = weight[:: max(1, target.rows // _RTN_ROWS)]  # rtn is a yardstick: a sample of rows tells it
     rtn = round_to_grid(rows, *minmax_grid(rows, target.scheme), target.scheme)
     rtn_error = error if algorithm.name == "rtn" else output_error(rows, rtn.dequantize(), hessian)
@@ -120,9 +134,10 @@ def _report(
         group_size=target.scheme.group_size,
         symmetric=target.scheme.symmetric,
         parameters=target.rows * target.columns,
-        size_bytes=target.packed_bytes,
+        size_bytes=target.stored_bytes,
         relative_error=error,
         rtn_relative_error=rtn_error,
         tokens=statistics.tokens if statistics is not None else 0,
         seconds=seconds,
+        scaled=scale is not None,
     )

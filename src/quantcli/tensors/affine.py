@@ -4,6 +4,8 @@ Symbols: W [N, K] weight, G groups per row, S [N, G] scale, Z [N, G] zero. Scale
 is stored, before any error is measured.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,15 @@ from quantcli.scheme import Scheme
 from quantcli.tensors import kernels
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["LARGEST_SCALE", "SCALE_DTYPE", "minmax_grid", "round_to_grid", "searched_grid", "stored_scale"]
+__all__ = [
+    "LARGEST_SCALE",
+    "SCALE_DTYPE",
+    "divide_rows",
+    "minmax_grid",
+    "round_to_grid",
+    "searched_grid",
+    "stored_scale",
+]
 
 SCALE_DTYPE = torch.float16
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros keeps a scale that is not zero
@@ -95,6 +105,13 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
         at = group.long()
         codes = ((weight / scale[:, at]).round() + zero[:, at]).clamp(0, scheme.levels - 1).to(torch.uint8)
     return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
+
+
+def divide_rows(tensor: QuantizedTensor, rows: Tensor, divisor: Tensor) -> QuantizedTensor:
+    """With the weights of row rows[i] divided by divisor[i]: the same codes, other scales, as they are stored."""
+    scale = tensor.scale.float()
+    scale[rows] = stored_scale(scale[rows] / divisor[:, None])
+    return replace(tensor, scale=scale.to(SCALE_DTYPE))
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:

@@ -90,6 +90,22 @@ class Statistics:
         assert hessian is not None
         return Statistics(hessian, total + held, cross=mixed(self.cross, self.held_out_cross))
 
+    def scaled(self, scale: Tensor) -> "Statistics":
+        """Of the same input divided by `scale` [K]."""
+        outer = scale[:, None] * scale[None, :]
+
+        def divided(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else matrix / outer
+
+        return Statistics(
+            self.hessian / outer,
+            self.tokens,
+            held_out=divided(self.held_out),
+            held_out_tokens=self.held_out_tokens,
+            cross=divided(self.cross),
+            held_out_cross=divided(self.held_out_cross),
+        )
+
     def cached(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
         """A derived matrix, made once for all linears that share this input."""
         if key not in self.cache:

@@ -1,0 +1,167 @@
+"""A checkpoint seen through a rotation: each tensor is rotated when it is read, and nothing is ever whole in memory.
+
+Which tensor plays which part is a table by model type. Models are refused where a rotation cannot pass: LayerNorm
+subtracts the mean, and a norm between a linear and the residual stream (Gemma 2 and 3) has a gain that would have to
+rotate along.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import Layout
+from quantcli.models.skeleton import disk_name
+from quantcli.tensors.hadamard import Rotation
+
+__all__ = ["RotatedCheckpoint", "refuse_unrotatable", "rotate"]
+
+_BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
+# last part of the name of a linear: the norm whose output it reads
+_READERS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), _BEFORE_ATTENTION),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"), _BEFORE_MLP),
+    **dict.fromkeys(("gate", "shared_expert_gate"), _BEFORE_MLP),  # routers
+}
+_WRITERS = ("o_proj", "down_proj", "w2")
+_ROTATABLE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe")
+_ROWS = 4096
+_OFFSET = ("gemma",)
+"""Norms that multiply by 1 + weight."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What happens to one tensor."""
+
+    gain: str | None = None
+    """Norm on disk whose gain is multiplied into the columns."""
+    rotate_columns: bool = False
+    """W Q: it reads the residual stream, or is the embedding."""
+    rotate_rows: bool = False
+    """Q^T W: it writes the residual stream."""
+    value_rows: int = 0
+    """So many rows at the end are value heads."""
+    value_columns: bool = False
+    """Its columns are value heads."""
+    is_gain: bool = False
+    """A norm's gain, which is multiplied in elsewhere."""
+    source: str | None = None
+    """The tensor that it is made from, where that has another name."""
+
+
+def refuse_unrotatable(model: Any) -> None:
+    """Says why a model cannot be rotated, where it cannot."""
+    kind = model.config.model_type
+    if kind in _ROTATABLE:
+        return
+    names = [type(m).__name__ for m in model.modules()]
+    if any(name.endswith("LayerNorm") for name in names):
+        why = "its norms subtract the mean, which a rotation of the residual stream does not keep"
+    elif any("pre_feedforward_layernorm" in name for name, _ in model.named_modules()):
+        why = "it has norms between its linears and the residual stream"
+    else:
+        why = "it is not known which of its linears read and write the residual stream"
+    raise InputError(f"{kind} cannot be rotated: {why}", hint=f"models that can: {', '.join(_ROTATABLE)}")
+
+
+class RotatedCheckpoint(Checkpoint):
+    """The tensors of a checkpoint, rotated as they are read; in the dtypes that they are stored in."""
+
+    def __init__(self, base: Checkpoint, parts: Mapping[str, _Part], stream: Rotation, head: Rotation, offset: bool):
+        """Use `rotate`."""
+        entries = dict(base.entries)
+        for name, part in parts.items():
+            if part.source is not None and name not in entries:
+                entries[name] = entries[part.source]
+        super().__init__(base.folder, base.config, entries)
+        self._base, self._parts, self._stream, self._head, self._offset = base, parts, stream, head, offset
+
+    def read(self, name: str) -> Tensor:
+        """One rotated tensor; products in float64."""
+        part = self._parts.get(name)
+        if part is None:
+            return super().read(name)
+        tensor = super().read(part.source or name)
+        if part.is_gain:
+            return torch.zeros_like(tensor) if self._offset else torch.ones_like(tensor)
+        if part.rotate_columns:
+            gain = 1.0 if part.gain is None else super().read(part.gain).double() + self._offset
+            for rows in tensor.split(_ROWS):  # in place: a vocabulary is not wanted in float64 at once
+                rows.copy_(self._stream.rows(rows.double() * gain))
+        elif part.rotate_rows:
+            tensor = self._stream.columns(tensor).to(tensor.dtype)
+        if part.value_rows:
+            first = len(tensor) - part.value_rows
+            turned = _heads(self._head, tensor[first:].movedim(0, -1)).movedim(-1, 0)
+            tensor[first:] = turned.to(tensor.dtype)
+        if part.value_columns:
+            tensor = _heads(self._head, tensor).to(tensor.dtype)
+        return tensor.contiguous()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the original."""
+        return self._base.size_bytes
+
+
+def rotate(checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation, head: Rotation) -> RotatedCheckpoint:
+    """The checkpoint through the rotations of residual stream and value heads.
+
+    Args:
+        checkpoint: The original.
+        model: Its skeleton, whose head is not tied: the head takes in the last norm's gain, the embedding does not.
+        layout: Its parts.
+        stream: Of the hidden size.
+        head: Of a value head's size.
+    """
+    entries, kind = checkpoint.entries, model.config.model_type
+    parts: dict[str, _Part] = {}
+
+    def disk(name: str) -> str:
+        found = disk_name(name, model, entries)
+        if found is None:
+            raise InputError(f"tensor {name} is missing from {checkpoint.folder}")
+        return found
+
+    embedding = disk(f"{layout.embedding}.weight")
+    parts[embedding] = _Part(rotate_columns=True)
+    assert layout.head is not None and layout.final_norm is not None
+    final = disk(f"{layout.final_norm}.weight")
+    parts[final] = _Part(is_gain=True)
+    own = disk_name(f"{layout.head}.weight", model, entries)
+    parts[own or f"{layout.head}.weight"] = _Part(gain=final, rotate_columns=True, source=own or embedding)
+    values = _value_size(model)
+    for path in layout.blocks:
+        norms = {norm: disk(f"{path}.{norm}.weight") for norm in (_BEFORE_ATTENTION, _BEFORE_MLP)}
+        parts |= {norm: _Part(is_gain=True) for norm in norms.values()}
+        for name, module in model.get_submodule(path).named_modules():
+            if getattr(module, "weight", None) is None or module.weight.ndim != 2:
+                continue
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf not in _READERS and leaf not in _WRITERS:
+                raise InputError(f"{kind} cannot be rotated: the part of {path}.{name} is not known")
+            weight, value_rows = disk(f"{path}.{name}.weight"), values if leaf in ("v_proj", "qkv_proj") else 0
+            if leaf in _READERS:
+                parts[weight] = _Part(gain=norms[_READERS[leaf]], rotate_columns=True, value_rows=value_rows)
+            else:
+                parts[weight] = _Part(rotate_rows=True, value_columns=leaf == "o_proj")
+            if getattr(module, "bias", None) is not None:
+                parts[disk(f"{path}.{name}.bias")] = _Part(rotate_rows=leaf in _WRITERS, value_rows=value_rows)
+    return RotatedCheckpoint(checkpoint, parts, stream, head, kind in _OFFSET)
+
+
+def _value_size(model: Any) -> int:
+    """Rows of the value projection."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int((getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim)
+
+
+def _heads(rotation: Rotation, x: Tensor) -> Tensor:
+    """Each run of columns of x [..., heads * size] through the rotation."""
+    return rotation.rows(x.reshape(*x.shape[:-1], -1, rotation.size)).reshape(x.shape)
