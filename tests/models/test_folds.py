@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import families
+from quantcli.models.block import BlockCall, block_stages, forward
 from quantcli.models.folds import divide_rows, find_folds, folded_norm, is_transposed
 from quantcli.models.layout import find_layout
-from quantcli.models.walk import block_stages, embed_tokens, forward
+from quantcli.models.walk import embed_tokens
 
 _LLAMA = {
     "q_proj": "input_layernorm",
@@ -118,8 +119,6 @@ class _Branches(nn.Module):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_norm_that_feeds_something_else_is_left_alone(gated):
-    from quantcli.models.walk import BlockCall
-
     torch.manual_seed(0)
     block = _Branches(gated)
     with torch.no_grad():

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import families
+from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import find_layout
+from quantcli.models.paused import BLOCK_INPUT, Shelf, study_pauses
 from quantcli.models.skeleton import build_skeleton, disk_name, materialize
-from quantcli.models.walk import block_stages, embed_tokens, idle_inputs, run_block
+from quantcli.models.walk import embed_tokens, run_block
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
+def _inference():
+    with torch.inference_mode():
         yield
 
 
@@ -53,7 +55,8 @@ def opened(request, tmp_path):
 
 @pytest.mark.parametrize("opened", families.FAMILIES, indirect=True)
 def test_blocks_in_a_row_give_what_the_model_gives(opened):
-    tokens = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 200, (5, 96), generator=torch.Generator().manual_seed(0))
+    shelf = Shelf(3)
     expected = opened.model(tokens, output_hidden_states=True).hidden_states
     hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 2)
     assert [len(h) for h in hidden] == [2, 2, 1]
@@ -72,7 +75,8 @@ def test_blocks_in_a_row_give_what_the_model_gives(opened):
             lambda names, _, solved=solved: solved.append(names),
             held_out={1},
             keep=number == 0,
-            idle=idle_inputs(block, stages, hidden[0], call[2]),
+            pauses=study_pauses(block, stages, hidden[0], call[2]),
+            shelf=shelf,
             reference=copy.deepcopy(block),
             reference_inputs=reference,
         )
@@ -183,19 +187,83 @@ def test_cross_moments_pair_the_two_streams(opened):
 
 @pytest.mark.parametrize("opened", ["llama"], indirect=True)
 def test_what_a_paused_forward_no_longer_reads_is_emptied(opened):
-    tokens = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 200, (4, 96), generator=torch.Generator().manual_seed(0))
     hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 1)
     block, linears = opened.block(0)
     call = {size: c[0] for size, c in calls.items()}
+    shared = {id(t): t.clone() for t in call[1].kwargs["position_embeddings"]}
     stages = block_stages(block, linears, hidden[0], call[1])
-    idle = idle_inputs(block, stages, hidden[0], call[1])
+    pauses = study_pauses(block, stages, hidden[0], call[1])
     # q, k, v; o; gate, up; down: the residual needs the block's input until attention is added to it
-    assert idle == {1: [0], 2: [-1, 1], 3: [2]}
+    assert {0, ("LlamaAttention.forward", "query_states")} <= set(pauses[1].idle)
+    assert {BLOCK_INPUT, 1} <= set(pauses[2].idle)
+    assert 2 in pauses[3].idle
+    assert ("LlamaDecoderLayer.forward", "residual") in pauses[3].kept
+    assert not any(name in ("cos", "sin") for pause in pauses.values() for _, name in map(tuple_of, pause.idle))
     plain = [h.clone() for h in hidden]
     run_block(block, plain, call, stages, lambda *_: None)
     sizes = []
     mine = list(hidden)
-    run_block(block, mine, call, stages, lambda *_: sizes.append(sum(h.numel() for h in hidden)), idle=idle)
+    run_block(block, mine, call, stages, lambda *_: sizes.append(sum(h.numel() for h in hidden)), pauses=pauses)
     full = sum(h.numel() for h in plain)
     assert sizes == [full, full, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
+    assert all(torch.equal(t, shared[id(t)]) for t in call[1].kwargs["position_embeddings"])
+
+
+def tuple_of(held):
+    return held if isinstance(held, tuple) else ("", str(held))
+
+
+class Views(torch.nn.Module):
+    """Reads, late, a view of what looks done with, and writes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, hidden):
+        a = self.first(hidden)
+        flat = a.view(-1, 64)
+        b = self.second(a.relu())
+        total = torch.zeros_like(b)
+        part = total[:, 48:]
+        total += b
+        part *= 2
+        c = self.third(b)
+        total.add_(c)
+        return hidden + total + flat.view_as(total) + part.mean()
+
+
+def test_views_and_writing_in_place_keep_their_meaning():
+    torch.manual_seed(0)
+    block, call, shelf = Views(), {1: BlockCall((), {})}, Shelf(5)
+    hidden = [torch.randn(1, 96, 64) for _ in range(5)]
+    expected = [block(block(h)) for h in hidden]
+    stages = block_stages(block, ["first", "second", "third"], hidden[0], call[1])
+    pauses = study_pauses(block, stages, hidden[0], call[1])
+    assert any(pause.idle for pause in pauses.values())
+    for _ in range(2):
+        run_block(block, hidden, call, stages, lambda *_: None, pauses=pauses, shelf=shelf)
+    assert all(torch.equal(a, b) for a, b in zip(hidden, expected, strict=True))
+
+
+def test_a_shelf_uses_its_places_again():
+    shelf = Shelf(2)
+    tensors = [torch.randn(3, 2000) for _ in range(3)]
+    copies = [t.clone() for t in tensors]
+    for tensor in tensors:
+        shelf.move(tensor)
+        shelf.move(tensor)  # nothing to do
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+    place = tensors[1].data_ptr()
+    shelf.clear(tensors[1].view(-1))  # another tensor's wish is not the owner's
+    later = torch.randn(3, 2000)
+    shelf.clear(tensors[1])
+    shelf.move(later)
+    assert later.data_ptr() == place
+    wide, narrow, expert = torch.randn(8000), torch.randn(2000), torch.randn(900)
+    for tensor in (wide, narrow, expert):
+        shelf.move(tensor, wide=True)
+    places = [t.untyped_storage().data_ptr() for t in (wide, narrow, expert)]
+    assert places[0] == places[1] != places[2]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantcli.models.block import BlockCall, forward
 from quantcli.models.layout import is_linear, weight_shape
-from quantcli.models.walk import BlockCall, forward
 
 __all__ = ["Fold", "divide_rows", "find_folds", "folded_norm", "is_transposed"]
 
@@ -93,8 +93,8 @@ def folded_norm(weight: Tensor, scale: Tensor, offset: bool) -> tuple[Tensor, Te
 
 def divide_rows(tensor: Tensor, rows: Tensor, scale: Tensor, transposed: bool = False) -> Tensor:
     """A weight [N, K] (or [K, N], transposed) or bias [N] with output row rows[i] divided by scale[i], dtype kept."""
-    divisor = torch.ones(tensor.shape[1 if transposed else 0])
-    divisor[rows] = scale
+    divisor = torch.ones(tensor.shape[1 if transposed else 0], device=tensor.device)
+    divisor[rows.to(tensor.device)] = scale.to(tensor.device)
     shape = [1] * tensor.ndim
     shape[1 if transposed else 0] = -1
     return (tensor.float() / divisor.view(shape)).to(tensor.dtype)

@@ -13,7 +13,10 @@ import torch
 
 from quantcli.errors import UsageError
 
-__all__ = ["compute_dtype", "free_bytes", "matmul_flops", "pick_device", "return_memory", "settled_heap"]
+__all__ = ["Heap", "compute_dtype", "free_bytes", "matmul_flops", "pick_device", "settled_heap"]
+
+_GROWTH = 64 << 20
+"""Bytes by which a process may grow before freed memory is given back."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -38,18 +41,36 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def return_memory(collect: bool = True) -> None:
+class Heap:
     """Gives freed memory back to the system: glibc keeps the holes between live tensors otherwise.
 
-    Args:
-        collect: Collect garbage before.
+    What is given back costs a page fault per 4 KB when it is needed again, so that it is done only where the process
+    has grown by a good deal.
     """
-    if collect:
+
+    def __init__(self) -> None:
+        """Watches from now on."""
+        self._process = psutil.Process()
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._lowest = self._resident()
+
+    def watch(self) -> None:
+        """Gives back where the process has grown; cheap otherwise, to be called often."""
+        now = self._resident()
+        if self._trim is not None and now - self._lowest > _GROWTH:
+            self._trim(0)
+            self._lowest = self._resident()
+        self._lowest = min(self._lowest, now)
+
+    def settle(self) -> None:
+        """Collects garbage and gives back what can be."""
         gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
-        if trim is not None:
-            trim(0)
+        if self._trim is not None:
+            self._trim(0)
+        self._lowest = self._resident()
+
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
 
 
 @contextmanager

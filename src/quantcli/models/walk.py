@@ -4,36 +4,27 @@ One forward does what usually takes three to five. Every micro-batch runs in a g
 of the first linear of each stage (linears that read the same input), adds its input to the stage's Hessian and lets the
 next micro-batch come up. Once all have arrived, the stage is solved, its quantized weights are put in place, and the
 forwards go on from where they stood: true sequential order, for any architecture, at the cost of one pass. What a
-paused forward holds but no longer reads is emptied (`idle_inputs`). Where the rest does not fit, forwards are dropped
-at each stage and run again (`keep=False`).
+paused forward holds but no longer reads is emptied (`paused`). Where the rest does not fit, forwards are dropped at
+each stage and run again (`keep=False`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from quantcli.errors import InputError
+from quantcli.models.block import BlockCall, stage_hooks
 from quantcli.models.layout import Layout
+from quantcli.models.paused import END, Pass, Pause, Shelf
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
-__all__ = ["BlockCall", "StageMoments", "block_stages", "embed_tokens", "forward", "idle_inputs", "run_block"]
-
-BLOCK_INPUT = -1
-"""Stands for the block's own input where stages are numbered."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What a block is called with beside the hidden state."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+__all__ = ["StageMoments", "embed_tokens", "run_block"]
 
 
 class _EnoughError(Exception):
@@ -102,109 +93,6 @@ class StageMoments:
     """From those that they do not."""
 
 
-def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """Names of the linears of a block by the input that they share, in the order in which they are called.
-
-    Found by running one row: linears that are given the same tensor object share it. Linears that the row did not reach
-    (experts) are stages of their own, at the end.
-    """
-    seen: list[tuple[str, Tensor]] = []
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name: seen.append((name, args[0]))
-        )
-        for name in linears
-    ]
-    try:
-        forward(block, hidden, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    stages: list[tuple[Tensor, list[str]]] = []
-    for name, tensor in seen:
-        for other, names in stages:
-            if other is tensor:
-                names.append(name)
-                break
-        else:
-            stages.append((tensor, [name]))
-    missed = [[name] for name in linears if name not in {n for n, _ in seen}]
-    return [names for _, names in stages] + missed
-
-
-def idle_inputs(block: nn.Module, stages: list[list[str]], hidden: Tensor, call: BlockCall) -> dict[int, list[int]]:
-    """Which inputs nothing reads any more once a forward stands in front of a stage.
-
-    A paused forward's frames hold the block's input and its submodules' arguments to the end, read or not. Which are
-    not is found by trying, on one row: an input is idle where emptying it leaves the output the same.
-
-    Returns:
-        By stage, the inputs that become idle there: `BLOCK_INPUT`, or the number of an earlier stage.
-    """
-
-    def output(victim: int | None = None, at: int | None = None) -> Tensor | None:
-        seen = {BLOCK_INPUT: hidden.clone()}
-
-        def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen[stage] = args[0]
-                if stage == at and victim in seen:
-                    _empty(seen[victim])
-
-            return hook
-
-        with _hooks(block, stages, make):
-            try:
-                return forward(block, seen[BLOCK_INPUT], call)
-            except Exception:  # whatever a model says when it meets an empty tensor
-                return None
-
-    idle: dict[int, list[int]] = {}
-    expected = output()
-    for victim in range(BLOCK_INPUT, len(stages)):
-        for stage in range(victim + 1, len(stages)):
-            found = output(victim, stage)
-            if found is not None and expected is not None and torch.equal(found, expected):
-                idle.setdefault(stage, []).append(victim)
-                break
-    return idle
-
-
-def _empty(tensor: Tensor) -> None:
-    """Takes a tensor's memory away, whoever holds it; views of it keep theirs."""
-    tensor.set_(torch.empty(0, dtype=tensor.dtype, device=tensor.device))  # type: ignore[call-overload]
-
-
-class _Pass:
-    """One micro-batch's forward through a block, stopping where a hook tells it to."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall):
-        self._greenlet = greenlet(lambda: (-1, forward(block, hidden, call)))
-        self.stage = -2
-        """Where it stands: a stage, -1 at the end, -2 before the start."""
-        self._inputs = {BLOCK_INPUT: hidden}
-
-    def advance(self, idle: Mapping[int, list[int]]) -> Tensor:
-        """Runs to the next stop and returns the input there, or to the end and returns the output.
-
-        Args:
-            idle: Inputs to empty, by the stage in front of which it stops.
-        """
-        stage, tensor = self._greenlet.switch()
-        self.stage = stage
-        for number in idle.get(stage, ()):
-            if number in self._inputs:
-                _empty(self._inputs.pop(number))
-        self._inputs[stage] = tensor
-        out: Tensor = tensor
-        return out
-
-    def drop(self) -> None:
-        """Ends the forward where it stands."""
-        if not self._greenlet.dead:
-            self._greenlet.throw(GreenletExit)
-
-
 def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> AbstractContextManager[None]:
     """Hooks that hand over to the scheduler in front of each stage that is not solved yet."""
 
@@ -215,20 +103,7 @@ def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> Abstr
 
         return hook
 
-    return _hooks(block, stages, make)
-
-
-@contextmanager
-def _hooks(
-    block: nn.Module, stages: list[list[str]], make: Callable[[int], Callable[[nn.Module, tuple[Any, ...]], None]]
-) -> Iterator[None]:
-    """In front of the first linear of each stage."""
-    hooks = [block.get_submodule(names[0]).register_forward_pre_hook(make(stage)) for stage, names in enumerate(stages)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return stage_hooks(block, stages, make)
 
 
 def run_block(
@@ -240,7 +115,9 @@ def run_block(
     *,
     held_out: set[int] = frozenset(),  # type: ignore[assignment]
     keep: bool = True,
-    idle: Mapping[int, list[int]] | None = None,
+    pauses: Mapping[int, Pause] | None = None,
+    shelf: Shelf | None = None,
+    between: Callable[[], None] = lambda: None,
     reference: nn.Module | None = None,
     reference_inputs: list[Tensor] | None = None,
     path: str = "",
@@ -255,40 +132,45 @@ def run_block(
         solve: Called with a stage's linears and moments; None where no token reached it.
         held_out: Micro-batches that solvers must not see.
         keep: Whether paused forwards are kept (one pass) or run again from the block's input (less memory).
-        idle: From `idle_inputs`: what a kept forward may lose; without it, nothing.
+        pauses: From `study_pauses`: what becomes of the tensors that a kept forward holds; without it, nothing.
+        shelf: Memory for what paused forwards hold, the same for every block; default: one for this block.
+        between: Called whenever a forward has stopped.
         reference: The float block, whose stage inputs are wanted as well.
         reference_inputs: Hidden states of the float stream; become the float block's outputs, in place.
         path: Module path of the block, for messages.
     """
     solved: set[int] = set()
     moments: dict[int, StageMoments] = {}
-    released = idle if idle is not None and keep else {}
+    handled = pauses if pauses is not None and keep else {}
     count = len(inputs)
-    passes: list[_Pass | None] = [None] * count
-    shadows: list[_Pass | None] = [None] * count
+    shelf = Shelf(count) if shelf is None else shelf
+    passes: list[Pass | None] = [None] * count
+    shadows: list[Pass | None] = [None] * count
     done = [False] * count
 
     def arrive(index: int) -> None:
         """Moves a micro-batch to its next unsolved stage and adds what it brings, or to the end."""
         current = passes[index]
         if current is None:
-            current = passes[index] = _Pass(block, inputs[index], calls[len(inputs[index])])
+            current = passes[index] = Pass(block, inputs[index], calls[len(inputs[index])], shelf)
             if reference is not None and reference_inputs is not None:
-                shadows[index] = _Pass(reference, reference_inputs[index], calls[len(inputs[index])])
-        tensor = current.advance(released)
+                shadows[index] = Pass(reference, reference_inputs[index], calls[len(inputs[index])], shelf)
+        tensor = current.advance(handled)
         shadow = shadows[index]
-        if current.stage == -1:
-            inputs[index], passes[index], done[index] = tensor, None, True
+        if current.stage == END:
+            _renew(inputs, index, tensor, shelf)
+            passes[index], done[index] = None, True
             if shadow is not None and reference_inputs is not None:
-                out = shadow.advance(released)
-                while shadow.stage != -1:
-                    out = shadow.advance(released)
-                reference_inputs[index], shadows[index] = out, None
+                out = shadow.advance(handled)
+                while shadow.stage != END:
+                    out = shadow.advance(handled)
+                _renew(reference_inputs, index, out, shelf)
+                shadows[index] = None
             return
         other = None
         if shadow is not None:
-            while shadow.stage != -1 and shadow.stage < current.stage:
-                other = shadow.advance(released)
+            while shadow.stage != END and shadow.stage < current.stage:
+                other = shadow.advance(handled)
             if shadow.stage != current.stage or other is None or other.shape != tensor.shape:
                 other = None  # a token that an expert sees in one stream only
         stage = moments.get(current.stage)
@@ -315,6 +197,7 @@ def run_block(
                     paused = passes[index]
                     if not done[index] and (paused is None or paused.stage in solved):
                         arrive(index)
+                        between()
                         if not keep and not done[index]:
                             drop(index)  # its statistics are in; it is run again once the stage is solved
                 if all(done):
@@ -333,15 +216,15 @@ def run_block(
             solve(names, None)
 
 
+def _renew(hidden: list[Tensor], index: int, output: Tensor, shelf: Shelf) -> None:
+    """Puts a block's output in the place of its input."""
+    shelf.clear(hidden[index])
+    shelf.move(output)
+    hidden[index] = output
+
+
 def _check_finite(moments: StageMoments, name: str) -> None:
     """A NaN or infinite activation shows on the diagonal: a glance at K sums instead of a pass over all tokens."""
     for part in (moments.train, moments.held_out):
         if part is not None and not all_finite(part.energies()):
             raise InputError(f"activations are NaN or infinite at the input of {name}", hint="check the model itself")
-
-
-def forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The block's output hidden state [b, T, D]."""
-    out = block(hidden, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result

@@ -20,11 +20,13 @@ from quantcli.evaluate.speed import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Described
+from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm, is_transposed
-from quantcli.models.machine import return_memory, settled_heap
+from quantcli.models.machine import Heap, settled_heap
+from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.models.walk import BlockCall, StageMoments, block_stages, embed_tokens, idle_inputs, run_block
+from quantcli.models.walk import StageMoments, embed_tokens, run_block
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
@@ -85,7 +87,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
         ) as partial,
         peak_memory() as watched,
         settled_heap(),
-        torch.no_grad(),
+        torch.inference_mode(),
     ):
         progress.plan("Plan", plan.rows())
         work = _Run(plan, partial, progress)
@@ -157,10 +159,12 @@ class _Run:
         self.seconds_before = 0.0
         self._started = time.perf_counter()
         self._held: set[int] = set()
-        self._idle: dict[tuple[Any, ...], dict[int, list[int]]] = {}
+        self._pauses: dict[tuple[Any, ...], dict[int, Pause]] = {}
         self._folds: dict[tuple[Any, ...], dict[str, Fold]] = {}
         self._edited: dict[str, Tensor] = {}
         """Tensors that stay float, as folds have changed them, by name on disk; until their block is written."""
+        self._shelf: Shelf | None = None
+        self._heap = Heap()
         self._norm: torch.nn.Module | None = None
         self._names = self._assign()
         self._log = partial.state / "progress.json"
@@ -233,7 +237,7 @@ class _Run:
         """Quantizes and writes every block that an earlier run has not finished."""
         plan, count = self.plan, len(self.plan.layout.blocks)
         calls = self._begin_streams() if plan.calibrates and (self.done < count or self._head_needs_stream()) else {}
-        return_memory()  # tokenizer and embedding
+        self._heap.settle()  # tokenizer and embedding
         with self.progress.track("quantizing", count, start=self.done) as task:
             for number in range(self.done, count):
                 begun = len(self.reports)
@@ -244,9 +248,13 @@ class _Run:
                 self._write(number, results)
                 self._remember(number + 1)
                 del results
-                return_memory()
+                self._heap.settle()
                 worst = max((r.relative_error for r in self.reports[begun:]), default=0.0)
                 task.advance(1, f"worst error {worst:.2%}")
+        self._shelf = None
+        if not self._head_needs_stream():
+            self.hidden, self.float_hidden = [], None
+        self._heap.settle()
 
     def _in_block(self, target: Target, number: int) -> bool:
         return target.name.startswith(self.plan.layout.blocks[number] + ".")
@@ -350,13 +358,15 @@ class _Run:
         first = self.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
         kind = (type(block), *map(tuple, stages))
-        if kind not in self._idle:
-            self._idle[kind] = idle_inputs(block, stages, first, calls[len(first)])
+        if kind not in self._pauses:
+            self._pauses[kind] = study_pauses(block, stages, first, calls[len(first)])
             if plan.scaling is not None:
                 config = plan.skeleton.config.get_text_config()
                 head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
                 self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
         folds = self._folds.get(kind, {})
+        if self._shelf is None:
+            self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:
@@ -369,7 +379,6 @@ class _Run:
                 weight = tensor.dequantize().to(module.weight.device)
                 weight = (weight if scale is None else weight / scale).to(module.weight.dtype)
                 module.weight.data.copy_(weight.T if plan.targets[target].transposed else weight)
-            return_memory(collect=False)  # the next stage's tensors do not fit into the holes that this one leaves
 
         run_block(
             block,
@@ -379,7 +388,9 @@ class _Run:
             solve,
             held_out=self._held,
             keep=plan.keep_paused,
-            idle=self._idle[kind],
+            pauses=self._pauses[kind],
+            shelf=self._shelf,
+            between=self._heap.watch,
             reference=reference,
             reference_inputs=self.float_hidden,
             path=path,

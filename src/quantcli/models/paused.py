@@ -1,0 +1,246 @@
+"""Forwards that pause in the middle of a block, and what they hold while they wait.
+
+A paused forward's frames hold the block's input, its submodules' arguments and their own local variables, read again or
+not: with queries, keys and values more than twice what is still needed. What is not is emptied. What is moves to memory
+of its own: among the short-lived tensors of other forwards it would leave holes that nothing else fits into.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from greenlet import GreenletExit, greenlet
+from torch import Tensor, nn
+
+from quantcli.models.block import BlockCall, forward, stage_hooks
+
+__all__ = ["BLOCK_INPUT", "END", "Pass", "Pause", "Shelf", "study_pauses"]
+
+BLOCK_INPUT = -1
+"""Stands for the block's own input where stages are numbered."""
+END = -1
+"""Where a forward stands that is done."""
+Held: TypeAlias = int | tuple[str, str]
+"""What a paused forward holds: the input of a stage, `BLOCK_INPUT`, or (function, local variable)."""
+_SMALL = 1 << 12
+"""Elements below which a tensor is not worth the trouble."""
+
+
+@dataclass
+class Pause:
+    """What to do with the tensors of a forward that stands in front of a stage."""
+
+    idle: list[Held] = field(default_factory=list)
+    """Read by nobody any more: to be emptied."""
+    kept: list[Held] = field(default_factory=list)
+    """Local variables still needed: to be moved to the shelf."""
+
+
+def study_pauses(block: nn.Module, stages: list[list[str]], hidden: Tensor, call: BlockCall) -> dict[int, Pause]:
+    """Finds out by trying, on one row, what a paused forward still needs.
+
+    A tensor is idle where filling its memory with NaN leaves the block's output what it was. What is shared between
+    forwards (rotary tables, masks, weights) is never touched. Where the row does not reach every linear with all of its
+    tokens (experts), other rows may read what this one does not; local variables are then left alone.
+
+    Args:
+        block: With weights.
+        stages: From `block_stages`.
+        hidden: [b, T, D] its input.
+        call: Its further arguments.
+
+    Returns:
+        By stage, what to do there.
+    """
+    first, expected = _trial(block, stages, hidden, call, {})
+    second, _ = _trial(block, stages, hidden, call, {})  # while the first are alive: the same memory is shared memory
+    if expected is None:
+        return {}
+    rows = hidden.numel() // hidden.shape[-1]
+    dense = len(first) == len(stages) and all(f[s].numel() // f[s].shape[-1] == rows for s, f in first.items())
+    pauses: dict[int, Pause] = {stage: Pause() for stage in sorted(first)}
+
+    def harmless(stage: int, idle: list[Held]) -> bool:
+        tried = pauses | {stage: Pause(pauses[stage].idle + idle)}
+        _, output = _trial(block, stages, hidden, call, tried)
+        return output is not None and torch.equal(output, expected)
+
+    def search(stage: int, names: list[Held]) -> list[Held]:
+        """Which of them are idle, by halves: most are, or are not, together."""
+        if not names or harmless(stage, names):
+            pauses[stage].idle += names
+            return names
+        if len(names) == 1:
+            return []
+        half = len(names) // 2
+        return search(stage, names[:half]) + search(stage, names[half:])
+
+    gone: set[Held] = set()
+    for stage, pause in pauses.items():
+        private = [
+            name
+            for name, tensor in first[stage].items()
+            if name not in gone
+            and (dense or isinstance(name, int))
+            and _memory(tensor) != _memory(first[stage][stage])
+            and (name == BLOCK_INPUT or _memory(tensor) != _memory(second[stage][name]))
+        ]
+        idle = search(stage, private)
+        gone |= {name for name in idle if isinstance(name, int)}  # a local variable may be bound anew
+        pause.kept = [name for name in private if name not in idle and not isinstance(name, int)]
+    _, output = _trial(block, stages, hidden, call, pauses)
+    if output is None or not torch.equal(output, expected):  # a view is written to in place, for one
+        for pause in pauses.values():
+            pause.kept.clear()
+    return pauses
+
+
+def _trial(
+    block: nn.Module, stages: list[list[str]], hidden: Tensor, call: BlockCall, pauses: Mapping[int, Pause]
+) -> tuple[dict[int, dict[Held, Tensor]], Tensor | None]:
+    """One forward: what it holds in front of each stage, and its output; None where it fails without what was idle."""
+    inputs: dict[Held, Tensor] = {BLOCK_INPUT: hidden.clone()}
+    held: dict[int, dict[Held, Tensor]] = {}
+
+    def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[stage] = args[0]
+            held[stage] = inputs | _local_tensors(sys._getframe(1))
+            pause = pauses.get(stage, Pause())
+            for tensor in (held[stage][name] for name in pause.idle if name in held[stage]):
+                tensor.fill_(torch.nan)
+                _empty(tensor)
+            for tensor in (held[stage][name] for name in pause.kept if name in held[stage]):
+                tensor.set_(tensor.clone())  # type: ignore[call-overload]
+
+        return hook
+
+    with stage_hooks(block, stages, make):
+        try:
+            return held, forward(block, inputs[BLOCK_INPUT], call)
+        except Exception:  # whatever a model says when it meets an empty tensor
+            return held, None
+
+
+def _local_tensors(frame: FrameType | None) -> dict[Held, Tensor]:
+    """Tensors in local variables between a block's forward and `frame`, by function and variable."""
+    found: dict[Held, Tensor] = {}
+    while frame is not None and frame.f_code is not forward.__code__:
+        for name, value in frame.f_locals.items():
+            if isinstance(value, Tensor) and value.numel() >= _SMALL and not isinstance(value, nn.Parameter):
+                found.setdefault((frame.f_code.co_qualname, name), value)
+        frame = frame.f_back
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _empty(tensor: Tensor) -> None:
+    """Takes a tensor's memory away, whoever holds it; views of it keep theirs."""
+    tensor.set_(torch.empty(0, dtype=tensor.dtype, device=tensor.device))  # type: ignore[call-overload]
+
+
+class Shelf:
+    """Memory for tensors that wait, one piece per size, used again and again from block to block.
+
+    Giving memory back to the system instead costs a page fault per 4 KB when it is needed again, a tenth of a run.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Empty; a piece holds `count` tensors, and another is taken where that is not enough."""
+        self._count = count
+        self._free: dict[tuple[bool, int, torch.dtype], list[Tensor]] = {}
+        self._taken: dict[int, tuple[tuple[bool, int, torch.dtype], Tensor, Tensor]] = {}
+        self._widest = 0
+
+    def move(self, tensor: Tensor, *, wide: bool = False) -> None:
+        """Moves a tensor, for whoever holds it; it stays where it is on accelerators, or when it is there already.
+
+        Args:
+            tensor: Contiguous.
+            wide: Whether it takes a place as large as the largest such tensor needs, so that stages share places.
+        """
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in self._taken:
+            return
+        elements = tensor.numel()
+        if wide:
+            if elements < self._widest // 8:
+                return  # an expert's few tokens
+            if elements > self._widest:
+                self._free = {key: free for key, free in self._free.items() if not key[0]}
+                self._widest = elements
+            elements = self._widest
+        key = wide, elements, tensor.dtype
+        free = self._free.setdefault(key, [])
+        if not free:
+            free += torch.empty(self._count, elements, dtype=tensor.dtype).unbind()
+        place = free.pop()
+        moved = place[: tensor.numel()].view(tensor.shape)
+        moved.copy_(tensor)
+        tensor.set_(moved)  # type: ignore[call-overload]
+        self._taken[tensor.data_ptr()] = key, place, tensor
+
+    def clear(self, tensor: Tensor) -> None:
+        """Takes the place of a tensor back, which nobody reads any more; nothing to do where it has none."""
+        key, place, owner = self._taken.get(tensor.data_ptr(), (None, None, None))
+        if key is not None and place is not None and owner is tensor:
+            del self._taken[tensor.data_ptr()]
+            if key in self._free:
+                self._free[key].append(place)
+
+
+class Pass:
+    """One micro-batch's forward through a block, stopping where a hook tells it to."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, call: BlockCall, shelf: Shelf):
+        """Stands before the start."""
+        self._greenlet = greenlet(lambda: (END, forward(block, hidden, call)))
+        self.stage = END - 1
+        """Where it stands: a stage, or `END`."""
+        self._hidden = hidden
+        self._inputs: dict[Held, Tensor] = {BLOCK_INPUT: hidden}
+        self._shelf = shelf
+        self._moved: list[Tensor] = []
+
+    def advance(self, pauses: Mapping[int, Pause]) -> Tensor:
+        """Runs to the next stop and returns the input there, or to the end and returns the output."""
+        stage, tensor = self._greenlet.switch()
+        self.stage = stage
+        out: Tensor = tensor
+        if stage == END:
+            if any(_memory(out) == _memory(moved) for moved in self._moved):
+                out = out.clone()
+            self.drop()
+            return out
+        pause = pauses.get(stage)
+        if pause is not None:
+            variables = _local_tensors(self._greenlet.gr_frame)
+            for name in pause.idle:
+                for idle in (variables.get(name), self._inputs.pop(name, None)):
+                    if idle is not None:
+                        self._shelf.clear(idle)
+                        _empty(idle)
+            for name in pause.kept:
+                if name in variables:
+                    self._move(variables[name])
+        self._inputs[stage] = out
+        self._move(out, wide=True)
+        return out
+
+    def _move(self, tensor: Tensor, *, wide: bool = False) -> None:
+        if tensor is not self._hidden:  # which belongs to whoever runs the forward, perhaps once more
+            self._shelf.move(tensor, wide=wide)
+            self._moved.append(tensor)
+
+    def drop(self) -> None:
+        """Ends the forward where it stands."""
+        if not self._greenlet.dead:
+            self._greenlet.throw(GreenletExit)
+        for tensor in self._moved:
+            self._shelf.clear(tensor)
+        self._moved.clear()
