@@ -427,7 +427,7 @@ def _with_memory(plan: Plan) -> Plan:
     hidden = plan.skeleton.config.get_text_config().hidden_size
     batch = min(calibration.batch_size, calibration.num_samples) * calibration.seq_len
     inside = block / hidden + 4 * widest.columns * itemsize  # what one token's forward holds at its widest
-    matrices = 6 + 2 * (plan.options.correct_earlier or plan.holds_out)
+    matrices = 4 + 2 * (plan.options.correct_earlier or plan.holds_out)
     fixed = (
         streams * block
         + 4 * matrices * widest.columns**2

@@ -48,9 +48,15 @@ class Moments:
         return self._sum.diagonal()
 
     def matrix(self) -> Tensor:
-        """H [K, K] float32, symmetric."""
-        lower = self._sum.tril()
-        return (lower + lower.T - torch.diag(lower.diagonal())) / max(self.tokens, 1)
+        """H [K, K] float32, symmetric; in the sum's own memory, so that nothing can be added any more."""
+        columns = self._sum.shape[0]
+        tile = max(_MIN_TILE, -(-columns // _TILES))
+        for start in range(0, columns, tile):
+            stop = min(start + tile, columns)
+            corner = self._sum[start:stop, start:stop]
+            corner.copy_(corner.tril() + corner.tril(-1).T)
+            self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
+        return self._sum.div_(max(self.tokens, 1))
 
     def cross(self) -> Tensor | None:
         """F^T X / T [K, K] float32, where a reference was given."""
@@ -97,11 +103,17 @@ class Statistics:
         return self.cache[key]
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """Upper U [K, K] with U^T U = (H + damp * mean(diag H) * I)^-1, without forming the inverse.
 
     H reversed in rows and columns is L L^T; the inverse of L, reversed back, is U: 2/3 K^3 operations where inverse and
-    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0.
+    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0. At most two matrices
+    of H's size exist beside it.
+
+    Args:
+        hessian: H [K, K].
+        damp_percent: Share of the mean diagonal to begin with.
+        order: [K] columns of H in the order of U's; default: as they are.
 
     Raises:
         InputError: H holds NaN or infinity, or no damping helps.
@@ -109,30 +121,33 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
     mean = hessian.diagonal().mean()
     if not all_finite(hessian):
         raise InputError("activations hold NaN or infinite values")
-    damp = damp_percent
+    order = torch.arange(hessian.shape[0], device=hessian.device) if order is None else order
+    back = order.flip(0)
+    damped = hessian.index_select(0, back).index_select(1, back)
+    diagonal, damp = damped.diagonal().clone(), damp_percent
     for _ in range(_MAX_DAMP_DOUBLINGS):
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(damp * mean)
+        damped.diagonal().copy_(diagonal + damp * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return _invert_lower(lower).flip(0, 1).contiguous()
+        if int(info) == 0 and all_finite(lower):
+            del damped
+            _invert_lower(lower)
+            return lower.flip(0, 1)
         damp = max(2 * damp, 1e-6)
     raise InputError(f"the Hessian cannot be factored, even with damping {damp:.3g}", hint="give more calibration text")
 
 
-def _invert_lower(lower: Tensor, base: int = 256) -> Tensor:
-    """Inverse of a lower triangular matrix by halves: matrix products instead of a solve against I."""
+def _invert_lower(lower: Tensor, base: int = 256) -> None:
+    """Inverts a lower triangular matrix in place, by halves: matrix products instead of a solve against I."""
     size = lower.shape[0]
     if size <= base:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-        return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
     half = size // 2
-    out = torch.zeros_like(lower)
-    first, last = _invert_lower(lower[:half, :half], base), _invert_lower(lower[half:, half:], base)
-    out[:half, :half], out[half:, half:] = first, last
-    out[half:, :half] = -(last @ (lower[half:, :half] @ first))
-    return out
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first, base)
+    _invert_lower(last, base)
+    below.copy_(-(last @ (below @ first)))
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:
