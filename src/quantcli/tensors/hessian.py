@@ -107,8 +107,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = 
     """Upper U [K, K] with U^T U = (H + damp * mean(diag H) * I)^-1, without forming the inverse.
 
     H reversed in rows and columns is L L^T; the inverse of L, reversed back, is U: 2/3 K^3 operations where inverse and
-    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0. At most two matrices
-    of H's size exist beside it.
+    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0. At most two
+    matrices of H's size exist beside it.
 
     Args:
         hessian: H [K, K].
