@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import families
-from quantcli.models.block import BlockCall, block_stages
+from quantcli.errors import InputError
+from quantcli.models.block import BlockCall, block_stages, forward
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import find_layout
 from quantcli.models.paused import BLOCK_INPUT, Shelf, study_pauses
@@ -267,3 +268,55 @@ def test_a_shelf_uses_its_places_again():
         shelf.move(tensor, wide=True)
     places = [t.untyped_storage().data_ptr() for t in (wide, narrow, expert)]
     assert places[0] == places[1] != places[2]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("opened", ["mixtral", "qwen2_moe", "qwen3_moe"], indirect=True)
+def test_every_expert_sees_all_of_its_tokens(opened, keep):
+    """Although the row that the stages are found with is too short to reach every expert."""
+    rows = torch.randint(3, 200, (6, 40), generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        first = torch.full((1, 40), 3 + seed)  # one token over and over reaches two experts of four
+        hidden, calls = embed_tokens(opened.skeleton, opened.layout, torch.cat([first, rows]), 1)
+        block, linears = opened.block(0)
+        call = {size: c[0] for size, c in calls.items()}
+        stages = block_stages(block, linears, hidden[0], call[1])
+        assert sorted(n for names in stages for n in names) == sorted(linears)
+        pairs = {frozenset(n.rpartition(".")[2] for n in names) for names in stages if "experts" in names[0]}
+        assert len(pairs) == 2  # gate and up share a stage in experts that were not reached, too
+        wanted = dict.fromkeys(linears, 0)
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _m, args, name=name: wanted.__setitem__(name, wanted[name] + args[0][..., 0].numel())
+            )
+            for name in linears
+        ]
+        for h in hidden:
+            forward(block, h, call[1])
+        for hook in hooks:
+            hook.remove()
+        seen = {}
+        run_block(
+            block,
+            hidden,
+            call,
+            stages,
+            lambda names, moments, seen=seen: seen.update(dict.fromkeys(names, moments.train.tokens if moments else 0)),
+            keep=keep,
+            pauses=study_pauses(block, stages, hidden[0], call[1]),
+        )
+        assert seen == wanted
+
+
+def test_arguments_that_depend_on_the_text_are_refused(tmp_path):
+    opened = Opened("llama", tmp_path)
+    tokens = torch.randint(3, 200, (3, 24), generator=torch.Generator().manual_seed(0))
+    original = opened.skeleton.model.rotary_emb.forward
+
+    def moved(x, position_ids):
+        cos, sin = original(x, position_ids)
+        return cos + x.mean(), sin
+
+    opened.skeleton.model.rotary_emb.forward = moved
+    with pytest.raises(InputError, match="what depends on the text"):
+        embed_tokens(opened.skeleton, opened.layout, tokens, 1)

@@ -333,3 +333,39 @@ def test_quantized_input_is_refused(models, tmp_path):
     quantize.run(options(models("llama"), tmp_path / "q"))
     with pytest.raises(InputError, match=r"already quantized \(gptq\)"):
         quantize.run(options(tmp_path / "q", tmp_path / "again"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "olmo2"])
+def test_the_float_stream_keeps_up(family, models, text, tmp_path, monkeypatch):
+    """With experts, and over a block in which nothing is quantized, it ends where the float model does."""
+    ended, tokens = [], []
+    write, begin = quantize._Run._write, quantize._Run._tokens
+
+    def spy(self, number, results):
+        if number == len(self.plan.layout.blocks) - 1:
+            ended[:] = [h.clone() for h in self.float_hidden]
+            ended.append(self.plan.layout.blocks[-1])
+        return write(self, number, results)
+
+    def note(self):
+        found = begin(self)
+        tokens.append(found["rows"])
+        return found
+
+    monkeypatch.setattr(quantize._Run, "_write", spy)
+    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    for exclude in ((), (r"\.0\.",), (r"\.1\.",)):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        quantize.run(options(models(family), output, text, correct_earlier=True, exclude=exclude, bits=3))
+        seen = []
+        model = quantcli.load(models(family))
+        model.get_submodule(ended.pop()).register_forward_hook(
+            lambda _module, _args, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        logits_of(model, tokens[-1])
+        assert torch.allclose(torch.cat(ended), seen[0], atol=1e-4, rtol=1e-4)
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits

@@ -343,16 +343,23 @@ class _Run:
         del tensors
         reference = deepcopy(block) if plan.options.correct_earlier else None
         linears = [t.name.removeprefix(path + ".") for t in plan.targets.values() if self._in_block(t, number)]
+        if self._shelf is None:
+            self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
+        streams: dict[str, Any] = {
+            "shelf": self._shelf,
+            "between": self._heap.watch,
+            "reference": reference,
+            "reference_inputs": self.float_hidden,
+            "path": path,
+        }
         if not linears:
-            run_block(block, self.hidden, calls, [], lambda *_: None)
+            run_block(block, self.hidden, calls, [], lambda *_: None, **streams)
             return {}
         first = self.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
         kind = (type(block), *map(tuple, stages))
         if kind not in self._pauses:
             self._pauses[kind] = study_pauses(block, stages, first, calls[len(first)])
-        if self._shelf is None:
-            self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:
@@ -372,11 +379,7 @@ class _Run:
             held_out=self._held,
             keep=plan.keep_paused,
             pauses=self._pauses[kind],
-            shelf=self._shelf,
-            between=self._heap.watch,
-            reference=reference,
-            reference_inputs=self.float_hidden,
-            path=path,
+            **streams,
         )
         return results
 

@@ -26,6 +26,7 @@ class Moments:
         """Zero moments of inputs with `columns` columns."""
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
+        self._cross_tokens = 0
         self.tokens = 0
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
@@ -42,6 +43,7 @@ class Moments:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
             self._cross.addmm_(f.T, x)
+            self._cross_tokens += x.shape[0]
 
     def energies(self) -> Tensor:
         """Sum of squares of each input column, [K]."""
@@ -59,8 +61,8 @@ class Moments:
         return self._sum.div_(max(self.tokens, 1))
 
     def cross(self) -> Tensor | None:
-        """F^T X / T [K, K] float32, where a reference was given."""
-        return None if self._cross is None else self._cross / max(self.tokens, 1)
+        """F^T X / T [K, K] float32, where a reference was given with every token."""
+        return self._cross / self.tokens if self._cross is not None and self._cross_tokens == self.tokens else None
 
 
 @dataclass
