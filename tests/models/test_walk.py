@@ -1,6 +1,7 @@
 """The walk runs blocks as transformers does, one stage after another, and sees each linear's true input."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -270,6 +271,10 @@ def test_a_shelf_uses_its_places_again():
     assert places[0] == places[1] != places[2]
 
 
+def count_tokens(counts, name, _module, args):
+    counts[name] += args[0][..., 0].numel()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("opened", ["mixtral", "qwen2_moe", "qwen3_moe"], indirect=True)
 def test_every_expert_sees_all_of_its_tokens(opened, keep):
@@ -286,10 +291,7 @@ def test_every_expert_sees_all_of_its_tokens(opened, keep):
         assert len(pairs) == 2  # gate and up share a stage in experts that were not reached, too
         wanted = dict.fromkeys(linears, 0)
         hooks = [
-            block.get_submodule(name).register_forward_pre_hook(
-                lambda _m, args, name=name: wanted.__setitem__(name, wanted[name] + args[0][..., 0].numel())
-            )
-            for name in linears
+            block.get_submodule(name).register_forward_pre_hook(partial(count_tokens, wanted, name)) for name in linears
         ]
         for h in hidden:
             forward(block, h, call[1])
