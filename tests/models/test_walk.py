@@ -260,7 +260,9 @@ def test_a_shelf_uses_its_places_again():
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
     place = tensors[1].data_ptr()
     shelf.clear(tensors[1].view(-1))  # another tensor's wish is not the owner's
-    later = torch.randn(3, 2000)
+    other, later = torch.randn(3, 2000), torch.randn(3, 2000)
+    shelf.move(other)
+    assert other.data_ptr() != place
     shelf.clear(tensors[1])
     shelf.move(later)
     assert later.data_ptr() == place

@@ -55,7 +55,7 @@ def study_pauses(block: nn.Module, stages: list[list[str]], hidden: Tensor, call
         call: Its further arguments.
 
     Returns:
-        By stage, what to do there.
+        By stage, what to do there; nothing where a model takes even the moving of inputs amiss.
     """
     first, expected = _trial(block, stages, hidden, call, {})
     second, _ = _trial(block, stages, hidden, call, {})  # while the first are alive: the same memory is shared memory
@@ -63,39 +63,45 @@ def study_pauses(block: nn.Module, stages: list[list[str]], hidden: Tensor, call
         return {}
     whole = {stage for stage, held in first.items() if token_count(held[stage]) == token_count(hidden)}
     dense = len(whole) == len(stages)
-    pauses: dict[int, Pause] = {stage: Pause() for stage in sorted(first)}
 
-    def harmless(stage: int, idle: list[Held]) -> bool:
-        tried = pauses | {stage: Pause(pauses[stage].idle + idle)}
-        _, output = _trial(block, stages, hidden, call, tried)
-        return output is not None and torch.equal(output, expected)
-
-    def search(stage: int, names: list[Held]) -> list[Held]:
-        """Which of them are idle, by halves: most are, or are not, together."""
-        if not names or harmless(stage, names):
-            pauses[stage].idle += names
-            return names
-        if len(names) == 1:
-            return []
-        half = len(names) // 2
-        return search(stage, names[:half]) + search(stage, names[half:])
-
-    gone: set[Held] = set()
-    for stage, pause in pauses.items():
-        private = [
+    def candidates(stage: int) -> list[Held]:
+        """What only this forward holds, but for the stage's own input."""
+        return [
             name
             for name, tensor in first[stage].items()
-            if name not in gone
-            and (dense or (isinstance(name, int) and (stage in whole or (name != BLOCK_INPUT and name not in whole))))
+            if (dense or (isinstance(name, int) and (stage in whole or (name != BLOCK_INPUT and name not in whole))))
             and _memory(tensor) != _memory(first[stage][stage])
             and (name == BLOCK_INPUT or _memory(tensor) != _memory(second[stage][name]))
         ]
-        idle = search(stage, private)
-        gone |= {name for name in idle if isinstance(name, int)}  # a local variable may be bound anew
-        pause.kept = [name for name in private if name not in idle and not isinstance(name, int)]
-    _, output = _trial(block, stages, hidden, call, pauses)
-    # a view that is written to in place, for one, does not stand being moved
-    return pauses if output is not None and torch.equal(output, expected) else {}
+
+    def attempt(move_variables: bool) -> dict[int, Pause] | None:
+        pauses = {stage: Pause() for stage in sorted(first)}
+
+        def harmless(stage: int, idle: list[Held]) -> bool:
+            tried = pauses | {stage: Pause(pauses[stage].idle + idle)}
+            _, output = _trial(block, stages, hidden, call, tried)
+            return output is not None and torch.equal(output, expected)
+
+        def search(stage: int, names: list[Held]) -> list[Held]:
+            """Which of them are idle, by halves: most are, or are not, together."""
+            if not names or harmless(stage, names):
+                pauses[stage].idle += names
+                return names
+            half = len(names) // 2
+            return search(stage, names[:half]) + search(stage, names[half:]) if half else []
+
+        gone: set[Held] = set()
+        for stage, pause in pauses.items():
+            names = [name for name in candidates(stage) if name not in gone]
+            idle = search(stage, names)
+            gone |= {name for name in idle if isinstance(name, int)}  # a local variable may be bound anew
+            if move_variables:
+                pause.kept = [name for name in names if name not in idle and not isinstance(name, int)]
+        _, output = _trial(block, stages, hidden, call, pauses)
+        return pauses if output is not None and torch.equal(output, expected) else None
+
+    # a variable whose view is written to in place, for one, cannot be moved
+    return attempt(True) or attempt(False) or {}
 
 
 def _trial(
@@ -110,7 +116,9 @@ def _trial(
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs[stage] = args[0]
             held[stage] = inputs | _local_tensors(sys._getframe(1))
-            pause = pauses.get(stage, Pause())
+            if stage not in pauses:
+                return
+            pause = pauses[stage]
             for tensor in (held[stage][name] for name in pause.idle if name in held[stage]):
                 tensor.fill_(torch.nan)
                 _empty(tensor)
@@ -244,8 +252,8 @@ class Pass:
             for name in pause.kept:
                 if name in variables:
                     self._move(variables[name])
+            self._move(out, wide=True)
         self._inputs[stage] = weakref.ref(out)
-        self._move(out, wide=True)
         return out
 
     def _move(self, tensor: Tensor, *, wide: bool = False) -> None:

@@ -15,7 +15,7 @@ from quantcli.errors import InputError, ResourceError, UsageError
 from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import Layout, find_layout, weight_shape
+from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
@@ -299,7 +299,7 @@ def _targets(
             continue
         if disk is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
-        targets[name] = Target(name, disk, rows, columns, tuple(module.weight.shape) != (rows, columns), scheme)
+        targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme)
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
     if not targets:

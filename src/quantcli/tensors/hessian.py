@@ -133,7 +133,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = 
         if int(info) == 0 and all_finite(lower):
             del damped
             _invert_lower(lower)
-            return lower.flip(0, 1)
+            upper: Tensor = lower.flip(0, 1)
+            return upper
         damp = max(2 * damp, 1e-6)
     raise InputError(f"the Hessian cannot be factored, even with damping {damp:.3g}", hint="give more calibration text")
 
