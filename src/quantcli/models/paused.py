@@ -112,21 +112,15 @@ def _trial(
     held: dict[int, dict[Held, Tensor]] = {}
     shelf = Shelf(1)
 
+    def poison(tensor: Tensor) -> None:
+        tensor.fill_(torch.nan)
+
     def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs[stage] = args[0]
             held[stage] = inputs | _local_tensors(sys._getframe(1))
-            if stage not in pauses:
-                return
-            pause = pauses[stage]
-            for tensor in (held[stage][name] for name in pause.idle if name in held[stage]):
-                tensor.fill_(torch.nan)
-                _empty(tensor)
-            for tensor in (held[stage][name] for name in pause.kept if name in held[stage]):
-                if tensor is not inputs[BLOCK_INPUT]:
-                    shelf.move(tensor)
-            if args[0] is not inputs[BLOCK_INPUT]:
-                shelf.move(args[0], wide=True)
+            if stage in pauses:
+                _handle(pauses[stage], held[stage], args[0], inputs[BLOCK_INPUT], shelf, poison)
 
         return hook
 
@@ -214,6 +208,35 @@ class Shelf:
                 self._free[key].append(place)
 
 
+def _handle(
+    pause: Pause,
+    held: Mapping[Held, Tensor],
+    given: Tensor,
+    hidden: Tensor,
+    shelf: Shelf,
+    give_up: Callable[[Tensor], None],
+) -> list[Tensor]:
+    """Does at a pause what is to be done there, in trials as for real; what it moved to the shelf.
+
+    Args:
+        pause: What to do.
+        held: What the forward holds.
+        given: The stage's input.
+        hidden: The block's, which belongs to whoever runs the forward, perhaps once more: it is never moved.
+        shelf: Where to move what is kept.
+        give_up: Called with a tensor before it is emptied.
+    """
+    for name in pause.idle:
+        if name in held:
+            give_up(held[name])
+            _empty(held[name])
+    kept = [held[name] for name in pause.kept if name in held]
+    moved = [tensor for tensor in kept if tensor is not hidden and shelf.move(tensor)]
+    if given is not hidden and shelf.move(given, wide=True):
+        moved.append(given)
+    return moved
+
+
 class Pass:
     """One micro-batch's forward through a block, stopping where a hook tells it to."""
 
@@ -229,37 +252,19 @@ class Pass:
         self._shelf = shelf
         self._moved: list[Tensor] = []
 
-    def advance(self, pauses: Mapping[int, Pause]) -> Tensor:
-        """Runs to the next stop and returns the input there, or to the end and returns the output."""
-        stage, tensor = self._greenlet.switch()
-        self.stage = stage
-        out: Tensor = tensor
-        self.tensor = out
-        if stage == END:
-            if any(_memory(out) == _memory(moved) for moved in self._moved):
-                self.tensor = out = out.clone()
+    def advance(self, pauses: Mapping[int, Pause]) -> None:
+        """Runs to the next stop, or to the end."""
+        self.stage, self.tensor = self._greenlet.switch()
+        if self.stage == END:
+            if any(_memory(self.tensor) == _memory(moved) for moved in self._moved):
+                self.tensor = self.tensor.clone()
             self.drop()
-            return out
-        pause = pauses.get(stage)
-        if pause is not None:
-            variables = _local_tensors(self._greenlet.gr_frame)
-            for name in pause.idle:
-                reference = self._inputs.pop(name, None)
-                for idle in (variables.get(name), reference() if reference is not None else None):
-                    if idle is not None:
-                        self._shelf.clear(idle)
-                        _empty(idle)
-            for name in pause.kept:
-                if name in variables:
-                    self._move(variables[name])
-            self._move(out, wide=True)
-        self._inputs[stage] = weakref.ref(out)
-        return out
-
-    def _move(self, tensor: Tensor, *, wide: bool = False) -> None:
-        # the input belongs to whoever runs the forward, perhaps once more
-        if tensor is not self._hidden and self._shelf.move(tensor, wide=wide):
-            self._moved.append(tensor)
+            return
+        if self.stage in pauses:
+            held = {name: tensor for name, kept in self._inputs.items() if (tensor := kept()) is not None}
+            held |= _local_tensors(self._greenlet.gr_frame)
+            self._moved += _handle(pauses[self.stage], held, self.tensor, self._hidden, self._shelf, self._shelf.clear)
+        self._inputs[self.stage] = weakref.ref(self.tensor)
 
     def drop(self) -> None:
         """Ends the forward where it stands."""

@@ -171,7 +171,8 @@ def run_block(
             current = passes[index] = Pass(block, inputs[index], calls[len(inputs[index])], shelf)
             if reference is not None and reference_inputs is not None:
                 shadows[index] = Pass(reference, reference_inputs[index], calls[len(inputs[index])], shelf)
-        tensor = current.advance(handled)
+        current.advance(handled)
+        tensor = current.tensor
         shadow = shadows[index]
         if current.stage == END:
             _renew(inputs, index, tensor, shelf)

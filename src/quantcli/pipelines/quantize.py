@@ -345,16 +345,6 @@ class _Run:
         linears = [t.name.removeprefix(path + ".") for t in plan.targets.values() if self._in_block(t, number)]
         if self._shelf is None:
             self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
-        streams: dict[str, Any] = {
-            "shelf": self._shelf,
-            "between": self._heap.watch,
-            "reference": reference,
-            "reference_inputs": self.float_hidden,
-            "path": path,
-        }
-        if not linears:
-            run_block(block, self.hidden, calls, [], lambda *_: None, **streams)
-            return {}
         first = self.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
         kind = (type(block), *map(tuple, stages))
@@ -379,7 +369,11 @@ class _Run:
             held_out=self._held,
             keep=plan.keep_paused,
             pauses=self._pauses[kind],
-            **streams,
+            shelf=self._shelf,
+            between=self._heap.watch,
+            reference=reference,
+            reference_inputs=self.float_hidden,
+            path=path,
         )
         return results
 

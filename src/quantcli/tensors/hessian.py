@@ -32,10 +32,7 @@ class Moments:
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Adds tokens [..., K]; `reference` are the same tokens' inputs in the float model."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        columns = x.shape[1]
-        tile = max(_MIN_TILE, -(-columns // _TILES))
-        for start in range(0, columns, tile):  # lower triangle only: H is symmetric
-            stop = min(start + tile, columns)
+        for start, stop in self._tiles():  # lower triangle only: H is symmetric
             self._sum[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
         self.tokens += x.shape[0]
         if reference is not None:
@@ -51,10 +48,7 @@ class Moments:
 
     def matrix(self) -> Tensor:
         """H [K, K] float32, symmetric; in the sum's own memory, so that nothing can be added any more."""
-        columns = self._sum.shape[0]
-        tile = max(_MIN_TILE, -(-columns // _TILES))
-        for start in range(0, columns, tile):
-            stop = min(start + tile, columns)
+        for start, stop in self._tiles():
             corner = self._sum[start:stop, start:stop]
             corner.copy_(corner.tril() + corner.tril(-1).T)
             self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
@@ -63,6 +57,12 @@ class Moments:
     def cross(self) -> Tensor | None:
         """F^T X / T [K, K] float32, where a reference was given with every token."""
         return self._cross / self.tokens if self._cross is not None and self._cross_tokens == self.tokens else None
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        """Runs of columns, each of which is summed from its own first row down."""
+        columns = self._sum.shape[0]
+        step = max(_MIN_TILE, -(-columns // _TILES))
+        return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
 @dataclass
