@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["Child", "Nursery"]
+__all__ = ["NOT_BEGUN", "Child", "Nursery", "until"]
+
+NOT_BEGUN = 70  # the exit code of a child that a signal met before its command line was begun
 
 
 class Child:
@@ -107,7 +109,7 @@ def _serve() -> None:
         if child == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.dup2(os.open(request["log"], os.O_WRONLY | os.O_CREAT), 2)
-            code = 70
+            code = NOT_BEGUN
             try:
                 code = _run(request["run"])
             finally:

@@ -161,8 +161,11 @@ class PartialFolder:
     """Whether an interrupted run of the same plan left something here."""
     replaces: bool = False
     """Whether the target exists and is to be replaced."""
-    committed: bool = False
-    """Whether it stands at its target."""
+
+    @property
+    def committed(self) -> bool:
+        """Whether it stands at its target."""
+        return not self.root.exists()
 
     @property
     def model(self) -> Path:
@@ -201,7 +204,6 @@ class PartialFolder:
                 self.target.rmdir()
             self.root.rename(self.target)
         _flush_to_disk(self.target.parent)
-        self.committed = True
         return self.target
 
 
@@ -256,6 +258,8 @@ def create_output(
     except KeyboardInterrupt as error:
         keep = resumable
         hint = "run the same command again to continue" if resumable else None
+        if partial is not None and partial.committed:
+            hint = f"{target} is complete"
         raise InterruptedRunError("interrupted", hint=hint) from error
     except ResourceError:
         keep = resumable

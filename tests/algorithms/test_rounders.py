@@ -8,7 +8,7 @@ import literal
 from quantcli.algorithms.rounders import gptq, kquant, rtn
 from quantcli.algorithms.rounders.gptq import GptqOptions
 from quantcli.scheme import Scheme
-from quantcli.tensors.hessian import Statistics, inverse_factor, output_error
+from quantcli.tensors.hessian import Moments, Statistics, inverse_factor, output_error
 
 SCHEMES = [(4, 64, False), (4, 32, True), (3, 64, False), (2, 32, False), (8, 128, True), (2, -1, True)]
 
@@ -158,3 +158,26 @@ def test_damping_grows_until_the_factor_exists():
     X = torch.randn(3, 50, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     U = inverse_factor(X.T @ X, 0.0)
     assert torch.isfinite(U).all()
+
+
+@pytest.mark.parametrize("columns", [1, 96, 300, 1000])
+def test_moments_of_many_batches(columns):
+    """Summed in tiles of a triangle: the same as X^T X."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 25, columns, generator=generator) for _ in range(3)]
+    moments = Moments(columns)
+    for batch in batches:
+        moments.add(batch, batch + 1)
+    x = torch.cat(batches).reshape(-1, columns).double()
+    assert moments.tokens == len(x) == 150
+    assert torch.allclose(moments.cross().double(), (x + 1).T @ x / len(x), atol=1e-4)
+    assert torch.allclose(moments.energies().double(), x.square().sum(0), rtol=1e-5)
+    assert torch.allclose(moments.matrix().double(), x.T @ x / len(x), atol=1e-4)
+    moments.add(batches[0])
+    assert moments.cross() is None  # not every token has one
+
+
+def test_a_factor_in_another_order_is_that_of_the_permuted_matrix():
+    _, H, _ = literal.layer(N=2, K=300)
+    H, order = torch.from_numpy(H), torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(inverse_factor(H, 0.01, order), inverse_factor(H[order][:, order], 0.01), rtol=1e-9)

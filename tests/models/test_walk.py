@@ -1,12 +1,14 @@
 """The walk runs blocks as transformers does, one stage after another, and sees each linear's true input."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 import families
-from quantcli.models.block import BlockCall, block_stages
+from quantcli.errors import InputError
+from quantcli.models.block import BlockCall, block_stages, forward
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import find_layout
 from quantcli.models.paused import BLOCK_INPUT, Shelf, study_pauses
@@ -258,7 +260,9 @@ def test_a_shelf_uses_its_places_again():
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
     place = tensors[1].data_ptr()
     shelf.clear(tensors[1].view(-1))  # another tensor's wish is not the owner's
-    later = torch.randn(3, 2000)
+    other, later = torch.randn(3, 2000), torch.randn(3, 2000)
+    shelf.move(other)
+    assert other.data_ptr() != place
     shelf.clear(tensors[1])
     shelf.move(later)
     assert later.data_ptr() == place
@@ -267,3 +271,56 @@ def test_a_shelf_uses_its_places_again():
         shelf.move(tensor, wide=True)
     places = [t.untyped_storage().data_ptr() for t in (wide, narrow, expert)]
     assert places[0] == places[1] != places[2]
+
+
+def count_tokens(counts, name, _module, args):
+    counts[name] += args[0][..., 0].numel()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("opened", ["mixtral", "qwen2_moe", "qwen3_moe"], indirect=True)
+def test_every_expert_sees_all_of_its_tokens(opened, keep):
+    """Although the row that the stages are found with is too short to reach every expert."""
+    rows = torch.randint(3, 200, (6, 40), generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        first = torch.full((1, 40), 3 + seed)  # one token over and over reaches two experts of four
+        hidden, calls = embed_tokens(opened.skeleton, opened.layout, torch.cat([first, rows]), 1)
+        block, linears = opened.block(0)
+        call = {size: c[0] for size, c in calls.items()}
+        stages = block_stages(block, linears, hidden[0], call[1])
+        assert sorted(n for names in stages for n in names) == sorted(linears)
+        pairs = {frozenset(n.rpartition(".")[2] for n in names) for names in stages if "experts" in names[0]}
+        assert len(pairs) == 2  # gate and up share a stage in experts that were not reached, too
+        wanted = dict.fromkeys(linears, 0)
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(partial(count_tokens, wanted, name)) for name in linears
+        ]
+        for h in hidden:
+            forward(block, h, call[1])
+        for hook in hooks:
+            hook.remove()
+        seen = {}
+        run_block(
+            block,
+            hidden,
+            call,
+            stages,
+            lambda names, moments, seen=seen: seen.update(dict.fromkeys(names, moments.train.tokens if moments else 0)),
+            keep=keep,
+            pauses=study_pauses(block, stages, hidden[0], call[1]),
+        )
+        assert seen == wanted
+
+
+def test_arguments_that_depend_on_the_text_are_refused(tmp_path):
+    opened = Opened("llama", tmp_path)
+    tokens = torch.randint(3, 200, (3, 24), generator=torch.Generator().manual_seed(0))
+    original = opened.skeleton.model.rotary_emb.forward
+
+    def moved(x, position_ids):
+        cos, sin = original(x, position_ids)
+        return cos + x.mean(), sin
+
+    opened.skeleton.model.rotary_emb.forward = moved
+    with pytest.raises(InputError, match="what depends on the text"):
+        embed_tokens(opened.skeleton, opened.layout, tokens, 1)

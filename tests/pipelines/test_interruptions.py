@@ -44,6 +44,14 @@ class Scene:
         return ["quantize", "-m", str(self.model), "-o", str(output), "--data", str(self.folder / "text.txt"),
                 *OPTIONS, *more]  # fmt: skip
 
+    def finished(self, output):
+        """Whether a killed run had put its output in place: between that and its end it may be killed too."""
+        if not output.exists():
+            return False
+        output.with_name(output.name + ".partial-lock").unlink(missing_ok=True)  # the next run's file otherwise
+        self.check(output)
+        return True
+
     def check(self, output):
         """The output stands alone and equals that of the undisturbed run; the model is as it was."""
         assert tiny.digests(output / "model") == self.result
@@ -71,21 +79,22 @@ def test_killed_at_a_random_instant(scene, tmp_path, number):
     child = scene.nursery.start(scene.line(tmp_path / "Q"))
     time.sleep(delay)
     child.send(signal.SIGKILL)
-    if child.wait() == 0:  # it was faster this time
+    child.wait()
+    if scene.finished(tmp_path / "Q"):  # it was faster this time
         shutil.rmtree(tmp_path / "Q")
-    assert not (tmp_path / "Q").exists()
     assert scene.nursery.run(scene.line(tmp_path / "Q")) == 0
     scene.check(tmp_path / "Q")
 
 
 def test_killed_again_and_again(scene, tmp_path):
-    ends = []
-    while len(ends) < 40 and (not ends or ends[-1] != 0):
+    runs = 0
+    while runs < 40 and not scene.finished(tmp_path / "Q"):
         child = scene.nursery.start(scene.line(tmp_path / "Q"))
-        time.sleep(scene.seconds * (0.5 + 0.03 * len(ends)))
+        time.sleep(scene.seconds * (0.5 + 0.03 * runs))
         child.send(signal.SIGKILL)
-        ends.append(child.wait())
-    assert ends[-1] == 0 and len(ends) > 1  # it gets there, because finished blocks are not begun again
+        assert child.wait() in (0, -signal.SIGKILL)
+        runs += 1
+    assert 1 < runs < 40  # it gets there, because finished blocks are not begun again
     scene.check(tmp_path / "Q")
 
 
@@ -98,10 +107,15 @@ def test_stopped_by_hand_and_continued(scene, tmp_path, blocks, sent):
         log = state / "progress.json"
         return state.is_dir() if blocks == 0 else log.is_file() and json.loads(log.read_text())["done"] >= blocks
 
-    child = scene.nursery.start(scene.line(tmp_path / "Q"))
-    forked.until(reached)
-    child.send(sent)
-    assert child.wait() == INTERRUPTED
+    for _ in range(10):
+        child = scene.nursery.start(scene.line(tmp_path / "Q"))
+        forked.until(lambda: reached() or (tmp_path / "Q").exists())
+        child.send(sent)
+        end = child.wait()
+        if not scene.finished(tmp_path / "Q"):
+            break
+        shutil.rmtree(tmp_path / "Q")  # it was faster this time
+    assert end == INTERRUPTED
     assert child.err.splitlines() == ["error: interrupted", "hint: run the same command again to continue"]
     assert [p.name for p in tmp_path.iterdir()] == ["Q.partial-work"]
     done = json.loads((state / "progress.json").read_text())["done"] if blocks else 0
@@ -116,10 +130,15 @@ def test_stopped_by_hand_and_continued(scene, tmp_path, blocks, sent):
 
 
 def test_interrupted_before_anything_was_written(scene, tmp_path):
-    child = scene.nursery.start(scene.line(tmp_path / "Q"))
-    time.sleep(0.02)
-    child.send(signal.SIGINT)
-    assert child.wait() == INTERRUPTED
+    end = forked.NOT_BEGUN
+    for attempt in range(20):
+        child = scene.nursery.start(scene.line(tmp_path / "Q"))
+        time.sleep(0.02 + 0.005 * attempt)
+        child.send(signal.SIGINT)
+        end = child.wait()
+        if end != forked.NOT_BEGUN:
+            break
+    assert end == INTERRUPTED
     assert child.err.startswith("error: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 

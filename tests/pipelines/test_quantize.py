@@ -333,3 +333,44 @@ def test_quantized_input_is_refused(models, tmp_path):
     quantize.run(options(models("llama"), tmp_path / "q"))
     with pytest.raises(InputError, match=r"already quantized \(gptq\)"):
         quantize.run(options(tmp_path / "q", tmp_path / "again"))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_streams_are_what_the_models_compute(family, models, text, tmp_path, monkeypatch):
+    """The quantized stream ends where the written model does, the float stream where the float model does.
+
+    With experts as well, and over a block in which nothing is quantized.
+    """
+    ended, tokens = {}, []
+    write, begin = quantize._Run._write, quantize._Run._tokens
+
+    def spy(self, number, results):
+        if number == len(self.plan.layout.blocks) - 1:
+            ended["q"], ended["f"] = torch.cat(self.hidden).clone(), torch.cat(self.float_hidden).clone()
+            ended["block"] = self.plan.layout.blocks[-1]
+        return write(self, number, results)
+
+    def note(self):
+        found = begin(self)
+        tokens.append(found["rows"])
+        return found
+
+    monkeypatch.setattr(quantize._Run, "_write", spy)
+    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    for number, exclude in enumerate(((), (r"\.0\.",))):
+        output = tmp_path / str(number)
+        quantize.run(options(models(family), output, text, correct_earlier=True, exclude=exclude, bits=3))
+        for stream, folder in (("q", output), ("f", models(family))):
+            found = block_output(quantcli.load(folder), ended["block"], tokens[-1])
+            worst = float((ended[stream] - found).abs().max())
+            assert worst < 1e-3 * float(found.abs().max()), (stream, exclude, worst)
+
+
+def block_output(model, block, tokens):
+    seen = []
+    model.get_submodule(block).register_forward_hook(
+        lambda _module, _args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    return seen[0]

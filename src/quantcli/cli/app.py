@@ -250,6 +250,7 @@ def _interruptible() -> Iterator[None]:
     finally:
         for timer in timers:
             timer.cancel()
+            timer.join()
         sys.unraisablehook = unraisable
         signal.signal(signal.SIGTERM, before)
 

@@ -163,7 +163,7 @@ def _say_plainly(config: Any) -> None:
     if not isinstance(nested, dict) or not {"full_attention", "sliding_attention"} <= set(nested):
         return
     if config.model_type != "gemma3_text" or any(p.get("rope_type") != "default" for p in nested.values()):
-        raise NotImplementedError("rotary embeddings that differ by layer type are scaled")
+        raise _unsupported(config, "rotary embeddings that differ by layer type are scaled")
     config.rope_parameters = dict(nested["full_attention"])
     config.rope_local_base_freq = nested["sliding_attention"]["rope_theta"]
 

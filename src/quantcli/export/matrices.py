@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
 from quantcli.graphs.rows import Rows
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import is_transposed
 from quantcli.models.linear import PackedEmbedding, PackedLinear
 from quantcli.models.load import load
 from quantcli.scheme import Scheme
@@ -152,9 +152,10 @@ def _matrix_of(module: nn.Module) -> PackedLinear | Tensor | None:
         return module
     if isinstance(module, nn.Linear | nn.Embedding):
         return module.weight.data
-    if isinstance(module, Conv1D):  # GPT-2's linears, stored [K, N]
-        weight: Tensor = module.weight.data.T
-        return weight
+    if is_transposed(module):  # GPT-2's linears, stored [K, N]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data.T
     return None
 
 

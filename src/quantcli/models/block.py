@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: Blo
     """Names of the linears of a block by the input that they share, in the order in which they are called.
 
     Found by running one row: linears that are given the same tensor object share it. Linears that the row did not reach
-    (experts) are stages of their own, at the end.
+    (experts) come after the one that they are registered after, which is where they are called; they share stages as
+    their like do in experts that it reached.
     """
     seen: list[tuple[str, Tensor]] = []
     hooks = [
@@ -51,8 +53,24 @@ def block_stages(block: nn.Module, linears: list[str], hidden: Tensor, call: Blo
                 break
         else:
             stages.append((tensor, [name]))
-    missed = [[name] for name in linears if name not in {n for n, _ in seen}]
-    return [names for _, names in stages] + missed
+    found = [names for _, names in stages]
+    alike = {frozenset(_leaf(n) for n in names) for names in found if len({_parent(n) for n in names}) == 1}
+    for previous, name in pairwise(["", *linears]):
+        if any(name in names for names in found):
+            continue
+        group = next((leaves for leaves in alike if _leaf(name) in leaves), frozenset((_leaf(name),)))
+        members = [n for n in linears if _parent(n) == _parent(name) and _leaf(n) in group]
+        place = next((i for i, names in enumerate(found) if previous in names), -1)
+        found.insert(place + 1, members)
+    return found
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 @contextmanager

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from quantcli.models.block import BlockCall, forward
-from quantcli.models.layout import is_linear, weight_shape
+from quantcli.models.layout import is_linear, is_transposed, weight_shape
 
-__all__ = ["Fold", "divide_rows", "find_folds", "folded_norm", "is_transposed"]
+__all__ = ["Fold", "divide_rows", "find_folds", "folded_norm"]
 
 _TOLERANCE = 0.01  # of what scaling the columns alone changes; a fold in powers of two changes next to nothing
 
@@ -98,11 +97,6 @@ def divide_rows(tensor: Tensor, rows: Tensor, scale: Tensor, transposed: bool = 
     shape = [1] * tensor.ndim
     shape[1 if transposed else 0] = -1
     return (tensor.float() / divisor.view(shape)).to(tensor.dtype)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear keeps its weight as [K, N]."""
-    return isinstance(module, Conv1D)
 
 
 def _trace(

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "is_linear", "weight_shape"]
+__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "is_linear", "is_transposed", "weight_shape"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,17 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stores its matrix as [K, N]; its shape does not tell where it is square."""
+    return isinstance(module, Conv1D)
+
+
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(N outputs, K inputs) of a linear, whichever way round it stores them."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 def find_layout(model: Any) -> Layout:

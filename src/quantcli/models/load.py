@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import resolve_model_folder
 from quantcli.formats import awq, gptq
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import is_linear, weight_shape
 from quantcli.models.linear import PackedEmbedding, PackedLinear
 from quantcli.models.machine import pick_device
 from quantcli.models.skeleton import build_skeleton, disk_name, load_config
@@ -227,9 +227,9 @@ def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, w
     """Puts a packed layer where the skeleton has a float one of the same shape."""
     old = model.get_submodule(name)
     shape = layer.out_features, layer.in_features
-    if not isinstance(old, nn.Linear | nn.Embedding | Conv1D):
+    if not (is_linear(old) or isinstance(old, nn.Embedding)):
         raise InputError(f"{where} is packed, the model has a {type(old).__name__} there")
-    expected = tuple(old.weight.shape)[::-1] if isinstance(old, Conv1D) else tuple(old.weight.shape)
+    expected = weight_shape(old)
     if shape != expected:
         raise InputError(f"{where} holds {list(shape)} weights, the model expects {list(expected)}")
     new: nn.Module = layer

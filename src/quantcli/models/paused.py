@@ -6,6 +6,7 @@ of its own: among the short-lived tensors of other forwards it would leave holes
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from quantcli.models.block import BlockCall, forward, stage_hooks
 
-__all__ = ["BLOCK_INPUT", "END", "Pass", "Pause", "Shelf", "study_pauses"]
+__all__ = ["BLOCK_INPUT", "END", "Pass", "Pause", "Shelf", "study_pauses", "token_count"]
 
 BLOCK_INPUT = -1
 """Stands for the block's own input where stages are numbered."""
@@ -44,7 +45,8 @@ def study_pauses(block: nn.Module, stages: list[list[str]], hidden: Tensor, call
 
     A tensor is idle where filling its memory with NaN leaves the block's output what it was. What is shared between
     forwards (rotary tables, masks, weights) is never touched. Where the row does not reach every linear with all of its
-    tokens (experts), other rows may read what this one does not; local variables are then left alone.
+    tokens (experts), other rows may read what this one does not: local variables are then left alone, and in front of
+    an expert all but the inputs of experts.
 
     Args:
         block: With weights.
@@ -53,49 +55,53 @@ def study_pauses(block: nn.Module, stages: list[list[str]], hidden: Tensor, call
         call: Its further arguments.
 
     Returns:
-        By stage, what to do there.
+        By stage, what to do there; nothing where a model takes even the moving of inputs amiss.
     """
     first, expected = _trial(block, stages, hidden, call, {})
     second, _ = _trial(block, stages, hidden, call, {})  # while the first are alive: the same memory is shared memory
     if expected is None:
         return {}
-    rows = hidden.numel() // hidden.shape[-1]
-    dense = len(first) == len(stages) and all(f[s].numel() // f[s].shape[-1] == rows for s, f in first.items())
-    pauses: dict[int, Pause] = {stage: Pause() for stage in sorted(first)}
+    whole = {stage for stage, held in first.items() if token_count(held[stage]) == token_count(hidden)}
+    dense = len(whole) == len(stages)
 
-    def harmless(stage: int, idle: list[Held]) -> bool:
-        tried = pauses | {stage: Pause(pauses[stage].idle + idle)}
-        _, output = _trial(block, stages, hidden, call, tried)
-        return output is not None and torch.equal(output, expected)
-
-    def search(stage: int, names: list[Held]) -> list[Held]:
-        """Which of them are idle, by halves: most are, or are not, together."""
-        if not names or harmless(stage, names):
-            pauses[stage].idle += names
-            return names
-        if len(names) == 1:
-            return []
-        half = len(names) // 2
-        return search(stage, names[:half]) + search(stage, names[half:])
-
-    gone: set[Held] = set()
-    for stage, pause in pauses.items():
-        private = [
+    def candidates(stage: int) -> list[Held]:
+        """What only this forward holds, but for the stage's own input."""
+        return [
             name
             for name, tensor in first[stage].items()
-            if name not in gone
-            and (dense or isinstance(name, int))
+            if (dense or (isinstance(name, int) and (stage in whole or (name != BLOCK_INPUT and name not in whole))))
             and _memory(tensor) != _memory(first[stage][stage])
             and (name == BLOCK_INPUT or _memory(tensor) != _memory(second[stage][name]))
         ]
-        idle = search(stage, private)
-        gone |= {name for name in idle if isinstance(name, int)}  # a local variable may be bound anew
-        pause.kept = [name for name in private if name not in idle and not isinstance(name, int)]
-    _, output = _trial(block, stages, hidden, call, pauses)
-    if output is None or not torch.equal(output, expected):  # a view is written to in place, for one
-        for pause in pauses.values():
-            pause.kept.clear()
-    return pauses
+
+    def attempt(move_variables: bool) -> dict[int, Pause] | None:
+        pauses = {stage: Pause() for stage in sorted(first)}
+
+        def harmless(stage: int, idle: list[Held]) -> bool:
+            tried = pauses | {stage: Pause(pauses[stage].idle + idle)}
+            _, output = _trial(block, stages, hidden, call, tried)
+            return output is not None and torch.equal(output, expected)
+
+        def search(stage: int, names: list[Held]) -> list[Held]:
+            """Which of them are idle, by halves: most are, or are not, together."""
+            if not names or harmless(stage, names):
+                pauses[stage].idle += names
+                return names
+            half = len(names) // 2
+            return search(stage, names[:half]) + search(stage, names[half:]) if half else []
+
+        gone: set[Held] = set()
+        for stage, pause in pauses.items():
+            names = [name for name in candidates(stage) if name not in gone]
+            idle = search(stage, names)
+            gone |= {name for name in idle if isinstance(name, int)}  # a local variable may be bound anew
+            if move_variables:
+                pause.kept = [name for name in names if name not in idle and not isinstance(name, int)]
+        _, output = _trial(block, stages, hidden, call, pauses)
+        return pauses if output is not None and torch.equal(output, expected) else None
+
+    # a variable whose view is written to in place, for one, cannot be moved
+    return attempt(True) or attempt(False) or {}
 
 
 def _trial(
@@ -104,17 +110,17 @@ def _trial(
     """One forward: what it holds in front of each stage, and its output; None where it fails without what was idle."""
     inputs: dict[Held, Tensor] = {BLOCK_INPUT: hidden.clone()}
     held: dict[int, dict[Held, Tensor]] = {}
+    shelf = Shelf(1)
+
+    def poison(tensor: Tensor) -> None:
+        tensor.fill_(torch.nan)
 
     def make(stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs[stage] = args[0]
             held[stage] = inputs | _local_tensors(sys._getframe(1))
-            pause = pauses.get(stage, Pause())
-            for tensor in (held[stage][name] for name in pause.idle if name in held[stage]):
-                tensor.fill_(torch.nan)
-                _empty(tensor)
-            for tensor in (held[stage][name] for name in pause.kept if name in held[stage]):
-                tensor.set_(tensor.clone())  # type: ignore[call-overload]
+            if stage in pauses:
+                _handle(pauses[stage], held[stage], args[0], inputs[BLOCK_INPUT], shelf, poison)
 
         return hook
 
@@ -134,6 +140,11 @@ def _local_tensors(frame: FrameType | None) -> dict[Held, Tensor]:
                 found.setdefault((frame.f_code.co_qualname, name), value)
         frame = frame.f_back
     return found
+
+
+def token_count(tensor: Tensor) -> int:
+    """Tokens of [..., K]."""
+    return tensor.numel() // max(tensor.shape[-1], 1)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -158,19 +169,21 @@ class Shelf:
         self._taken: dict[int, tuple[tuple[bool, int, torch.dtype], Tensor, Tensor]] = {}
         self._widest = 0
 
-    def move(self, tensor: Tensor, *, wide: bool = False) -> None:
-        """Moves a tensor, for whoever holds it; it stays where it is on accelerators, or when it is there already.
+    def move(self, tensor: Tensor, *, wide: bool = False) -> bool:
+        """Moves a tensor, for whoever holds it; whether it did.
+
+        It stays where it is on accelerators, where it is not contiguous, and when it is there already.
 
         Args:
-            tensor: Contiguous.
+            tensor: What to move.
             wide: Whether it takes a place as large as the largest such tensor needs, so that stages share places.
         """
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() in self._taken:
-            return
+            return False
         elements = tensor.numel()
         if wide:
             if elements < self._widest // 8:
-                return  # an expert's few tokens
+                return False  # an expert's few tokens
             if elements > self._widest:
                 self._free = {key: free for key, free in self._free.items() if not key[0]}
                 self._widest = elements
@@ -184,6 +197,7 @@ class Shelf:
         moved.copy_(tensor)
         tensor.set_(moved)  # type: ignore[call-overload]
         self._taken[tensor.data_ptr()] = key, place, tensor
+        return True
 
     def clear(self, tensor: Tensor) -> None:
         """Takes the place of a tensor back, which nobody reads any more; nothing to do where it has none."""
@@ -194,6 +208,35 @@ class Shelf:
                 self._free[key].append(place)
 
 
+def _handle(
+    pause: Pause,
+    held: Mapping[Held, Tensor],
+    given: Tensor,
+    hidden: Tensor,
+    shelf: Shelf,
+    give_up: Callable[[Tensor], None],
+) -> list[Tensor]:
+    """Does at a pause what is to be done there, in trials as for real; what it moved to the shelf.
+
+    Args:
+        pause: What to do.
+        held: What the forward holds.
+        given: The stage's input.
+        hidden: The block's, which belongs to whoever runs the forward, perhaps once more: it is never moved.
+        shelf: Where to move what is kept.
+        give_up: Called with a tensor before it is emptied.
+    """
+    for name in pause.idle:
+        if name in held:
+            give_up(held[name])
+            _empty(held[name])
+    kept = [held[name] for name in pause.kept if name in held]
+    moved = [tensor for tensor in kept if tensor is not hidden and shelf.move(tensor)]
+    if given is not hidden and shelf.move(given, wide=True):
+        moved.append(given)
+    return moved
+
+
 class Pass:
     """One micro-batch's forward through a block, stopping where a hook tells it to."""
 
@@ -202,40 +245,26 @@ class Pass:
         self._greenlet = greenlet(lambda: (END, forward(block, hidden, call)))
         self.stage = END - 1
         """Where it stands: a stage, or `END`."""
+        self.tensor = hidden
+        """What it was given there: the stage's input, or the output at the end."""
         self._hidden = hidden
-        self._inputs: dict[Held, Tensor] = {BLOCK_INPUT: hidden}
+        self._inputs: dict[Held, weakref.ref[Tensor]] = {BLOCK_INPUT: weakref.ref(hidden)}
         self._shelf = shelf
         self._moved: list[Tensor] = []
 
-    def advance(self, pauses: Mapping[int, Pause]) -> Tensor:
-        """Runs to the next stop and returns the input there, or to the end and returns the output."""
-        stage, tensor = self._greenlet.switch()
-        self.stage = stage
-        out: Tensor = tensor
-        if stage == END:
-            if any(_memory(out) == _memory(moved) for moved in self._moved):
-                out = out.clone()
+    def advance(self, pauses: Mapping[int, Pause]) -> None:
+        """Runs to the next stop, or to the end."""
+        self.stage, self.tensor = self._greenlet.switch()
+        if self.stage == END:
+            if any(_memory(self.tensor) == _memory(moved) for moved in self._moved):
+                self.tensor = self.tensor.clone()
             self.drop()
-            return out
-        pause = pauses.get(stage)
-        if pause is not None:
-            variables = _local_tensors(self._greenlet.gr_frame)
-            for name in pause.idle:
-                for idle in (variables.get(name), self._inputs.pop(name, None)):
-                    if idle is not None:
-                        self._shelf.clear(idle)
-                        _empty(idle)
-            for name in pause.kept:
-                if name in variables:
-                    self._move(variables[name])
-        self._inputs[stage] = out
-        self._move(out, wide=True)
-        return out
-
-    def _move(self, tensor: Tensor, *, wide: bool = False) -> None:
-        if tensor is not self._hidden:  # which belongs to whoever runs the forward, perhaps once more
-            self._shelf.move(tensor, wide=wide)
-            self._moved.append(tensor)
+            return
+        if self.stage in pauses:
+            held = {name: tensor for name, kept in self._inputs.items() if (tensor := kept()) is not None}
+            held |= _local_tensors(self._greenlet.gr_frame)
+            self._moved += _handle(pauses[self.stage], held, self.tensor, self._hidden, self._shelf, self._shelf.clear)
+        self._inputs[self.stage] = weakref.ref(self.tensor)
 
     def drop(self) -> None:
         """Ends the forward where it stands."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from quantcli.errors import InputError
 from quantcli.models.block import BlockCall, stage_hooks
 from quantcli.models.layout import Layout
-from quantcli.models.paused import END, Pass, Pause, Shelf
+from quantcli.models.paused import END, Pass, Pause, Shelf, token_count
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
@@ -77,10 +78,24 @@ def embed_tokens(
             if len(seen) != len(originals):
                 raise InputError(f"{type(model).__name__} does not call its blocks one after another")
             hidden.append(seen[0][0].clone())
-            calls.setdefault(len(batch), [call for _, call in seen])
+            found = [call for _, call in seen]
+            _refuse_other_arguments(calls.setdefault(len(batch), found), found, model)
     finally:
         model.set_submodule(path, originals)
     return hidden, calls
+
+
+def _refuse_other_arguments(first: list[BlockCall], found: list[BlockCall], model: Any) -> None:
+    """Blocks are run with the arguments of the first micro-batch; those that depend on the text cannot be."""
+    compared: set[tuple[int, int]] = set()
+    for one, other in zip(first, found, strict=True):
+        if any(isinstance(value, dict) for value in (*one.args, *one.kwargs.values())):
+            raise InputError(f"blocks of {type(model).__name__} write to what they are called with")
+        for a, b in zip(tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs)), strict=True):
+            if isinstance(a, Tensor) and a is not b and (id(a), id(b)) not in compared:
+                compared.add((id(a), id(b)))
+                if not torch.equal(a, b):
+                    raise InputError(f"blocks of {type(model).__name__} are called with what depends on the text")
 
 
 @dataclass
@@ -147,6 +162,7 @@ def run_block(
     passes: list[Pass | None] = [None] * count
     shadows: list[Pass | None] = [None] * count
     done = [False] * count
+    tokens = [token_count(hidden) for hidden in inputs]
 
     def arrive(index: int) -> None:
         """Moves a micro-batch to its next unsolved stage and adds what it brings, or to the end."""
@@ -155,24 +171,25 @@ def run_block(
             current = passes[index] = Pass(block, inputs[index], calls[len(inputs[index])], shelf)
             if reference is not None and reference_inputs is not None:
                 shadows[index] = Pass(reference, reference_inputs[index], calls[len(inputs[index])], shelf)
-        tensor = current.advance(handled)
+        current.advance(handled)
+        tensor = current.tensor
         shadow = shadows[index]
         if current.stage == END:
             _renew(inputs, index, tensor, shelf)
             passes[index], done[index] = None, True
             if shadow is not None and reference_inputs is not None:
-                out = shadow.advance(handled)
                 while shadow.stage != END:
-                    out = shadow.advance(handled)
-                _renew(reference_inputs, index, out, shelf)
+                    shadow.advance(handled)
+                _renew(reference_inputs, index, shadow.tensor, shelf)
                 shadows[index] = None
             return
         other = None
         if shadow is not None:
             while shadow.stage != END and shadow.stage < current.stage:
-                other = shadow.advance(handled)
-            if shadow.stage != current.stage or other is None or other.shape != tensor.shape:
-                other = None  # a token that an expert sees in one stream only
+                shadow.advance(handled)
+            # an expert may see other tokens in the other stream, and then nothing can be said
+            if shadow.stage == current.stage and token_count(tensor) == token_count(shadow.tensor) == tokens[index]:
+                other = shadow.tensor
         stage = moments.get(current.stage)
         if stage is None:
             columns, device = tensor.shape[-1], tensor.device

@@ -16,7 +16,7 @@ from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import Layout, find_layout, weight_shape
+from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
 from quantcli.models.rotate import refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
@@ -362,7 +362,7 @@ def _targets(
         if disk is None or source is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
         size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
-        targets[name] = Target(name, disk, rows, columns, tuple(module.weight.shape) != (rows, columns), scheme, size)
+        targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size)
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
     if not targets:
@@ -528,7 +528,7 @@ def _with_memory(plan: Plan) -> Plan:
     hidden = plan.skeleton.config.get_text_config().hidden_size
     batch = min(calibration.batch_size, calibration.num_samples) * calibration.seq_len
     inside = block / hidden + 4 * widest.columns * itemsize  # what one token's forward holds at its widest
-    matrices = 6 + 2 * (plan.options.correct_earlier or plan.holds_out)
+    matrices = 4 + 2 * (plan.options.correct_earlier or plan.holds_out)
     fixed = (
         streams * block
         + 4 * matrices * widest.columns**2

@@ -22,7 +22,8 @@ from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Described
 from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
-from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm, is_transposed
+from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
+from quantcli.models.layout import is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.skeleton import disk_name, materialize
@@ -352,9 +353,8 @@ class _Run:
         del tensors
         reference = deepcopy(block) if plan.options.correct_earlier else None
         linears = [t.name.removeprefix(path + ".") for t in plan.targets.values() if self._in_block(t, number)]
-        if not linears:
-            run_block(block, self.hidden, calls, [], lambda *_: None)
-            return {}
+        if self._shelf is None:
+            self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
         first = self.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
         kind = (type(block), *map(tuple, stages))
@@ -365,8 +365,6 @@ class _Run:
                 head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
                 self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
         folds = self._folds.get(kind, {})
-        if self._shelf is None:
-            self._shelf = Shelf(len(self.hidden) * (1 if reference is None else 2))
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:

@@ -26,15 +26,13 @@ class Moments:
         """Zero moments of inputs with `columns` columns."""
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
+        self._cross_tokens = 0
         self.tokens = 0
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Adds tokens [..., K]; `reference` are the same tokens' inputs in the float model."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        columns = x.shape[1]
-        tile = max(_MIN_TILE, -(-columns // _TILES))
-        for start in range(0, columns, tile):  # lower triangle only: H is symmetric
-            stop = min(start + tile, columns)
+        for start, stop in self._tiles():  # lower triangle only: H is symmetric
             self._sum[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
         self.tokens += x.shape[0]
         if reference is not None:
@@ -42,19 +40,29 @@ class Moments:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
             self._cross.addmm_(f.T, x)
+            self._cross_tokens += x.shape[0]
 
     def energies(self) -> Tensor:
         """Sum of squares of each input column, [K]."""
         return self._sum.diagonal()
 
     def matrix(self) -> Tensor:
-        """H [K, K] float32, symmetric."""
-        lower = self._sum.tril()
-        return (lower + lower.T - torch.diag(lower.diagonal())) / max(self.tokens, 1)
+        """H [K, K] float32, symmetric; in the sum's own memory, so that nothing can be added any more."""
+        for start, stop in self._tiles():
+            corner = self._sum[start:stop, start:stop]
+            corner.copy_(corner.tril() + corner.tril(-1).T)
+            self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
+        return self._sum.div_(max(self.tokens, 1))
 
     def cross(self) -> Tensor | None:
-        """F^T X / T [K, K] float32, where a reference was given."""
-        return None if self._cross is None else self._cross / max(self.tokens, 1)
+        """F^T X / T [K, K] float32, where a reference was given with every token."""
+        return self._cross / self.tokens if self._cross is not None and self._cross_tokens == self.tokens else None
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        """Runs of columns, each of which is summed from its own first row down."""
+        columns = self._sum.shape[0]
+        step = max(_MIN_TILE, -(-columns // _TILES))
+        return [(start, min(start + step, columns)) for start in range(0, columns, step)]
 
 
 @dataclass
@@ -113,11 +121,17 @@ class Statistics:
         return self.cache[key]
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """Upper U [K, K] with U^T U = (H + damp * mean(diag H) * I)^-1, without forming the inverse.
 
     H reversed in rows and columns is L L^T; the inverse of L, reversed back, is U: 2/3 K^3 operations where inverse and
-    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0.
+    Cholesky take 4/3. Damping doubles until the factor exists, from 1e-6 where `damp_percent` is 0. At most two
+    matrices of H's size exist beside it.
+
+    Args:
+        hessian: H [K, K].
+        damp_percent: Share of the mean diagonal to begin with.
+        order: [K] columns of H in the order of U's; default: as they are.
 
     Raises:
         InputError: H holds NaN or infinity, or no damping helps.
@@ -125,30 +139,34 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> Tensor:
     mean = hessian.diagonal().mean()
     if not all_finite(hessian):
         raise InputError("activations hold NaN or infinite values")
-    damp = damp_percent
+    order = torch.arange(hessian.shape[0], device=hessian.device) if order is None else order
+    back = order.flip(0)
+    damped = hessian.index_select(0, back).index_select(1, back)
+    diagonal, damp = damped.diagonal().clone(), damp_percent
     for _ in range(_MAX_DAMP_DOUBLINGS):
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(damp * mean)
+        damped.diagonal().copy_(diagonal + damp * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            return _invert_lower(lower).flip(0, 1).contiguous()
+        if int(info) == 0 and all_finite(lower):
+            del damped
+            _invert_lower(lower)
+            upper: Tensor = lower.flip(0, 1)
+            return upper
         damp = max(2 * damp, 1e-6)
     raise InputError(f"the Hessian cannot be factored, even with damping {damp:.3g}", hint="give more calibration text")
 
 
-def _invert_lower(lower: Tensor, base: int = 256) -> Tensor:
-    """Inverse of a lower triangular matrix by halves: matrix products instead of a solve against I."""
+def _invert_lower(lower: Tensor, base: int = 256) -> None:
+    """Inverts a lower triangular matrix in place, by halves: matrix products instead of a solve against I."""
     size = lower.shape[0]
     if size <= base:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-        return inverse
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
     half = size // 2
-    out = torch.zeros_like(lower)
-    first, last = _invert_lower(lower[:half, :half], base), _invert_lower(lower[half:, half:], base)
-    out[:half, :half], out[half:, half:] = first, last
-    out[half:, :half] = -(last @ (lower[half:, :half] @ first))
-    return out
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first, base)
+    _invert_lower(last, base)
+    below.copy_(-(last @ (below @ first)))
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:

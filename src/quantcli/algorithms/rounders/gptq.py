@@ -146,7 +146,7 @@ def _solve(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Sta
     def factor() -> Tensor:
         from quantcli.tensors.hessian import inverse_factor
 
-        return inverse_factor(hessian[order][:, order], options.damp_percent)
+        return inverse_factor(hessian, options.damp_percent, order)
 
     upper = statistics.cached(("factor", options.damp_percent, options.order, dtype), factor)
     target = weight.to(dtype)
