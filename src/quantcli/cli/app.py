@@ -24,6 +24,7 @@ from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
 from quantcli.cli.flags import typer_function
+from quantcli.errors import InterruptedRunError
 
 __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
@@ -83,6 +84,8 @@ def parse(argv: Sequence[str]) -> Request | int:
         )
     except typer.TyperException as error:
         raise as_usage_error(error, " ".join(["quantcli", *(a for a in args[:1] if a in COMMANDS)])) from error
+    if request == InterruptedRunError.exit_code:  # the parser's word for Ctrl-C
+        raise InterruptedRunError("interrupted")
     return request if isinstance(request, Request) else int(request or 0)
 
 
