@@ -18,6 +18,7 @@ evaluation about 90 s, as both models read the text. All cells of both models ar
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -226,7 +227,9 @@ def fold_norms(source: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokens = torch.arange(100, 164)[None]
     with torch.no_grad():
@@ -261,7 +264,7 @@ def folded(model: Path) -> Path:
     from wheel_member import demo_folder, made_from
 
     folder = demo_folder(f"{model.name}-folded")
-    made_from(folder, fingerprint(model), _digest(Path(__file__)), make=lambda made: fold_norms(model, made))
+    made_from(folder, fingerprint(model), inspect.getsource(fold_norms), make=lambda made: fold_norms(model, made))
     return folder
 
 

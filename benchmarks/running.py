@@ -100,7 +100,19 @@ def our_command(model: Path, calibration: Path | None, output: Path, settings: M
 
 def quantize_command(model: Path, output: Path, flags: Sequence[str]) -> list[str]:
     """The command line of a user."""
-    return [sys.executable, "-m", "quantcli", "quantize", "-m", str(model), "-o", str(output), "--quiet", *flags]
+    return [
+        sys.executable,
+        "-m",
+        "quantcli",
+        "quantize",
+        "-m",
+        str(model),
+        "-o",
+        str(output),
+        "--quiet",
+        "--force",
+        *flags,
+    ]
 
 
 def write_tiny_model(folder: Path) -> None:
