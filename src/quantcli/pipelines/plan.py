@@ -286,7 +286,7 @@ def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format == "awq":
+    if options.format not in (QuantizeOptions.format, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
 
 
@@ -388,7 +388,9 @@ def _refuse_format(
     """What the format cannot hold exactly, with the formats that can."""
     hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
     for target in targets.values():
-        held = Held(target.rows, target.columns, target.scheme, target.scheme == default, not desc_act)
+        held = Held(
+            target.rows, target.columns, target.scheme, target.scheme == default, not desc_act, target.transposed
+        )
         why = codec.refuse(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
