@@ -164,8 +164,8 @@ class QuantizeOptions:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
 

@@ -31,6 +31,8 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The three stored tensors of one linear."""
+    if tensor.has_float_zeros:
+        raise AssertionError("AWQ holds whole zero points; the plan should have said so")
     return {
         "qweight": _pack_words(tensor.codes.T),
         "qzeros": _pack_words(tensor.zero.T),

@@ -25,6 +25,8 @@ class Held:
     """Whether the scheme is that of the whole model."""
     ordered: bool
     """Whether groups are runs of neighbouring columns."""
+    float_zeros: bool = False
+    """Whether its zero points are fractions of a step."""
     transposed: bool = False
     """Whether the model keeps the matrix as [K, N] (GPT-2's Conv1D)."""
 
@@ -60,7 +62,7 @@ class Codec:
     lowest_zero: int
     """Smallest zero point that it can hold."""
     refuse: Callable[[Held], str | None]
-    """Why it cannot hold a linear exactly; None where it can."""
+    """Why it cannot hold a linear, of what is its own to say; see `why_not`."""
     pack: Callable[[QuantizedTensor], dict[str, Tensor]]
     """The stored tensors by the last part of their name."""
     unpack: Callable[[Mapping[str, Tensor], Scheme], QuantizedTensor] | None
@@ -69,6 +71,14 @@ class Codec:
     """`quantization_config` of config.json; None where there is none."""
     packed_bytes: Callable[[int, int, Scheme], int] | None
     """Bytes of a linear of N rows and K columns; None where it is an ordinary tensor."""
+    float_zeros: bool = False
+    """Whether it holds zero points that are no whole numbers."""
+
+    def why_not(self, held: Held) -> str | None:
+        """Why it cannot hold a linear exactly; None where it can."""
+        if held.float_zeros and not self.float_zeros:
+            return "it holds whole zero points only"
+        return self.refuse(held)
 
 
 def require(

@@ -38,6 +38,8 @@ _VERSION = "0.20.0"
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The stored tensors of one linear: three, and the zero points where they are not all in the middle by scheme."""
     scheme = tensor.scheme
+    if tensor.has_float_zeros:
+        raise AssertionError("compressed-tensors holds whole zero points; the plan should have said so")
     stored = {
         "weight_packed": pack_rows(tensor.codes.T, scheme.bits).T.contiguous(),
         "weight_scale": tensor.scale.contiguous(),

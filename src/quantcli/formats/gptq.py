@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantcli.errors import InputError
 from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
-from quantcli.formats.codec import Codec, Described, require, require_groups, require_scales
+from quantcli.formats.codec import Codec, Described, Held, require, require_groups, require_scales
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -34,6 +35,8 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The four stored tensors of one linear."""
     bits = tensor.scheme.bits
+    if tensor.has_float_zeros:
+        raise AssertionError("GPTQ holds whole zero points; the plan should have said so")
     zeros = tensor.zero.to(torch.int16) - 1
     if int(zeros.min()) < 0:
         raise AssertionError("GPTQ v1 holds zero points of 1 or more; the scheme should have said so")
@@ -129,7 +132,13 @@ def scheme_of(config: Mapping[str, Any], name: str) -> Scheme | None:
             group_size = values.get("group_size", group_size)
             sym = values.get("sym", sym)
             break
+    if int(bits) not in BITS:
+        raise InputError(f"bits must be {BITS[0]} to {BITS[-1]} in a GPTQ checkpoint, got {bits}")
     return Scheme(bits=int(bits), group_size=int(group_size), symmetric=bool(sym))
+
+
+def _refuse(held: Held) -> str | None:
+    return None if held.scheme.bits in BITS else f"it holds {BITS[0]} to {BITS[-1]} bits, not {held.scheme.bits}"
 
 
 def _escape(name: str) -> str:
@@ -139,7 +148,7 @@ def _escape(name: str) -> str:
 CODEC = Codec(
     name="gptq",
     lowest_zero=LOWEST_ZERO,
-    refuse=lambda held: None,
+    refuse=_refuse,
     pack=pack,
     unpack=unpack,
     config=config_for,

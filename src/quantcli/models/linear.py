@@ -71,6 +71,8 @@ class PackedLinear(nn.Module):
         cls, tensor: QuantizedTensor, *, bias: Tensor | None = None, cache: bool = False
     ) -> "PackedLinear":
         """Packs a tensor in the v2 layout, which holds every zero point."""
+        if tensor.has_float_zeros:
+            raise AssertionError("packed layers hold whole zero points")
         bits = tensor.scheme.bits
         tensors = {
             "qweight": pack_rows(tensor.codes.T, bits),
