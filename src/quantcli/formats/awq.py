@@ -66,6 +66,8 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
     """
     qweight = require(tensors, "qweight", (None, None), torch.int32)
     columns, rows = qweight.shape[0], qweight.shape[1] * _PER_WORD
+    if columns % scheme.columns_per_group(columns):
+        raise InputError(f"qweight has {columns} inputs, which groups of {scheme.group_size} do not divide")
     groups = scheme.group_count(columns)
     scales = require_scales(tensors, "scales", (groups, rows))
     if "qzeros" not in tensors and scheme.symmetric:

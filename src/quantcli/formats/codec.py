@@ -49,8 +49,8 @@ class Described:
     """Name and version of the tool."""
     damp_percent: float | None = None
     """Damping that the solver began with, if any."""
-    others: Sequence[str] = ()
-    """Linears outside blocks, and routers, that no run quantizes or this one did not: for formats that ask for all."""
+    float_linears: Sequence[str] = ()
+    """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _config(described: Described) -> dict[str, Any]:
         "config_groups": {
             f"group_{number}": _group(scheme, targets) for number, (scheme, targets) in enumerate(schemes.items())
         },
-        "ignore": [*described.excluded, *described.others],
+        "ignore": list(described.float_linears),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "moe_sparsity_config": None,

@@ -25,7 +25,18 @@ from quantcli.formats.codec import Codec, Described, Held, require, require_grou
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["BITS", "CODEC", "LOWEST_ZERO", "PARTS", "config_for", "pack", "packed_bytes", "scheme_of", "unpack"]
+__all__ = [
+    "BITS",
+    "CODEC",
+    "LOWEST_ZERO",
+    "PARTS",
+    "check",
+    "config_for",
+    "pack",
+    "packed_bytes",
+    "scheme_of",
+    "unpack",
+]
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LOWEST_ZERO = 1
@@ -59,26 +70,39 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, version: int = 1) -> Q
     Raises:
         InputError: a tensor is missing, or they do not fit together.
     """
-    bits, given = scheme.bits, tensors.get("g_idx")
-    words = require(tensors, "qweight", (None, None), torch.int32)
-    rows, columns = words.shape[1], len(words) * 32 // bits if given is None else given.numel()
-    groups = scheme.group_count(columns)
-    scales = require_scales(tensors, "scales", (groups, rows))
-    zeros = require(tensors, "qzeros", (groups, packed_words(rows, bits)), torch.int32)
-    require(tensors, "qweight", (packed_words(columns, bits), rows), torch.int32)
-    group = group_index(columns, scheme, words.device)
-    if given is not None:
-        group = require_groups(tensors, "g_idx", columns, groups)
-    zero = unpack_rows(zeros.T.contiguous(), bits, rows)
+    rows, columns = check(tensors, scheme)
+    words, bits, given = tensors["qweight"], scheme.bits, tensors.get("g_idx")
+    group = group_index(columns, scheme, words.device) if given is None else given.to(torch.int32)
+    zero = unpack_rows(tensors["qzeros"].T.contiguous(), bits, rows)
     if version == 1:
         zero = (zero + 1) & (scheme.levels - 1)
     return QuantizedTensor(
         codes=unpack_rows(words, bits, columns).T.contiguous(),
-        scale=scales.T.contiguous(),
+        scale=tensors["scales"].T.contiguous(),
         zero=zero.contiguous(),
         scheme=scheme,
         group=group,
     )
+
+
+def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
+    """(N, K) of one linear, once its tensors are known to fit together: kernels do not check bounds.
+
+    Raises:
+        InputError: a tensor is missing, or they do not fit together.
+    """
+    bits, given = scheme.bits, tensors.get("g_idx")
+    words = require(tensors, "qweight", (None, None), torch.int32)
+    rows, columns = words.shape[1], len(words) * 32 // bits if given is None else given.numel()
+    if not columns:
+        raise InputError("g_idx is empty")
+    groups = scheme.group_count(columns)
+    require(tensors, "qweight", (packed_words(columns, bits), rows), torch.int32)
+    require(tensors, "qzeros", (groups, packed_words(rows, bits)), torch.int32)
+    require_scales(tensors, "scales", (groups, rows))
+    if given is not None:
+        require_groups(tensors, "g_idx", columns, groups)
+    return rows, columns
 
 
 def config_for(described: Described) -> dict[str, Any]:

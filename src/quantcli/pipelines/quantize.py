@@ -211,11 +211,7 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
-                others=[
-                    name
-                    for name, module in plan.skeleton.named_modules()
-                    if is_linear(module) and name not in targets and name not in plan.layout.linears
-                ],
+                float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
             )
         )
         if plan.embedding is not None and quantization is not None:
