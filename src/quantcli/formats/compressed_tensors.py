@@ -91,8 +91,9 @@ def scheme_of(config: Mapping[str, Any], name: str) -> Scheme:
     Raises:
         InputError: it quantizes more than weights, or in another layout; or the linear is said to stay float.
     """
-    for key in ("kv_cache_scheme", "transform_config"):
-        if config.get(key):
+    transforms = (config.get("transform_config") or {}).get("config_groups")
+    for key, found in (("kv_cache_scheme", config.get("kv_cache_scheme")), ("transform_config", transforms)):
+        if found:
             raise InputError(f"its {key} changes what the model computes, only weights are read")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
