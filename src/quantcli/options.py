@@ -23,7 +23,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "float")
 SELF, BUILTIN = "self", "builtin"
 
 
@@ -136,7 +136,8 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
     format: str = "gptq"
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits) or float (dequantized, which every tool reads)."""
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized) or float (dequantized,
+    which every tool reads)."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"

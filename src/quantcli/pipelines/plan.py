@@ -287,7 +287,7 @@ def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format == "awq":
+    if options.format not in (QuantizeOptions.format, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
 
 
@@ -410,6 +410,7 @@ def _refuse_format(
             target.scheme == default,
             not desc_act,
             fractions and not target.scheme.symmetric,
+            target.transposed,
         )
         why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":

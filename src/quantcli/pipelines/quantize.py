@@ -23,7 +23,7 @@ from quantcli.formats.codec import Codec, Described
 from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
-from quantcli.models.layout import is_transposed
+from quantcli.models.layout import is_linear, is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.skeleton import disk_name, materialize
@@ -211,6 +211,7 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
+                float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
             )
         )
         if plan.embedding is not None and quantization is not None:
