@@ -18,6 +18,7 @@ from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
@@ -97,6 +98,8 @@ class Plan:
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
+    online: OnlineRotations | None = None
+    """Rotations that the result's weights expect at run time."""
 
     @property
     def codec(self) -> Codec:
@@ -140,6 +143,7 @@ class Plan:
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
             *(("transform", _words(step)) for step in self.transforms),
+            *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
@@ -147,6 +151,8 @@ class Plan:
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
             ("estimated time", f"{self.seconds:.0f} s"),
         ]
+        if self.options.simulation.simulates:
+            rows.append(("evaluated with", self.options.simulation.describe()))
         return rows
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
@@ -169,6 +175,7 @@ class Plan:
             "scheme": self.default.to_dict(),
             "linears": len(self.targets),
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "online_rotations": None if self.online is None else asdict(self.online),
             "calibration": self.source,
             "device": str(self.device),
             "estimated_size_bytes": self.size_bytes,
@@ -179,7 +186,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("output", "force", "dry_run", "evaluate", "max_memory", "model"):
+        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model"):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 
@@ -211,9 +218,15 @@ def make_plan(options: QuantizeOptions) -> Plan:
         config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
+        refuse_online(checkpoint.config, folder, "which cannot be taken in twice")
         refuse_unrotatable(skeleton)
-        checkpoint = _rotated(checkpoint, skeleton, layout, rotation)
+        if getattr(rotation.settings, "online", False):
+            online = OnlineRotations(rotation.settings.rotate_mode, rotation.settings.rotation_seed)
+        checkpoint = _rotated(checkpoint, skeleton, layout, rotation, online)
+    if online is not None:
+        rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
     codec = CODECS[options.format]
     default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
@@ -229,18 +242,20 @@ def make_plan(options: QuantizeOptions) -> Plan:
     base = Plan(
         folder, tuple(transforms), algorithm, settings, options, checkpoint, skeleton, layout, default, targets,
         embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
-        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder),
+        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder), online=online,
     )  # fmt: skip
     plan = _with_source(base, config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
     return _with_memory(plan)
 
 
-def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) -> Checkpoint:
+def _rotated(
+    checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
+) -> Checkpoint:
     config = skeleton.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
-    return rotate(checkpoint, skeleton, layout, stream, head)
+    return rotate(checkpoint, skeleton, layout, stream, head, online)
 
 
 def _words(step: Step) -> str:
