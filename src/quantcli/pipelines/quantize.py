@@ -28,8 +28,9 @@ from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.skeleton import disk_name
 from quantcli.models.walk import StageMoments, embed_tokens, run_block
-from quantcli.options import QuantizeOptions
+from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.loading import load_block, outside_loaded
+from quantcli.pipelines.mixed import mix_bits
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.progress import Progress, Silent, Task
@@ -93,6 +94,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
     ):
         progress.plan("Plan", plan.rows())
         work = _Run(plan, partial, progress)
+        plan = work.mix_bits()
         work.blocks()
         work.outside()
         companions = copy_companions(plan.folder, partial.model)
@@ -233,6 +235,20 @@ class _Run:
             config["dtype"] = plan.options.dtype
         return config
 
+    def mix_bits(self) -> Plan:
+        """Chooses the bits of each linear where a target asks for it; the plan as it is then."""
+        if self.plan.budget is not None:
+            self.plan = mix_bits(self.plan, self.partial.state, self._measured_tokens, self.progress)
+            self._heap.settle()
+        return self.plan
+
+    def _measured_tokens(self) -> Tensor:
+        """A few rows of calibration text, or, where the algorithm reads none, of text for this alone."""
+        plan = self.plan
+        if plan.calibrates:
+            return self._saved_tokens()["rows"][: plan.measured_rows]
+        return self._read_rows(plan.measured_text)
+
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def blocks(self) -> None:
@@ -298,19 +314,24 @@ class _Run:
 
     def _tokens(self) -> dict[str, Tensor]:
         """Calibration rows, and rows that only judge: with `best` on other text, a little of the model's own."""
-        plan, options = self.plan, self.plan.options
-        common: dict[str, Any] = {
-            "model_digest": plan.model_digest,
-            "progress": self.progress,
-            "device": plan.device,
-            "trust_remote_code": options.trust_remote_code,
-        }
-        rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common).tokens
+        plan, calibration = self.plan, self.plan.options.calibration
+        rows = self._read_rows(calibration)
         judges = rows[:0]
         if plan.judges:
-            written = calibration_rows(plan.judge_text, plan.folder, **common).tokens
-            judges = written.reshape(plan.judges, options.calibration.seq_len)
+            judges = self._read_rows(plan.judge_text).reshape(plan.judges, calibration.seq_len)
         return {"rows": rows, "judges": judges}
+
+    def _read_rows(self, text: CalibrationOptions) -> Tensor:
+        plan = self.plan
+        return calibration_rows(
+            text,
+            plan.folder,
+            source=plan.source,
+            model_digest=plan.model_digest,
+            progress=self.progress,
+            device=plan.device,
+            trust_remote_code=plan.options.trust_remote_code,
+        ).tokens
 
     def _held_out(self, rows: int, total: int, batch: int) -> set[int]:
         """Micro-batches that only judge: one in `HELD_OUT_SHARE` of the rows, and all text of the model's own."""
