@@ -1,6 +1,7 @@
 """Mixed bits: what is measured, what is chosen for it, and what becomes of the choice."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def uneven(tmp_path_factory):
     model = families.build("llama")
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data.mul_(6.0 if name.startswith(SENSITIVE) else 0.1)
+            parameter.data.mul_(2.0 if name.startswith(SENSITIVE) else 0.02)
     return families.save(model, tmp_path_factory.mktemp("uneven") / "m")
 
 
@@ -175,8 +176,6 @@ def test_the_average_is_met(target, models, text, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"quantize_lm_head": True}, {"exclude": (r"0\.mlp",)}, {"dtype": "float16"}])
 def test_the_size_is_met(settings, models, text, tmp_path):
     """What stays float counts, headers as well."""
-    low, high = make_plan(options(models("llama"), tmp_path / "q", text, target_bits=4.5, **settings)).budget.reachable
-    assert low < 4.5 < high
     low, high = size_range(options(models("llama"), tmp_path / "q", text, target_size=1, **settings))
     target = int(low + 0.4 * (high - low))
     result = quantize.run(options(models("llama"), tmp_path / "q", text, target_size=target, **settings))
@@ -188,8 +187,8 @@ def size_range(given):
     """The reachable sizes, from what an impossible target is refused with."""
     with pytest.raises(UsageError, match="out of reach") as refused:
         make_plan(given)
-    words = refused.value.message.split()
-    return [float(words[i - 1]) * 1e6 for i, word in enumerate(words) if word == "MB"][-2:]
+    low, high = re.search(r"([\d.]+) to ([\d.]+) MB can", refused.value.message).groups()
+    return float(low) * 1e6, float(high) * 1e6
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "phi3", "mixtral", "opt"])
@@ -321,7 +320,7 @@ def test_a_dry_run_measures_nothing(models, text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"target_bits": 2.0}, r"--target-bits 2\.000 .* out of reach: with 2, 3, 4, 8 bits, 2\.562 .* to 8\.750"),
+        ({"target_bits": 2.0}, r"--target-bits 2\.000 .* out of reach: with 2, 3, 4, 8 bits, 2\.562 to 8\.750"),
         ({"target_bits": 9.0}, "out of reach"),
         ({"target_size": 1000}, "--target-size 0.001 MB is out of reach"),
         ({"target_size": 10**9}, "out of reach"),

@@ -52,8 +52,9 @@ class Budget:
     @property
     def lowest(self) -> int:
         """What they must take to end within the tolerance."""
-        whole = self.target * (1 if self.in_bytes else self.weights)
-        return max(0, int(whole * (1 - TOLERANCE)) + 1 - self.rest)
+        if self.in_bytes:  # headers are estimated from above
+            return max(0, int(self.target * (1 - 0.8 * TOLERANCE)) - self.rest)
+        return max(0, int(self.target * self.weights * (1 - TOLERANCE)) + 1 - self.rest)
 
     @property
     def fixed(self) -> list[str]:
@@ -71,15 +72,16 @@ class Budget:
         """What a choice comes to, in the unit of the target."""
         return self._figure(sum(self.sizes[name][b] for name, b in bits.items()))
 
-    def words(self, value: float) -> str:
-        """A figure as people read it."""
-        return f"{value / 1e6:.4g} MB" if self.in_bytes else f"{value:.3f} stored bits per weight"
+    def words(self, *values: float) -> str:
+        """A figure, or a range, as people read it."""
+        numbers = " to ".join(f"{value / 1e6:.4g}" if self.in_bytes else f"{value:.3f}" for value in values)
+        return numbers + (" MB" if self.in_bytes else " stored bits per weight")
 
     def summary(self) -> str:
         """The target and what can be reached, for people."""
         low, high = self.reachable
         fixed = f", {len(self.fixed)} linears fixed by --override" if self.fixed else ""
-        return f"at most {self.words(self.target)}{fixed} ({self.words(low)} to {self.words(high)} can be reached)"
+        return f"at most {self.words(self.target)}{fixed} ({self.words(low, high)} can be reached)"
 
     def to_dict(self, choice: "Choice | None") -> dict[str, Any]:
         """For machines."""
@@ -194,8 +196,8 @@ def make_budget(plan: "Plan") -> Budget:
     if not low <= target or high < target * (1 - TOLERANCE):
         named = ", ".join(map(str, widths))
         raise UsageError(
-            f"{flag} {budget.words(target)} is out of reach: with {named} bits, {budget.words(low)} to "
-            f"{budget.words(high)} can be reached",
+            f"{flag} {budget.words(target)} is out of reach: with {named} bits, {budget.words(low, high)} "
+            "can be reached",
             hint=f"give a {flag} in that range, other --mixed-bits, or another --group-size",
         )
     return budget
@@ -264,5 +266,6 @@ def _header_bytes(plan: "Plan") -> int:
 
 
 def _entry_bytes(name: str, shape: list[int], digits: int) -> int:
-    text = f'"{name}":{{"dtype":"BF16","shape":[{",".join(map(str, shape))}],"data_offsets":[,]}},'
+    # BF16, which has a letter more, is found in models of a size where letters do not count
+    text = f'"{name}":{{"dtype":"F32","shape":[{",".join(map(str, shape))}],"data_offsets":[,]}},'
     return len(text.encode()) + 2 * digits
