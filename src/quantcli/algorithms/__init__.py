@@ -39,7 +39,7 @@ class Algorithm:
     """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes."""
-    formats: tuple[str, ...] = ("gptq", "awq", "float")
+    formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
     """Formats that hold its result exactly."""
     scope: Literal["stage", "model"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""
@@ -94,11 +94,11 @@ def find_chain(text: str) -> list[Algorithm]:
             raise UsageError(
                 f"{algorithm.name} rounds, nothing can follow it", hint="write transforms first, as in -a awq,gptq"
             )
-    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
-        raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
     names = [a.name for a in chain]
     if len(set(names)) != len(names):
         raise UsageError(f"an algorithm is named twice in {text!r}")
+    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
+        raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
     return chain
 
 

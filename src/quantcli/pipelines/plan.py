@@ -249,7 +249,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     codec = CODECS[options.format]
     default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
-    _refuse_format(codec, options, targets, default, getattr(settings, "order", "") == "desc_act", layout)
+    settings = _with_zero_points(settings, codec, targets)
+    _refuse_format(codec, options, targets, default, settings, layout)
     untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
@@ -358,7 +359,7 @@ def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format == "awq":
+    if options.format not in (QuantizeOptions.format, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
 
 
@@ -444,6 +445,19 @@ def _targets(
     return targets
 
 
+def _with_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]) -> Any:
+    """The rounder's settings, its zero points chosen by the format where it leaves them open."""
+    chosen = getattr(settings, "zero", None)
+    if chosen is None or not targets:
+        return settings
+    fixed = all(target.scheme.symmetric for target in targets.values())
+    if chosen == "float" and fixed:
+        raise UsageError("--sym fixes the zero points, zero=float would have no effect", hint="leave one of them out")
+    if chosen == "auto":
+        return replace(settings, zero="float" if codec.float_zeros and not fixed else "integer")
+    return settings
+
+
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
     packed = CODECS[options.format].packed_bytes
     if packed is None:
@@ -456,18 +470,27 @@ def _refuse_format(
     options: QuantizeOptions,
     targets: Mapping[str, Target],
     default: Scheme,
-    desc_act: bool,
+    settings: Any,
     layout: Layout,
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
+    desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
     hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
     for target in targets.values():
-        held = Held(target.rows, target.columns, target.scheme, target.scheme == default, not desc_act)
-        why = codec.refuse(held)
+        held = Held(
+            target.rows,
+            target.columns,
+            target.scheme,
+            target.scheme == default,
+            not desc_act,
+            fractions and not target.scheme.symmetric,
+            target.transposed,
+        )
+        why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
         if why is not None:
-            others = [n for n, c in CODECS.items() if c.refuse(held) is None and n != codec.name]
+            others = [n for n, c in CODECS.items() if c.why_not(held) is None and n != codec.name]
             raise UsageError(
                 f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )

@@ -23,7 +23,7 @@ from quantcli.formats.codec import Codec, Described
 from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
-from quantcli.models.layout import is_transposed
+from quantcli.models.layout import is_linear, is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.skeleton import disk_name
@@ -214,6 +214,7 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
+                float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
             )
         )
         if plan.embedding is not None and quantization is not None:
@@ -446,7 +447,9 @@ class _Run:
         assert step is not None
         given = torch.arange(targets[0].columns) if fold.rows is None else fold.rows
         rows, shared = torch.unique(given.to(self.plan.device), return_inverse=True)
-        found = step.algorithm.run(weights, [t.scheme for t in targets], step.settings, statistics, shared)
+        found: Tensor | None = step.algorithm.run(
+            weights, [t.scheme for t in targets], step.settings, statistics, shared
+        )
         if found is None:
             return None
         producer = f"{path}.{fold.producer}"
@@ -462,7 +465,8 @@ class _Run:
         if getattr(self.plan.skeleton.get_submodule(producer), "bias", None) is not None:
             bias = self._stored(f"{producer}.bias")
             self._edited[self._disk(f"{producer}.bias")] = divide_rows(bias, rows.cpu(), found.cpu())
-        return found[shared]
+        columns: Tensor = found[shared]
+        return columns
 
     def _disk(self, name: str) -> str:
         disk = disk_name(name, self.plan.skeleton, self.plan.checkpoint.entries)
