@@ -223,7 +223,7 @@ def _widths(plan: "Plan") -> tuple[int, ...]:
 
 def _mixes(codec: Codec) -> bool:
     """Whether a format holds linears of several widths."""
-    return all(codec.refuse(Held(32, 128, Scheme(bits, 32), False, True)) is None for bits in (4, 8))
+    return all(codec.why_not(Held(32, 128, Scheme(bits, 32), False, True)) is None for bits in (4, 8))
 
 
 def _refusal(plan: "Plan", bits: int) -> str | None:
@@ -231,10 +231,20 @@ def _refusal(plan: "Plan", bits: int) -> str | None:
     for algorithm in (*(step.algorithm for step in plan.transforms), plan.algorithm):
         if bits not in algorithm.bits:
             return f"{algorithm.name} makes {', '.join(map(str, algorithm.bits))} bits"
-    ordered = getattr(plan.settings, "order", "") != "desc_act"
+    settings = plan.settings
+    ordered, fractions = getattr(settings, "order", "") != "desc_act", getattr(settings, "zero", "") == "float"
     for target in plan.targets.values():
-        held = Held(target.rows, target.columns, replace(target.scheme, bits=bits), False, ordered)
-        if (reason := plan.codec.refuse(held)) is not None:
+        scheme = replace(target.scheme, bits=bits)
+        held = Held(
+            target.rows,
+            target.columns,
+            scheme,
+            is_default=False,
+            ordered=ordered,
+            float_zeros=fractions and not scheme.symmetric,
+            transposed=target.transposed,
+        )
+        if (reason := plan.codec.why_not(held)) is not None:
             return f"format {plan.codec.name} cannot hold {target.name}: {reason}"
     return None
 

@@ -184,7 +184,7 @@ class Plan:
 
     def _mixed_words(self, budget: Budget) -> str:
         text = "the calibration text"
-        if not self.calibrates:
+        if self.source is None:
             text = self.measured_text.data or self.measured_text.data_name or ""
             text = {BUILTIN: "Python's documentation", SELF: "text that the model writes"}.get(text, text)
         return f"{budget.summary()}; which linear gets which is measured first, on {self.measured_rows} rows of {text}"

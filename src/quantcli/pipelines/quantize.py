@@ -246,7 +246,7 @@ class _Run:
     def _measured_tokens(self) -> Tensor:
         """A few rows of calibration text, or, where the algorithm reads none, of text for this alone."""
         plan = self.plan
-        if plan.calibrates:
+        if plan.source is not None:
             return self._saved_tokens()["rows"][: plan.measured_rows]
         return self._read_rows(plan.measured_text)
 
