@@ -11,6 +11,7 @@ far it alone moves the output of its block. Then, with i in group g of block b,
 and costs are added over linears as if they did not meet, which holds for small errors.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ REFERENCE_BITS = 3
 _ROWS = 256
 """Output rows of a linear by which widths are compared."""
 _STEPS = 20
+_TRIALS = 20  # what trying the linears of a block takes, in forwards of a block; for the progress bar
 _LEAST_KL = 1e-12  # where nothing is seen, errors still tell the order
 
 
@@ -81,7 +83,8 @@ def measure(plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, p
     groups: list[list[_Group]] = []
     tuples = False
     count = len(layout.blocks)
-    with progress.track("measuring sensitivity", count * (count + 1) // 2 + count) as task:
+    tail = math.prod(plan.skeleton.get_submodule(layout.embedding).weight.shape) / max(_largest_block(plan), 1)
+    with progress.track("measuring sensitivity", count * (count - 1) / 2 + (_TRIALS + tail) * count) as task:
         for number, path in enumerate(layout.blocks):
             block, call = load_block(plan, number), calls[len(rows)][number]
             streams = [forward(block, stream, call) for stream in streams]
@@ -93,16 +96,24 @@ def measure(plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, p
                 groups.append(found)
                 streams.append(rounded)
             hidden = output
-            task.advance(number + 1)
+            task.advance(number + _TRIALS)
             del block
         with outside_loaded(plan, head=True):
-            head, effects = _effects(plan, widths, rows, hidden, streams, tuples, lambda: task.advance(1))
+            head, effects = _effects(
+                plan, widths, rows, hidden, streams, tuples, lambda: task.advance(tail / len(rows))
+            )
     measured = Sensitivities(tokens=rows.numel())
     for effect, members in zip(effects, [*groups, *([head] if head else [])], strict=True):
         moved = sum(group.moved for group in members)
         for group in members:
             _add_costs(measured, group, effect * group.moved / moved if moved > 0 else 0.0)
     return measured
+
+
+def _largest_block(plan: Plan) -> int:
+    """Weights of it that are quantized."""
+    paths = tuple(path + "." for path in plan.layout.blocks)
+    return max(sum(t.rows * t.columns for n, t in plan.targets.items() if n.startswith(path)) for path in paths)
 
 
 def _add_costs(measured: Sensitivities, group: _Group, effect: float) -> None:
@@ -217,7 +228,7 @@ def _effects(
         expected = logits(row, hidden)
         for score, stream in zip(scores, streams, strict=False):
             score_window(score, tokens[row], logits(row, stream), expected)
-            advance() if row == 0 else None
+            advance()
         if rounded is not None and layout.head is not None:
             before = _replace(skeleton, {layout.head: rounded})
             score_window(scores[-1], tokens[row], logits(row, hidden), expected)
