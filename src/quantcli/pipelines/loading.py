@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,14 @@ def read_float(plan: Plan, disk: str) -> Tensor:
     return tensor.to(plan.device)
 
 
-def load_block(plan: Plan, number: int) -> nn.Module:
+def load_block(plan: Plan, number: int) -> Any:
     """A block with its float weights.
 
     Raises:
         InputError: the files lack a tensor of it.
     """
     path = plan.layout.blocks[number]
-    block: nn.Module = deepcopy(plan.skeleton.get_submodule(path))
+    block = deepcopy(plan.skeleton.get_submodule(path))
     tensors = {}
     for name in block.state_dict():
         disk = disk_name(f"{path}.{name}", plan.skeleton, plan.checkpoint.entries)
