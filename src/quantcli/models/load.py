@@ -1,4 +1,4 @@
-"""Opens a checkpoint folder as a transformers model that runs: float, GPTQ (v1, v2) or AWQ (gemm), ours or others'.
+"""Opens a checkpoint folder as a transformers model that runs: float, or of a format in `readers`, ours or others'.
 
 Quantized linears stay packed (`models.linear`); no package beside torch and transformers takes part.
 """
@@ -192,6 +192,8 @@ def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool
     # a head of its own stands at the top level: lm_head, embed_out
     if any("." not in name for name in packed):
         config.tie_word_embeddings = False
+    elif checkpoint.config["quantization_config"].get("tie_word_embeddings"):  # Olive says it there, and only there
+        config.tie_word_embeddings = True
     return build_skeleton(checkpoint.folder, config, trust_remote_code)
 
 
