@@ -92,6 +92,9 @@ def hqq(W, bits, g, symmetric, whole, fit_scale, p=0.7, beta=10.0, kappa=1.01, i
             w = W[r, i * g : (i + 1) * g]
             n = len(w)
             s, z, best, last = S[r, i], Z[r, i], np.inf, np.inf
+            if not (whole or symmetric):  # the grid of round-to-nearest, then one with fractions that meets both ends
+                C[r, i * g : (i + 1) * g] = c = np.clip(np.round(w / s + z), 0, top)
+                best, z = sum(abs(x) ** p for x in w - (c - z) * s), float(np.float16(-min(w.min(), 0) / s))
             for turn in range(iterations + 1):
                 c, t, error = np.zeros(n), np.zeros(n), 0.0
                 for k in range(n):
