@@ -23,7 +23,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "float")
+FORMATS = ("gptq", "awq", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
 
 
@@ -135,8 +135,9 @@ class QuantizeOptions:
     """Other bits, group size or symmetry for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
-    format: str = "gptq"
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits) or float (dequantized, which every tool reads)."""
+    format: str | None = None
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), bnb (bitsandbytes, nf4 and fp4) or float (dequantized,
+    which every tool reads). Default: the first that `quantcli algorithms` lists for the algorithm, as gptq or bnb."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -159,7 +160,7 @@ class QuantizeOptions:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
-        if self.format not in FORMATS:
+        if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")

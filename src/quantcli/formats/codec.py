@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantcli.scheme import Scheme
@@ -23,6 +24,8 @@ class Held:
     """Whether the scheme is that of the whole model."""
     ordered: bool
     """Whether groups are runs of neighbouring columns."""
+    expert: bool = False
+    """Whether it is one of many experts, which transformers keeps in one tensor."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Described:
     """Name and version of the tool."""
     damp_percent: float | None = None
     """Damping that the solver began with, if any."""
+    float_linears: Sequence[str] = ()
+    """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
+    dtype: torch.dtype = torch.float32
+    """What the linears would have been stored in as float tensors."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,13 @@ class Codec:
     """Smallest zero point that it can hold."""
     refuse: Callable[[Held], str | None]
     """Why it cannot hold a linear exactly; None where it can."""
-    pack: Callable[[QuantizedTensor], dict[str, Tensor]]
-    """The stored tensors by the last part of their name."""
+    pack: Callable[..., dict[str, Tensor]]
+    """Of a QuantizedTensor, the stored tensors by the part of their name that follows the module's."""
     unpack: Callable[[Mapping[str, Tensor], Scheme], QuantizedTensor] | None
     """Reads them back; None where only the float weight is stored."""
     config: Callable[[Described], dict[str, Any] | None]
     """`quantization_config` of config.json; None where there is none."""
     packed_bytes: Callable[[int, int, Scheme], int] | None
     """Bytes of a linear of N rows and K columns; None where it is an ordinary tensor."""
+    takes_dtype: bool = False
+    """Whether `pack` takes a second argument: the dtype that the weight would have as a float tensor."""
