@@ -45,6 +45,8 @@ class Algorithm:
     """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""
     codebook: str | None = None
     """Of a rounder: the codebook that its codes name; None for uniform grids."""
+    beats_rtn: bool = True
+    """Of a rounder: whether it promises less error than round-to-nearest at the same bits and group size."""
     then: str | None = None
     """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
 

@@ -27,7 +27,7 @@ from quantcli.formats.codec import Codec, Described, Held
 from quantcli.scheme import CODEBOOKS, Scheme
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor, group_index
 
-__all__ = ["BLOCK_SIZES", "CODEC", "PARTS", "State", "pack", "read_state", "unpack", "unpack_codes"]
+__all__ = ["BLOCK_SIZES", "CODEC", "PARTS", "State", "pack", "read_state", "to_quantized", "unpack"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATES = {name: f"weight.quant_state.bitsandbytes__{name}" for name in CODEBOOKS}
@@ -102,15 +102,23 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         InputError: they do, or the tensors do not fit together.
     """
     state = read_state(tensors)
-    rows, columns = state.shape
+    columns = state.shape[1]
     if state.crosses_rows or scheme.columns_per_group(columns) != state.block_size:
         raise InputError(f"blocks of {state.block_size} are no groups of {scheme.group_size} in rows of {columns}")
+    return to_quantized(tensors["weight"], state, scheme)
+
+
+def to_quantized(weight: Tensor, state: State, scheme: Scheme) -> QuantizedTensor:
+    """Codes and scales by row, of packed bytes whose blocks do not cross rows."""
+    rows, columns = state.shape
+    packed = weight.reshape(-1).view(torch.uint8)
+    codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: rows * columns]
     scale = state.absmax.view(rows, -1)
     nested = state.nested
     if nested is not None:
         nested = NestedScale(nested.codes.view(rows, -1), nested.absmax, nested.code_map, nested.offset, nested.size)
     return QuantizedTensor(
-        codes=unpack_codes(tensors["weight"], rows * columns).view(rows, columns),
+        codes=codes.view(rows, columns).contiguous(),
         scale=scale,
         zero=torch.zeros(scale.shape, dtype=torch.uint8, device=scale.device),
         scheme=scheme,
@@ -118,12 +126,6 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         codebook=state.table,
         nested=nested,
     )
-
-
-def unpack_codes(weight: Tensor, count: int) -> Tensor:
-    """The first `count` codes of packed bytes, [count] uint8."""
-    packed = weight.reshape(-1).view(torch.uint8)
-    return torch.stack([packed >> 4, packed & 15], 1).view(-1)[:count].contiguous()
 
 
 def read_state(tensors: Mapping[str, Tensor]) -> State:

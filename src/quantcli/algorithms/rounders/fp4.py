@@ -46,4 +46,5 @@ ALGORITHM = Algorithm(
     run=quantize,
     formats=("bnb", "float"),
     codebook="fp4",
+    beats_rtn=False,
 )
