@@ -66,7 +66,7 @@ def test_the_codes_are_theirs(name, dtype, size):
 
 @NAMES
 def test_double_quantization_is_theirs_but_for_ties(name):
-    """Their CPU code looks 8-bit codes up in 65536 steps, ours takes the nearest: they differ near the middle of two."""
+    """Their CPU code looks 8-bit codes up in 65536 steps, ours takes the nearest: they differ half way between two."""
     weight, scheme = odd_weights(256, 4096, torch.float32, name), Scheme(4, 64, codebook=name, double_quant=True)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=name, compress_statistics=True)
     ours = round_to_codebook(weight, scheme)
