@@ -4,7 +4,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ __all__ = [
     "EvaluateOptions",
     "Override",
     "QuantizeOptions",
+    "SimulationOptions",
 ]
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "bnb", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
+FLOAT_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,72 @@ class CalibrationOptions:
             raise UsageError(
                 f"--{chosen[0].replace('_', '-')} needs --data FILE or --data-name, not --data {self.data}"
             )
+
+
+@dataclass(frozen=True)
+class SimulationOptions:
+    """Activations and KV cache as few bits would hold them, simulated when a model is evaluated."""
+
+    a_bits: int = 16
+    """Bits of what the blocks' linears are given, one grid per token, 2 to 8; 16 leaves it float."""
+    k_bits: int = 16
+    """Bits of cached keys, one grid per token and head, 2 to 8; 16 leaves them float."""
+    v_bits: int = 16
+    """Bits of cached values, one grid per token and head, 2 to 8; 16 leaves them float."""
+    a_symmetric: bool = True
+    """Symmetric or asymmetric grids for activations."""
+    a_clip_ratio: float = 0.9
+    """Share of a token's range that its grid spans."""
+    kv_symmetric: bool = False
+    """Symmetric or asymmetric grids for keys and values."""
+    kv_group_size: int = -1
+    """Entries of a head that share a grid; -1 is the whole head."""
+    kv_clip_ratio: float = 0.95
+    """Share of a head's range that its grid spans."""
+
+    def __post_init__(self) -> None:
+        for name in ("a_bits", "k_bits", "v_bits"):
+            bits = getattr(self, name)
+            if not 2 <= bits <= 8 and bits != FLOAT_BITS:
+                raise UsageError(f"--{name.replace('_', '-')} must be 2 to 8, or 16 for none, got {bits}")
+        for name in ("a_clip_ratio", "kv_clip_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name):g}"
+                )
+        if self.kv_group_size != -1 and self.kv_group_size < 2:
+            raise UsageError(f"--kv-group-size must be 2 or more, or -1 for the head, got {self.kv_group_size}")
+        self._refuse_idle("a", self.a_bits == FLOAT_BITS, "--a-bits")
+        self._refuse_idle("kv", self.k_bits == self.v_bits == FLOAT_BITS, "--k-bits or --v-bits")
+
+    @property
+    def simulates(self) -> bool:
+        """Whether anything is rounded."""
+        return (self.a_bits, self.k_bits, self.v_bits) != (FLOAT_BITS,) * 3
+
+    def describe(self) -> str:
+        """What is rounded, in words."""
+        parts = []
+        if self.a_bits != FLOAT_BITS:
+            kind = "sym" if self.a_symmetric else "asym"
+            parts.append(f"activations {self.a_bits} bits {kind} per token, clip {self.a_clip_ratio:g}")
+        if not self.k_bits == self.v_bits == FLOAT_BITS:
+            kind = "sym" if self.kv_symmetric else "asym"
+            group = "head" if self.kv_group_size == -1 else f"{self.kv_group_size} entries of a head"
+            bits = [f"{name} {'float' if b == FLOAT_BITS else f'{b} bits'}" for name, b in
+                    (("keys", self.k_bits), ("values", self.v_bits))]  # fmt: skip
+            parts.append(f"{', '.join(bits)}, {kind} per token and {group}, clip {self.kv_clip_ratio:g}")
+        return "; ".join(parts)
+
+    def _refuse_idle(self, prefix: str, idle: bool, needed: str) -> None:
+        """No flag without effect: a grid where nothing is rounded."""
+        for spec in fields(self):
+            grid = spec.name.startswith(prefix + "_") and not spec.name.endswith("_bits")
+            if idle and grid and getattr(self, spec.name) != spec.default:
+                flag = {"a_symmetric": "--a-asym", "kv_symmetric": "--kv-sym"}.get(
+                    spec.name, "--" + spec.name.replace("_", "-")
+                )
+                raise UsageError(f"{flag} would have no effect without {needed}", hint=f"add {needed} 4")
 
 
 @dataclass(frozen=True)
@@ -136,8 +204,8 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
     format: str | None = None
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits), bnb (bitsandbytes, nf4 and fp4) or float (dequantized,
-    which every tool reads). Default: the first that `quantcli algorithms` lists for the algorithm, as gptq or bnb."""
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
+    nf4 and fp4) or float (dequantized, which every tool reads). Default: bnb for nf4 and fp4, gptq for the others."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -150,6 +218,8 @@ class QuantizeOptions:
     """Run model code that the folder brings along."""
     evaluate: bool = False
     """Evaluate the written folder against the original."""
+    simulation: SimulationOptions = field(default_factory=SimulationOptions)
+    """What `evaluate` rounds beside the weights."""
     force: bool = False
     """Replace an output folder of ours, or an interrupted run with other options."""
     dry_run: bool = False
@@ -164,10 +234,15 @@ class QuantizeOptions:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
+        if self.simulation.simulates and not self.evaluate:
+            raise UsageError(
+                "--a-bits, --k-bits and --v-bits are simulated when a result is evaluated; a checkpoint holds weights",
+                hint="add --evaluate, or give them to `quantcli evaluate`",
+            )
 
 
 @dataclass(frozen=True)
@@ -218,7 +293,9 @@ class EvaluateOptions:
     max_perplexity_increase: float | None = None
     """Fail with exit code 5 where perplexity grows by more than this share (0.05 is 5%)."""
     speed: bool = True
-    """Measure prefill and decode speed."""
+    """Measure prefill and decode speed; never where quantization is simulated, which takes time that it would save."""
+    simulation: SimulationOptions = field(default_factory=SimulationOptions)
+    """Quantization of activations and KV cache."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     trust_remote_code: bool = False

@@ -37,7 +37,11 @@ def test_codes_scales_and_zeros_stay_in_range(algorithm, group_size, symmetric):
             assert result.codebook.shape == (scheme.levels,) and result.codebook.abs().max() == 1
             continue
         assert result.scale.dtype == torch.float16 and result.codebook is None
-        assert int(result.zero.min()) >= 1 and int(result.zero.max()) < scheme.levels
+        if result.has_float_zeros:
+            assert result.zero.dtype == torch.float16 and torch.isfinite(result.zero).all()
+        else:
+            assert result.zero.dtype == torch.uint8
+            assert int(result.zero.min()) >= 1 and int(result.zero.max()) < scheme.levels
         if symmetric:
             assert (result.zero == scheme.middle).all()
 

@@ -72,7 +72,7 @@ def pack(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> dict[st
     """
     name, (rows, columns) = tensor.scheme.codebook, tensor.shape
     if name is None or tensor.codebook is None:
-        raise AssertionError("only nf4 and fp4 are stored so; the plan should have said so")
+        raise AssertionError("only nf4 and fp4 are stored so, which have no whole zero points nor others")
     codes = tensor.codes.reshape(-1)
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_zeros(1)])

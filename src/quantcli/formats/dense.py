@@ -26,5 +26,6 @@ CODEC = Codec(
     unpack=None,
     config=lambda described: None,
     packed_bytes=None,
+    float_zeros=True,
     takes_dtype=True,
 )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats import awq, bnb, gptq
+from quantcli.formats import awq, bnb, compressed_tensors, gptq, olive
 from quantcli.formats.bitpack import packed_words
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.codebook_linear import CodebookLinear
@@ -130,9 +130,46 @@ def _refuse_bnb(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _read_compressed_tensors(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    tensor = compressed_tensors.unpack(tensors, compressed_tensors.scheme_of(config, name))
+    return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
+
+
+def _compressed_tensors_weights(
+    config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]
+) -> tuple[int, int]:
+    bits, index = compressed_tensors.scheme_of(config, name).bits, entries.get("weight_g_idx")
+    rows, words = entries["weight_packed"].shape
+    return bits, rows * (words * 32 // bits if index is None else index.shape[0])
+
+
+def _read_olive(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    tensor = olive.unpack(tensors, olive.scheme_of(config, name))
+    return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
+
+
+def _olive_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    bits = olive.scheme_of(config, name).bits
+    rows, stored = entries["qweight"].shape
+    return bits, rows * stored * 8 // bits
+
+
 READERS: Mapping[str, Reader] = {
     "gptq": Reader("gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_weights, uncounted=("g_idx",)),
     "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_weights),
+    compressed_tensors.METHOD: Reader(
+        "compressed-tensors (pack-quantized)",
+        "weight_packed",
+        compressed_tensors.PARTS,
+        _read_compressed_tensors,
+        _compressed_tensors_weights,
+        uncounted=("weight_g_idx", "weight_shape"),
+    ),
+    olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_weights),
     "bitsandbytes": Reader(
         "bitsandbytes (nf4, fp4)",
         "weight.absmax",

@@ -1,7 +1,7 @@
 """What a quantize run will do, decided before it begins: algorithm, scheme of every linear, size, memory, time."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
@@ -99,6 +100,8 @@ class Plan:
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
+    online: OnlineRotations | None = None
+    """Rotations that the result's weights expect at run time."""
 
     @property
     def codec(self) -> Codec:
@@ -143,6 +146,7 @@ class Plan:
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
             *(("transform", _words(step)) for step in self.transforms),
+            *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
@@ -150,6 +154,8 @@ class Plan:
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
             ("estimated time", f"{self.seconds:.0f} s"),
         ]
+        if self.options.simulation.simulates:
+            rows.append(("evaluated with", self.options.simulation.describe()))
         return rows
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
@@ -173,6 +179,7 @@ class Plan:
             "scheme": self.default.to_dict(),
             "linears": len(self.targets),
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "online_rotations": None if self.online is None else asdict(self.online),
             "calibration": self.source,
             "device": str(self.device),
             "estimated_size_bytes": self.size_bytes,
@@ -183,7 +190,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("output", "force", "dry_run", "evaluate", "max_memory", "model"):
+        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model"):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 
@@ -217,9 +224,15 @@ def make_plan(options: QuantizeOptions) -> Plan:
         config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
+        refuse_online(checkpoint.config, folder, "which cannot be taken in twice")
         refuse_unrotatable(skeleton)
-        checkpoint = _rotated(checkpoint, skeleton, layout, rotation)
+        if getattr(rotation.settings, "online", False):
+            online = OnlineRotations(rotation.settings.rotate_mode, rotation.settings.rotation_seed)
+        checkpoint = _rotated(checkpoint, skeleton, layout, rotation, online)
+    if online is not None:
+        rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
     default = Scheme(
         options.bits,
@@ -230,19 +243,9 @@ def make_plan(options: QuantizeOptions) -> Plan:
         getattr(settings, "double_quant", False),
     )
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
+    settings = _with_zero_points(settings, codec, targets)
     experts = {n for n in targets if isinstance(skeleton.get_submodule(n.rpartition(".")[0]), Expert)}
-    held = {
-        t.name: Held(
-            t.rows,
-            t.columns,
-            t.scheme,
-            is_default=t.scheme == default,
-            ordered=getattr(settings, "order", "") != "desc_act",
-            expert=t.name in experts,
-        )
-        for t in targets.values()
-    }
-    _refuse_format(codec, options, held, algorithm, layout)
+    _refuse_format(codec, options, targets, default, Step(algorithm, settings), layout, experts)
     untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
@@ -252,18 +255,20 @@ def make_plan(options: QuantizeOptions) -> Plan:
     base = Plan(
         folder, tuple(transforms), algorithm, settings, options, checkpoint, skeleton, layout, default, targets,
         embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
-        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder),
+        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder), online=online,
     )  # fmt: skip
     plan = _with_source(base, config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
     return _with_memory(plan)
 
 
-def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) -> Checkpoint:
+def _rotated(
+    checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
+) -> Checkpoint:
     config = skeleton.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
-    return rotate(checkpoint, skeleton, layout, stream, head)
+    return rotate(checkpoint, skeleton, layout, stream, head, online)
 
 
 def _words(step: Step) -> str:
@@ -409,6 +414,19 @@ def _targets(
     return targets
 
 
+def _with_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]) -> Any:
+    """The rounder's settings, its zero points chosen by the format where it leaves them open."""
+    chosen = getattr(settings, "zero", None)
+    if chosen is None or not targets:
+        return settings
+    fixed = all(target.scheme.symmetric for target in targets.values())
+    if chosen == "float" and fixed:
+        raise UsageError("--sym fixes the zero points, zero=float would have no effect", hint="leave one of them out")
+    if chosen == "auto":
+        return replace(settings, zero="float" if codec.float_zeros and not fixed else "integer")
+    return settings
+
+
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
     packed = CODECS[options.format or ""].packed_bytes
     if packed is None:
@@ -417,20 +435,38 @@ def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Sch
 
 
 def _refuse_format(
-    codec: Codec, options: QuantizeOptions, held: Mapping[str, Held], algorithm: Algorithm, layout: Layout
+    codec: Codec,
+    options: QuantizeOptions,
+    targets: Mapping[str, Target],
+    default: Scheme,
+    rounder: Step,
+    layout: Layout,
+    experts: Set[str],
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
-    for name, linear in held.items():
-        why = codec.refuse(linear)
-        if why is None and name == layout.head and codec.name == "awq":
+    formats, settings = rounder.algorithm.formats, rounder.settings
+    desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
+    for target in targets.values():
+        held = Held(
+            target.rows,
+            target.columns,
+            target.scheme,
+            target.scheme == default,
+            not desc_act,
+            fractions and not target.scheme.symmetric,
+            target.transposed,
+            target.name in experts,
+        )
+        why = codec.why_not(held)
+        if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
         if why is not None:
-            others = [n for n in algorithm.formats if n != codec.name and CODECS[n].refuse(linear) is None]
+            others = [n for n in formats if n != codec.name and CODECS[n].why_not(held) is None]
             raise UsageError(
-                f"format {codec.name} cannot hold {name}: {why}", hint=f"use --format {' or '.join(others)}"
+                f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )
     if options.quantize_embeddings and codec.name != "gptq":
-        hint = "use --format gptq" if "gptq" in algorithm.formats else "leave --quantize-embeddings out"
+        hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
         raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 
 

@@ -140,7 +140,11 @@ def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
 
     return evaluate.run(
         EvaluateOptions(
-            str(options.output), options.model, device=options.device, trust_remote_code=options.trust_remote_code
+            str(options.output),
+            options.model,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            simulation=options.simulation,
         ),
         progress,
     )
@@ -233,7 +237,7 @@ class _Run:
         if plan.options.dtype != "keep":
             config.pop("torch_dtype", None)
             config["dtype"] = plan.options.dtype
-        return config
+        return config if plan.online is None else plan.online.mark(config)
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 

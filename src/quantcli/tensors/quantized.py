@@ -57,7 +57,8 @@ class QuantizedTensor:
     scale: Tensor
     """[N, G] in the dtype that is stored (float16; float32 with a codebook); negative only on symmetric grids."""
     zero: Tensor
-    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels); zeros, and unused, with a codebook."""
+    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels), or float16 of any value where the format holds fractions;
+    zeros, and unused, with a codebook."""
     scheme: Scheme
     group: Tensor
     """[K] int32 in [0, G): the group of each column; arange(K) // group_size unless act-order is `desc_act`."""
@@ -72,6 +73,11 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def has_float_zeros(self) -> bool:
+        """Whether zero points are fractions of a step, which few formats hold."""
+        return self.zero.is_floating_point()
+
+    @property
     def ordered(self) -> bool:
         """Whether groups are runs of neighbouring columns, as kernels without `g_idx` need."""
         return bool(torch.equal(self.group, group_index(self.codes.shape[1], self.scheme, self.group.device)))
@@ -81,7 +87,9 @@ class QuantizedTensor:
         if self.codes.device.type == "cpu":
             out = torch.empty(self.codes.shape, dtype=torch.float32)
             kernel, values = (
-                (kernels.expand, self.zero) if self.codebook is None else (kernels.expand_codebook, self.codebook)
+                (kernels.expand_codebook, self.codebook)
+                if self.codebook is not None
+                else (kernels.expand, self.zero.float() if self.has_float_zeros else self.zero)
             )
             arrays = (self.codes, self.scale.float(), values, self.group)
             kernel(*(a.contiguous().numpy() for a in arrays), out.numpy())
