@@ -258,3 +258,40 @@ def per_token(x, bits, symmetric, g, clip):
                     code = min(max(np.round(v / s) + z, 0), 2**bits - 1)
                     out[at][i + j] = f(code - z) * s
     return out
+
+
+def codebook(W, table, g):
+    """Block by block, weight by weight: the nearest value of the table times the block's largest |w|; in float32.
+
+    Of two values at one distance the smaller wins, of two codes of one value the first that a stable sort gives.
+    """
+    W, table = W.astype(np.float32), table.astype(np.float32)
+    order = sorted(range(len(table)), key=lambda i: table[i])
+    C, S = np.zeros(W.shape, np.uint8), []
+    for start in range(0, W.shape[1], g):
+        block = W[:, start : start + g]
+        scale = np.abs(block).max(1)
+        S.append(scale)
+        for r in range(len(W)):
+            inverse = np.float32(1) / max(scale[r], np.float32(1e-38))
+            for k in range(block.shape[1]):
+                x = min(max(block[r, k] * inverse, np.float32(-1)), np.float32(1))
+                at = 0
+                while at < len(order) - 1 and x > (table[order[at]] + table[order[at + 1]]) / np.float32(2):
+                    at += 1
+                C[r, start + k] = order[at]
+    return C, np.stack(S, 1)
+
+
+def nested(S, table):
+    """Scales in runs of 256 of the flattened matrix, around their mean: the nearest of the 256 values of each."""
+    flat = S.reshape(-1).astype(np.float64)
+    out = np.zeros(flat.shape)
+    mean = np.float64(np.float32(flat.mean()))
+    for start in range(0, len(flat), 256):
+        run = flat[start : start + 256] - mean
+        largest = np.abs(run).max()
+        for i, value in enumerate(run):
+            x = value / largest if largest else 0.0
+            out[start + i] = min(table, key=lambda v: abs(v - x)) * largest + mean
+    return out.reshape(S.shape)

@@ -25,7 +25,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "compressed-tensors", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -212,9 +212,9 @@ class QuantizeOptions:
     """Other bits, group size or symmetry for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
-    format: str = "gptq"
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized) or float (dequantized,
-    which every tool reads)."""
+    format: str | None = None
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
+    nf4 and fp4) or float (dequantized, which every tool reads). Default: bnb for nf4 and fp4, gptq for the others."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -239,7 +239,7 @@ class QuantizeOptions:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
-        if self.format not in FORMATS:
+        if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")

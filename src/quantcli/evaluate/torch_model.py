@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.models.linear import PackedLinear
+from quantcli.models.linear import QuantizedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes
 from quantcli.options import SimulationOptions
@@ -59,7 +59,7 @@ class TorchModel:
 
     def keep_float_weights(self) -> None:
         """Keeps dequantized weights from now on, where memory suffices: long inputs run as fast as in a float model."""
-        packed = [m for m in self._model.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in self._model.modules() if isinstance(m, QuantizedLinear)]
         needed = 4 * sum(m.in_features * m.out_features for m in packed)
         if needed < free_bytes(self._device) / 3:
             for module in packed:

@@ -1,6 +1,7 @@
-"""Opens a checkpoint folder as a transformers model that runs: float, or of a format in `readers`, ours or others'.
+"""Opens a checkpoint folder as a transformers model that runs: float or quantized, ours or others'.
 
-Quantized linears stay packed (`models.linear`); no package beside torch and transformers takes part.
+`models.readers` lists the formats. Quantized linears stay packed (`models.linear`); no package beside torch and
+transformers takes part.
 """
 
 import re
@@ -18,7 +19,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.folder import resolve_model_folder
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
-from quantcli.models.linear import PackedEmbedding, PackedLinear
+from quantcli.models.linear import PackedEmbedding, PackedLinear, QuantizedLinear
 from quantcli.models.machine import pick_device
 from quantcli.models.online import OnlineRotations, rotate_inputs
 from quantcli.models.readers import packed_names, reader_of
@@ -79,13 +80,13 @@ def load(
     return model
 
 
-def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> PackedLinear:
+def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> QuantizedLinear:
     """One quantized linear (or embedding).
 
     Args:
         checkpoint: An opened folder whose config has a `quantization_config`.
         name: Module name as in the tensor names, without `.qweight` and the like.
-        cache: As in `PackedLinear`.
+        cache: As in `load`.
 
     Raises:
         InputError: format, scheme or shapes are not what we read; the message names the linear.
@@ -208,7 +209,7 @@ def _names_in_model(model: Model, stored: Iterable[str]) -> Callable[[str], str 
     return found.get
 
 
-def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, where: str) -> None:
+def _replace(model: Model, name: str, layer: QuantizedLinear, dtype: torch.dtype, where: str) -> None:
     """Puts a packed layer where the skeleton has a float one of the same shape."""
     old = model.get_submodule(name)
     shape = layer.out_features, layer.in_features
@@ -219,6 +220,8 @@ def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, w
         raise InputError(f"{where} holds {list(shape)} weights, the model expects {list(expected)}")
     new: nn.Module = layer
     if isinstance(old, nn.Embedding):
+        if not isinstance(layer, PackedLinear):
+            raise InputError(f"{where} is an embedding on a codebook, which is not read")
         new = PackedEmbedding(layer, dtype=dtype, embed_scale=getattr(old, "embed_scale", None))
     else:
         wants_bias = old.bias is not None

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
@@ -80,6 +81,7 @@ class Plan:
     """The rounder."""
     settings: Any
     options: QuantizeOptions
+    """With the format that was chosen."""
     checkpoint: Checkpoint
     skeleton: Any
     layout: Layout
@@ -112,7 +114,8 @@ class Plan:
     @property
     def codec(self) -> Codec:
         """How linears are stored."""
-        return CODECS["float" if self.algorithm is KEEP_FLOAT else self.options.format]
+        assert self.options.format is not None
+        return CODECS[self.options.format]
 
     def float_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What a float tensor of the input is written in."""
@@ -180,9 +183,10 @@ class Plan:
         scheme = self.default
         bits = str(scheme.bits) if self.budget is None else ", ".join(map(str, self.budget.widths))
         group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        kind = scheme.codebook or ("sym" if scheme.symmetric else "asym")
         return [
             ("algorithm", _words(Step(self.algorithm, self.settings))),
-            ("scheme", f"{bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
+            ("scheme", f"{bits} bits, group size {group}, {kind}"),
             *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
             ("format", self.codec.name),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
@@ -238,6 +242,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     """
     *transforms, rounder = _resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
+    options = replace(options, format=_resolve_format(options.format, algorithm))
+    codec = CODECS[options.format or ""]
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     _refuse_quantized(checkpoint, folder)
@@ -259,11 +265,18 @@ def make_plan(options: QuantizeOptions) -> Plan:
     if online is not None:
         rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
-    codec = CODECS[options.format]
-    default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
+    default = Scheme(
+        options.bits,
+        options.group_size,
+        options.symmetric,
+        codec.lowest_zero,
+        algorithm.codebook,
+        getattr(settings, "double_quant", False),
+    )
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
     settings = _with_zero_points(settings, codec, targets)
-    _refuse_format(codec, options, targets, default, settings, layout)
+    experts = {n for n in targets if isinstance(skeleton.get_submodule(n.rpartition(".")[0]), Expert)}
+    _refuse_format(codec, options, targets, default, Step(algorithm, settings), layout, experts)
     untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
@@ -355,6 +368,8 @@ def _resolve_steps(options: QuantizeOptions) -> list[Step]:
             )
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
+    if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
+        raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
     _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
@@ -374,8 +389,21 @@ def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format not in (QuantizeOptions.format, "float"):
+    if options.format not in (None, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
+
+
+def _resolve_format(asked: str | None, algorithm: Algorithm) -> str:
+    """The format that was asked for, or the algorithm's own."""
+    if asked is None:
+        return algorithm.formats[0]
+    if asked not in algorithm.formats:
+        able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
+        raise UsageError(
+            f"format {asked} cannot hold what {algorithm.name} makes: {', '.join(algorithm.formats)} can",
+            hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
+        )
+    return asked
 
 
 def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
@@ -474,7 +502,7 @@ def _with_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]
 
 
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
-    packed = CODECS[options.format].packed_bytes
+    packed = CODECS[options.format or ""].packed_bytes
     if packed is None:
         return rows * columns * DTYPES.get(options.dtype, stored).itemsize
     return packed(rows, columns, scheme)
@@ -485,12 +513,13 @@ def _refuse_format(
     options: QuantizeOptions,
     targets: Mapping[str, Target],
     default: Scheme,
-    settings: Any,
+    rounder: Step,
     layout: Layout,
+    experts: Set[str],
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
+    formats, settings = rounder.algorithm.formats, rounder.settings
     desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
-    hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
     for target in targets.values():
         held = Held(
             target.rows,
@@ -500,16 +529,18 @@ def _refuse_format(
             not desc_act,
             fractions and not target.scheme.symmetric,
             target.transposed,
+            target.name in experts,
         )
         why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
         if why is not None:
-            others = [n for n, c in CODECS.items() if c.why_not(held) is None and n != codec.name]
+            others = [n for n in formats if n != codec.name and CODECS[n].why_not(held) is None]
             raise UsageError(
                 f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )
     if options.quantize_embeddings and codec.name != "gptq":
+        hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
         raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 
 
