@@ -38,7 +38,7 @@ def test_the_options_name_every_format():
 
 @pytest.mark.parametrize("codec", PACKED, ids=lambda c: c.name)
 @given(
-    bits=st.integers(2, 8), rows=st.integers(1, 50), columns=st.integers(1, 200),
+    bits=st.integers(1, 8), rows=st.integers(1, 50), columns=st.integers(1, 200),
     group=st.sampled_from([16, 24, 32, -1]), symmetric=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
