@@ -234,3 +234,27 @@ def awq(W, H, bits, g, n_grid, rows=None):
         if loss(s) < least:
             best, least = s, loss(s)
     return best
+
+
+def per_token(x, bits, symmetric, g, clip):
+    """Entry by entry; float32 as the fast one, so that they agree exactly."""
+    out = np.zeros(x.shape, np.float32)
+    f = np.float32
+    for at in np.ndindex(x.shape[:-1]):
+        size = x.shape[-1] if g == -1 else g
+        for i in range(0, x.shape[-1], size):
+            row = x[at][i : i + size].astype(np.float32)
+            low, high = f(min(row.min(), 0)) * f(clip), f(max(row.max(), 0)) * f(clip)
+            if low == high == 0:
+                continue
+            for j, v in enumerate(row):
+                if symmetric:
+                    s = f(max(high, -low)) / f(2 ** (bits - 1) - 1)
+                    code = min(max(np.round(v / s), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
+                    out[at][i + j] = f(code) * s
+                else:
+                    s = (high - low) / f(2**bits - 1)
+                    z = np.round(-low / s)
+                    code = min(max(np.round(v / s) + z, 0), 2**bits - 1)
+                    out[at][i + j] = f(code - z) * s
+    return out

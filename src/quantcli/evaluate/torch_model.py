@@ -11,6 +11,7 @@ from quantcli.errors import InputError
 from quantcli.models.linear import PackedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes
+from quantcli.options import SimulationOptions
 
 __all__ = ["TorchModel"]
 
@@ -18,10 +19,16 @@ __all__ = ["TorchModel"]
 class TorchModel:
     """Implements `LanguageModel`."""
 
-    def __init__(self, folder: Path, device: str | torch.device | None, trust_remote_code: bool):
+    def __init__(
+        self,
+        folder: Path,
+        device: str | torch.device | None,
+        trust_remote_code: bool,
+        simulation: SimulationOptions | None = None,
+    ):
         """Opens a folder; see `models.load.load` for what it raises."""
         self.folder = folder
-        self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code)
+        self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code, simulation=simulation)
         self._device = self._model.device
         text_config = self._model.config.get_text_config()
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
