@@ -107,7 +107,7 @@ def _groups_hold_whole_words(group: NDArray[np.int32], bits: int) -> bool:
 
 @cache
 def _whole_words_kernel(bits: int) -> Callable[..., None]:
-    """The product for 2, 4 or 8 bits: with constant shifts a word's codes are unrolled, which takes half the time."""
+    """The product for bits that divide 32: with constant shifts a word's codes are unrolled, in half the time."""
     per = 32 // bits
     mask = np.uint32((1 << bits) - 1)
 
