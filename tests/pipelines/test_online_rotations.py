@@ -66,12 +66,13 @@ def test_the_function_stays(family, mode, tmp_path):
     settings = {**ONLINE, "rotate_mode": mode}
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         source = families.save(noisy(families.build(family)).to(dtype), tmp_path / f"source-{dtype}")
-        output, offline = tmp_path / f"rotated-{dtype}", tmp_path / f"offline-{dtype}"
+        output, offline = tmp_path / f"rotated-{dtype}", tmp_path / "offline"
         quantize.run(QuantizeOptions(str(source), output, "quarot", settings=settings))
-        quantize.run(QuantizeOptions(str(source), offline, "quarot", settings={"rotate_mode": mode}))
-        found, other = Checkpoint.open(output / "model"), Checkpoint.open(offline / "model")
-        changed = {n for n in found.entries if not torch.equal(found.read(n), other.read(n))}
-        assert changed == {n for n in found.entries if n.endswith(("down_proj.weight", ".w2.weight"))}
+        if dtype == torch.float32:
+            quantize.run(QuantizeOptions(str(source), offline, "quarot", settings={"rotate_mode": mode}))
+            found, other = Checkpoint.open(output / "model"), Checkpoint.open(offline / "model")
+            changed = {n for n in found.entries if not torch.equal(found.read(n), other.read(n))}
+            assert changed == {n for n in found.entries if n.endswith(("down_proj.weight", ".w2.weight"))}
         wanted = logits(source, dtype)
         assert (logits(output, dtype) - wanted).abs().max() < tolerance * wanted.abs().max()
 
@@ -217,7 +218,9 @@ def test_evaluate_from_the_command_line(source, rotated, text, capsys):
         "mode": "hadamard",
         "seed": 0,
     }
-    assert "activations 4 bits sym per token, clip 1; keys 4 bits, values 4 bits, asym" in err
+    assert found["simulated"]["a_clip_ratio"] == 1 and found["simulated"]["k_clip_ratio"] == 0.95
+    said = "activations 4 bits sym per token, clip 1; keys 4 bits asym per token and head, clip 0.95; values 4 bits"
+    assert said in " ".join(err.split())
     assert app.run([*words[:-1], "--v-bits", "4"]) == 0
     assert "R3 and R4 at run time" in " ".join(capsys.readouterr().out.split())
 
