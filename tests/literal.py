@@ -82,6 +82,49 @@ def rtn(W, S, Z, bits, g):
     return np.clip(np.round(W / expand(S, g, K)) + expand(Z, g, K), 0, 2**bits - 1)
 
 
+def hqq(W, bits, g, symmetric, whole, fit_scale, p=0.7, beta=10.0, kappa=1.01, iterations=20, lowest_zero=0):
+    """Half-quadratic splitting, group by group and weight by weight: codes, S, Z of the least lp error that came by."""
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    S, Z = minmax_grid(W, bits, g, symmetric, lowest_zero)
+    C, G = np.zeros(W.shape), S.shape[1]
+    for r in range(len(W)):
+        for i in range(G):
+            w = W[r, i * g : (i + 1) * g]
+            n = len(w)
+            s, z, best, last = S[r, i], Z[r, i], np.inf, np.inf
+            if not (whole or symmetric):  # the grid of round-to-nearest, then one with fractions that meets both ends
+                C[r, i * g : (i + 1) * g] = c = np.clip(np.round(w / s + z), 0, top)
+                best, z = sum(abs(x) ** p for x in w - (c - z) * s), float(np.float16(-min(w.min(), 0) / s))
+            for turn in range(iterations + 1):
+                c, t, error = np.zeros(n), np.zeros(n), 0.0
+                for k in range(n):
+                    c[k] = np.round(w[k] / s) + z if whole or symmetric else np.round(w[k] / s + z)
+                    c[k] = min(max(c[k], 0), top)
+                    x = w[k] - (c[k] - z) * s
+                    error += abs(x) ** p
+                    e = np.sign(x) * max(abs(x) - abs(x) ** (p - 1) / (beta * kappa**turn), 0) if x else 0
+                    t[k] = w[k] - e
+                if error < best:
+                    best, S[r, i], Z[r, i], C[r, i * g : (i + 1) * g] = error, s, z, c
+                if error >= last or turn == iterations:
+                    break
+                last = error
+                if symmetric:
+                    level = c - middle
+                    s = fp16(level @ t / (level @ level)) if fit_scale and (level @ level) and level @ t else s
+                    continue
+                if fit_scale and c.std() > 0:  # the regression line of t on c
+                    slope = np.polyfit(c, t, 1)[0]
+                    slope = slope if slope > 0 else s
+                    if whole:
+                        level = c - np.clip(np.round(c.mean() - t.mean() / slope), lowest_zero, top)
+                        slope = level @ t / (level @ level)
+                    s = fp16(slope) if slope > 0 else s
+                z = c.mean() - t.mean() / s
+                z = np.clip(np.round(z), lowest_zero, top) if whole else float(np.float16(z))
+    return C, S, Z
+
+
 def inverse_factor(H, damp):
     """The textbook way: invert, then Cholesky."""
     damped = H + damp * np.mean(np.diag(H)) * np.eye(len(H))

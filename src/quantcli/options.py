@@ -13,6 +13,7 @@ from quantcli.scheme import PER_CHANNEL
 
 __all__ = [
     "FORMATS",
+    "MIXED_BITS",
     "PRESETS",
     "CalibrationOptions",
     "CaptureOptions",
@@ -24,9 +25,10 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "float")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
+MIXED_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,13 @@ class QuantizeOptions:
     """Input columns that share a scale; -1 is one scale per output row."""
     symmetric: bool = False
     """Symmetric grid (zero point fixed in the middle) or asymmetric."""
+    target_bits: float | None = None
+    """Mixed bits: the average of stored bits per quantized weight, scales and zero points included, as runs report it;
+    met within 1% below. Which linear gets how many bits is chosen by measuring what each costs."""
+    target_size: int | None = None
+    """Mixed bits: the size of the written weight files, float tensors included, as 60MB; met within 1% below."""
+    mixed_bits: tuple[int, ...] = ()
+    """Bits to choose from with a target, as 3,4,8. Default: what algorithm and format can do of 2,3,4,8."""
     quantize_lm_head: bool = False
     """Quantize the output head too; a head tied to the embedding gets its own codes."""
     quantize_embeddings: bool = False
@@ -227,7 +236,8 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
     format: str = "gptq"
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits) or float (dequantized, which every tool reads)."""
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized) or float (dequantized,
+    which every tool reads)."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -256,8 +266,8 @@ class QuantizeOptions:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
         if self.simulation.simulates and not self.evaluate:
@@ -265,6 +275,33 @@ class QuantizeOptions:
                 "--a-bits, --k-bits and --v-bits are simulated when a result is evaluated; a checkpoint holds weights",
                 hint="add --evaluate, or give them to `quantcli evaluate`",
             )
+        self._check_mixed()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the bits of each linear are chosen to meet a target."""
+        return self.target_bits is not None or self.target_size is not None
+
+    def matching(self, name: str) -> list[Override]:
+        """Overrides of the linear of that name, the last of which wins."""
+        return [override for override in self.overrides if re.search(override.pattern, name)]
+
+    def _check_mixed(self) -> None:
+        if self.target_bits is not None and self.target_size is not None:
+            raise UsageError("--target-bits and --target-size exclude each other", hint="leave one out")
+        if not self.mixes:
+            if self.mixed_bits:
+                raise UsageError("--mixed-bits needs a target", hint="add --target-bits 3.5 or --target-size 60MB")
+            return
+        flag = "--target-bits" if self.target_bits is not None else "--target-size"
+        if self.bits != QuantizeOptions.bits:
+            raise UsageError(f"--bits and {flag} exclude each other", hint="say what to mix with --mixed-bits 3,4")
+        if self.mixed_bits and len(set(self.mixed_bits)) < 2:
+            raise UsageError("--mixed-bits needs two different numbers or more", hint="write --mixed-bits 3,4")
+        if any(not 1 <= bits <= 8 for bits in self.mixed_bits):
+            raise UsageError(f"--mixed-bits are 1 to 8, got {', '.join(map(str, self.mixed_bits))}")
+        if (self.target_bits or self.target_size or 0) <= 0:
+            raise UsageError(f"{flag} must be above 0, got {self.target_bits or self.target_size or 0}")
 
 
 @dataclass(frozen=True)

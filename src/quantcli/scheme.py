@@ -19,7 +19,7 @@ class Scheme:
     """
 
     bits: int = 4
-    """Bits per weight, 2 to 8."""
+    """Bits per weight, 1 to 8."""
     group_size: int = 128
     """Input columns that share a scale, 16 or more; -1 is one scale per output row. The last group of a row is
     shorter where the group size does not divide the row."""
@@ -29,8 +29,8 @@ class Scheme:
     """Smallest zero point that the target format can hold (GPTQ v1: 1)."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if not 0 <= self.lowest_zero < self.levels:

@@ -39,7 +39,7 @@ class Algorithm:
     """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes."""
-    formats: tuple[str, ...] = ("gptq", "awq", "float")
+    formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
     """Formats that hold its result exactly."""
     scope: Literal["stage", "model"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""

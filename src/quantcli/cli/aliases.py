@@ -69,7 +69,7 @@ class Refused:
 
 Alias = Rename | Words | Switch | Rounder | Dropped | Refused
 
-_BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in (2, 3, 4, 5, 6, 7, 8) for sign in ("", "u")}
+_BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in range(1, 9) for sign in ("", "u")}
 _SHOWN = 5
 _GENAI, _TORCH = ("--exporter", "genai"), ("--exporter", "torch")
 

@@ -25,4 +25,5 @@ CODEC = Codec(
     unpack=None,
     config=lambda described: None,
     packed_bytes=None,
+    float_zeros=True,
 )

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.errors import InputError
 from quantcli.formats import gptq
-from quantcli.formats.bitpack import pack_rows, packed_words
+from quantcli.formats.bitpack import pack_rows
 from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_on_device
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
@@ -55,7 +54,7 @@ class PackedLinear(nn.Module):
             InputError: the shapes do not fit together.
         """
         super().__init__()
-        self.out_features, self.in_features = _checked_shape(tensors, scheme)
+        self.out_features, self.in_features = gptq.check(tensors, scheme)
         self.scheme, self.version, self.cache = scheme, version, cache
         for name in ("qweight", "qzeros", "scales"):
             self.register_buffer(name, tensors[name].contiguous())
@@ -71,6 +70,8 @@ class PackedLinear(nn.Module):
         cls, tensor: QuantizedTensor, *, bias: Tensor | None = None, cache: bool = False
     ) -> "PackedLinear":
         """Packs a tensor in the v2 layout, which holds every zero point."""
+        if tensor.has_float_zeros:
+            raise AssertionError("packed layers hold whole zero points")
         bits = tensor.scheme.bits
         tensors = {
             "qweight": pack_rows(tensor.codes.T, bits),
@@ -184,35 +185,6 @@ class PackedLinear(nn.Module):
     def _blocks(self) -> list[tuple[int, int]]:
         step = max(256, _BLOCK_ELEMENTS // self.in_features // 256 * 256)
         return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
-
-
-def _checked_shape(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
-    """(N, K) of one linear, once its tensors are known to fit together: kernels do not check bounds."""
-    for name in ("qweight", "qzeros", "scales"):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise InputError(f"{name} is missing or has not 2 axes")
-    qweight, qzeros, scales, given = (tensors.get(name) for name in gptq.PARTS)
-    assert qweight is not None and qzeros is not None and scales is not None
-    groups, rows = scales.shape
-    columns = len(qweight) * 32 // scheme.bits if given is None else given.numel()
-    checks = (
-        ("qweight", qweight, (packed_words(columns, scheme.bits), rows)),
-        ("qzeros", qzeros, (scheme.group_count(columns), packed_words(rows, scheme.bits))),
-        ("scales", scales, (scheme.group_count(columns), rows)),
-    )
-    for name, tensor, shape in checks:
-        if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for {scheme.bits} bits, "
-                f"group size {scheme.group_size}, {rows} outputs and {columns} inputs"
-            )
-    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
-        raise InputError(f"qweight and qzeros are {qweight.dtype} and {qzeros.dtype}, expected torch.int32")
-    if not (scales.is_floating_point() and bool(torch.isfinite(scales).all())):
-        raise InputError(f"scales ({scales.dtype}) are not finite numbers")
-    if given is not None and not 0 <= int(given.min()) <= int(given.max()) < groups:
-        raise InputError(f"g_idx names groups {int(given.min())} to {int(given.max())}, there are {groups}")
-    return rows, columns
 
 
 class _PackedProduct(torch.autograd.Function):

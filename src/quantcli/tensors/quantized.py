@@ -28,7 +28,7 @@ class QuantizedTensor:
     scale: Tensor
     """[N, G] in the dtype that is stored (float16); may be negative where the grid is symmetric."""
     zero: Tensor
-    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels)."""
+    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels), or float16 of any value where the format holds fractions."""
     scheme: Scheme
     group: Tensor
     """[K] int32 in [0, G): the group of each column; arange(K) // group_size unless act-order is `desc_act`."""
@@ -39,6 +39,11 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def has_float_zeros(self) -> bool:
+        """Whether zero points are fractions of a step, which few formats hold."""
+        return self.zero.is_floating_point()
+
+    @property
     def ordered(self) -> bool:
         """Whether groups are runs of neighbouring columns, as kernels without `g_idx` need."""
         return bool(torch.equal(self.group, group_index(self.codes.shape[1], self.scheme, self.group.device)))
@@ -47,7 +52,8 @@ class QuantizedTensor:
         """The [N, K] matrix that a loader sees; computed in float32, then cast to `dtype`."""
         if self.codes.device.type == "cpu":
             out = torch.empty(self.codes.shape, dtype=torch.float32)
-            arrays = (self.codes, self.scale.float(), self.zero, self.group)
+            zero = self.zero.float() if self.has_float_zeros else self.zero
+            arrays = (self.codes, self.scale.float(), zero, self.group)
             kernels.expand(*(a.contiguous().numpy() for a in arrays), out.numpy())
             return out.to(dtype)
         group = self.group.long()
