@@ -4,7 +4,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,15 @@ class SimulationOptions:
     """Bits of cached values, one grid per token and head, 2 to 8; 16 leaves them float."""
     a_symmetric: bool = True
     """Symmetric or asymmetric grids for activations."""
-    a_clip_ratio: float = 0.9
-    """Share of a token's range that its grid spans."""
+    a_clip_ratio: float | None = None
+    """Share of a token's range that its grid spans. Default: 0.9 below 8 bits, as in QuaRot; 1 at 8, where clipping
+    costs more than it gains."""
     kv_symmetric: bool = False
     """Symmetric or asymmetric grids for keys and values."""
     kv_group_size: int = -1
     """Entries of a head that share a grid; -1 is the whole head."""
-    kv_clip_ratio: float = 0.95
-    """Share of a head's range that its grid spans."""
+    kv_clip_ratio: float | None = None
+    """Share of a head's range that its grid spans. Default: 0.95 below 8 bits, as in QuaRot; 1 at 8."""
 
     def __post_init__(self) -> None:
         for name in ("a_bits", "k_bits", "v_bits"):
@@ -101,10 +102,9 @@ class SimulationOptions:
             if not 2 <= bits <= 8 and bits != FLOAT_BITS:
                 raise UsageError(f"--{name.replace('_', '-')} must be 2 to 8, or 16 for none, got {bits}")
         for name in ("a_clip_ratio", "kv_clip_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name):g}"
-                )
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 < ratio <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {ratio:g}")
         if self.kv_group_size != -1 and self.kv_group_size < 2:
             raise UsageError(f"--kv-group-size must be 2 or more, or -1 for the head, got {self.kv_group_size}")
         self._refuse_idle("a", self.a_bits == FLOAT_BITS, "--a-bits")
@@ -115,18 +115,37 @@ class SimulationOptions:
         """Whether anything is rounded."""
         return (self.a_bits, self.k_bits, self.v_bits) != (FLOAT_BITS,) * 3
 
+    @property
+    def activation_clip(self) -> float:
+        """The share of a token's range that is used."""
+        return _clip_ratio(self.a_clip_ratio, self.a_bits, 0.9)
+
+    def cache_clip(self, bits: int) -> float:
+        """The share of a head's range that is used for keys or values of so many bits."""
+        return _clip_ratio(self.kv_clip_ratio, bits, 0.95)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values of what is rounded, defaults filled in."""
+        values = asdict(self)
+        del values["kv_clip_ratio"]
+        used: dict[str, tuple[int, float]] = {
+            "a": (self.a_bits, self.activation_clip),
+            "k": (self.k_bits, self.cache_clip(self.k_bits)),
+            "v": (self.v_bits, self.cache_clip(self.v_bits)),
+        }
+        return values | {f"{n}_clip_ratio": None if b == FLOAT_BITS else clip for n, (b, clip) in used.items()}
+
     def describe(self) -> str:
         """What is rounded, in words."""
         parts = []
         if self.a_bits != FLOAT_BITS:
             kind = "sym" if self.a_symmetric else "asym"
-            parts.append(f"activations {self.a_bits} bits {kind} per token, clip {self.a_clip_ratio:g}")
-        if not self.k_bits == self.v_bits == FLOAT_BITS:
-            kind = "sym" if self.kv_symmetric else "asym"
-            group = "head" if self.kv_group_size == -1 else f"{self.kv_group_size} entries of a head"
-            bits = [f"{name} {'float' if b == FLOAT_BITS else f'{b} bits'}" for name, b in
-                    (("keys", self.k_bits), ("values", self.v_bits))]  # fmt: skip
-            parts.append(f"{', '.join(bits)}, {kind} per token and {group}, clip {self.kv_clip_ratio:g}")
+            parts.append(f"activations {self.a_bits} bits {kind} per token, clip {self.activation_clip:g}")
+        kind = "sym" if self.kv_symmetric else "asym"
+        group = "head" if self.kv_group_size == -1 else f"{self.kv_group_size} entries of a head"
+        for name, bits in (("keys", self.k_bits), ("values", self.v_bits)):
+            if bits != FLOAT_BITS:
+                parts.append(f"{name} {bits} bits {kind} per token and {group}, clip {self.cache_clip(bits):g}")
         return "; ".join(parts)
 
     def _refuse_idle(self, prefix: str, idle: bool, needed: str) -> None:
@@ -138,6 +157,10 @@ class SimulationOptions:
                     spec.name, "--" + spec.name.replace("_", "-")
                 )
                 raise UsageError(f"{flag} would have no effect without {needed}", hint=f"add {needed} 4")
+
+
+def _clip_ratio(given: float | None, bits: int, few: float) -> float:
+    return given if given is not None else few if bits < 8 else 1.0
 
 
 @dataclass(frozen=True)

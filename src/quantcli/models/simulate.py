@@ -47,7 +47,9 @@ def round_inputs(model: nn.Module, linears: tuple[str, ...], options: Simulation
     """Rounds what each of the linears is given, by hooks that come after those that are there."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = quantize_per_token(args[0], options.a_bits, symmetric=options.a_symmetric, clip_ratio=options.a_clip_ratio)
+        x = quantize_per_token(
+            args[0], options.a_bits, symmetric=options.a_symmetric, clip_ratio=options.activation_clip
+        )
         return (x, *args[1:])
 
     for name in linears:
@@ -128,5 +130,5 @@ class _Attention:
             bits,
             symmetric=options.kv_symmetric,
             group_size=options.kv_group_size,
-            clip_ratio=options.kv_clip_ratio,
+            clip_ratio=options.cache_clip(bits),
         )

@@ -107,7 +107,7 @@ def _simulated(simulation: SimulationOptions, folder: Path) -> dict[str, Any] | 
         return None
     online = OnlineRotations.of(read_config(folder))
     rotations = None if online is None else asdict(online)
-    return asdict(simulation) | {"online_rotations": rotations, "description": simulation.describe()}
+    return simulation.resolved() | {"online_rotations": rotations, "description": simulation.describe()}
 
 
 def _windows(options: EvaluateOptions, model: Path, reference: Path | None) -> tuple[Tensor, str]:
