@@ -193,7 +193,7 @@ def _read_nested(tensors: Mapping[str, Tensor], values: Mapping[str, Any], block
 
 def _parse(state: Tensor) -> dict[str, Any]:
     try:
-        values = json.loads(bytes(state.to(torch.uint8).tolist()).decode())
+        values = json.loads(bytes(state.reshape(-1).to(torch.uint8).tolist()).decode())
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"weight.quant_state is not JSON ({type(error).__name__})") from error
     if not isinstance(values, dict):
