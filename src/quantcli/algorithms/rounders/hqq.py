@@ -1,9 +1,9 @@
 """HQQ, half-quadratic quantization (https://mobiusml.github.io/hqq_blog/, Badri and Shaji 2023): no data.
 
 Weights have heavy tails. Round-to-nearest's range serves the largest of them; the lp norm with p below 1 serves the
-many and lets outliers be wrong. Splitting makes it solvable: an error matrix that takes large errors in by shrinkage, and a
-grid fitted to the rest, in turn (`tensors.half_quadratic`). Each group keeps the best grid that came by in the lp norm,
-round-to-nearest's own among them.
+many and lets outliers be wrong. Splitting makes it solvable: an error matrix that takes large errors in by shrinkage,
+and a grid fitted to the rest, in turn (`tensors.half_quadratic`). Each group keeps the best grid that came by in the lp
+norm, round-to-nearest's own among them.
 
 The paper moves the zero point and leaves the scale as it is. With whole zero points nothing moves then: the zero that
 round-to-nearest has is the one that its codes ask for. So the scale is fitted too here, by the same least squares;
