@@ -81,11 +81,15 @@ class Codec:
     """Whether `pack` takes a second argument: the dtype that the weight would have as a float tensor."""
     float_zeros: bool = False
     """Whether it holds zero points that are no whole numbers."""
+    codebooks: bool = False
+    """Whether it holds codes of a codebook."""
 
     def why_not(self, held: Held) -> str | None:
         """Why it cannot hold a linear exactly; None where it can."""
         if held.float_zeros and not self.float_zeros:
             return "it holds whole zero points only"
+        if held.scheme.codebook is not None and not self.codebooks:
+            return "it holds uniform grids, not a codebook"
         return self.refuse(held)
 
 
