@@ -211,6 +211,13 @@ def test_awq_golden_words():
 
 def test_awq_config_reads_back():
     scheme = Scheme(4, 128)
-    config = awq.CODEC.config(Described(scheme, {}, ["lm_head"], desc_act=False, lm_head=False, producer="p"))
+    kept = ["m.0.attn.o", "m.1.attn.o", "m.0.mlp.up", "m.1.mlp.gate"]
+    quantized = ["m.1.mlp.up", "m.0.mlp.gate_x"]
+    config = awq.CODEC.config(Described(scheme, {}, kept, False, False, "p", quantized=quantized))
     assert awq.scheme_of(config) == scheme
-    assert config["modules_to_not_convert"] == ["lm_head"]
+    # the name within a block where it says enough: not where another block has it quantized, nor as part of a name
+    assert config["modules_to_not_convert"] == ["attn.o", "m.0.mlp.up", "m.1.mlp.gate"]
+    assert [p.replace("\\", "") for p in config["dynamic"]] == [f"-:^{name}$" for name in kept]
+    config = awq.CODEC.config(Described(scheme, {}, [], False, False, "p"))
+    assert config["modules_to_not_convert"] is None
+    assert "dynamic" not in config

@@ -51,6 +51,8 @@ class Described:
     """Name and version of the tool."""
     damp_percent: float | None = None
     """Damping that the solver began with, if any."""
+    quantized: Sequence[str] = ()
+    """Linears that are quantized, by module name."""
     float_linears: Sequence[str] = ()
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
     dtype: torch.dtype = torch.float32
