@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 __all__ = ["write_page"]
@@ -77,7 +78,7 @@ def _circumstances(found: Mapping[str, Any]) -> str:
     busy = max((cell["load"] for cell in found["cells"].values()), default=0)
     if busy > 1.5 * machine["cores"]:
         words += f" The machine was busy (load {busy:.0f}): seconds mislead."
-    return words
+    return fill(words, 120, break_on_hyphens=False)
 
 
 def _matrix(title: str, own: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str], show: Any) -> str:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
+from quantcli.cli.evaluate import SIMULATION_STYLES
 from quantcli.cli.flags import parse_settings, parse_size
 from quantcli.errors import UsageError
 from quantcli.options import DTYPES, FORMATS, PRESETS, Override, QuantizeOptions
@@ -97,10 +98,12 @@ COMMAND = Command(
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
         "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),
+        **SIMULATION_STYLES,
     },
     settings={"damp_percent": ("damp_percent", None), "desc_act": ("order", "desc_act")},
     panels={
         "Calibration": ("calibration", "correct_earlier"),
+        "Simulation": ("simulation",),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
     },
     examples=(

@@ -29,6 +29,8 @@ class Held:
     """Whether its zero points are fractions of a step."""
     transposed: bool = False
     """Whether the model keeps the matrix as [K, N] (GPT-2's Conv1D)."""
+    expert: bool = False
+    """Whether it is one of many experts, which transformers keeps in one tensor."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Described:
     """Damping that the solver began with, if any."""
     float_linears: Sequence[str] = ()
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
+    dtype: torch.dtype = torch.float32
+    """What the linears would have been stored in as float tensors."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,16 @@ class Codec:
     """Smallest zero point that it can hold."""
     refuse: Callable[[Held], str | None]
     """Why it cannot hold a linear, of what is its own to say; see `why_not`."""
-    pack: Callable[[QuantizedTensor], dict[str, Tensor]]
-    """The stored tensors by the last part of their name."""
+    pack: Callable[..., dict[str, Tensor]]
+    """Of a QuantizedTensor, the stored tensors by the part of their name that follows the module's."""
     unpack: Callable[[Mapping[str, Tensor], Scheme], QuantizedTensor] | None
     """Reads them back; None where only the float weight is stored."""
     config: Callable[[Described], dict[str, Any] | None]
     """`quantization_config` of config.json; None where there is none."""
     packed_bytes: Callable[[int, int, Scheme], int] | None
     """Bytes of a linear of N rows and K columns; None where it is an ordinary tensor."""
+    takes_dtype: bool = False
+    """Whether `pack` takes a second argument: the dtype that the weight would have as a float tensor."""
     float_zeros: bool = False
     """Whether it holds zero points that are no whole numbers."""
 

@@ -16,7 +16,7 @@ from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_o
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["PackedEmbedding", "PackedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "QuantizedLinear"]
 
 # Rows of input up to which unpacking in registers beats dequantizing and a matrix product, measured on 2 cores.
 _FEW_ROWS = 16
@@ -24,8 +24,101 @@ _FEW_ROWS = 16
 _BLOCK_ELEMENTS = 1 << 23
 
 
-class PackedLinear(nn.Module):
-    """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias."""
+class QuantizedLinear(nn.Module):
+    """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias.
+
+    Subclasses keep the codes and say how outputs are dequantized.
+    """
+
+    frozen: tuple[str, ...]
+    """Names of the buffers that are part of the codes' meaning and keep their dtype."""
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, cache: bool):
+        """Takes N, K, a bias [N] of any float dtype, and whether the float weight is kept once it was computed."""
+        super().__init__()
+        self.out_features, self.in_features, self.cache = out_features, in_features, cache
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._dense: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        raise NotImplementedError
+
+    def quantized(self) -> QuantizedTensor:
+        """The codes and scales, unpacked."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight [N, K]."""
+        return self._transposed(0, self.out_features).to(dtype).T.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies.
+
+        Args:
+            x: [..., K], any float dtype. On CPU the product is taken in float32, elsewhere in x's dtype.
+
+        Returns:
+            [..., N] in x's dtype.
+        """
+        out: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        # `model.to(dtype)` must not touch what is stored: scales are part of the codes' meaning
+        self._forget()
+        stored = {name: getattr(self, name) for name in self.frozen}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in stored.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def _forget(self) -> None:
+        """Drops what was derived from the buffers."""
+        self._dense = None
+
+    def _transposed(self, start: int, stop: int) -> Tensor:
+        """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
+        raise NotImplementedError
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """[M, K] to [M, N], both in the dtype that the device computes in."""
+        if self.cache:
+            return rows @ self._cached(rows.dtype)
+        blocks = self._blocks()
+        if len(blocks) == 1:
+            return rows @ self._transposed(0, self.out_features).to(rows.dtype)
+        out = rows.new_empty(rows.shape[0], self.out_features)
+        for start, stop in blocks:
+            out[:, start:stop] = rows @ self._transposed(start, stop).to(rows.dtype)
+        return out
+
+    def _multiply_transposed(self, rows: Tensor) -> Tensor:
+        """[M, N] to [M, K]: the gradient of the input."""
+        if self.cache:
+            return rows @ self._cached(rows.dtype).T
+        out = rows.new_zeros(rows.shape[0], self.in_features)
+        for start, stop in self._blocks():
+            out += rows[:, start:stop] @ self._transposed(start, stop).to(rows.dtype).T
+        return out
+
+    def _cached(self, dtype: torch.dtype) -> Tensor:
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self._transposed(0, self.out_features).to(dtype)
+        return self._dense
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        step = max(256, _BLOCK_ELEMENTS // self.in_features // 256 * 256)
+        return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
+
+
+class PackedLinear(QuantizedLinear):
+    """A linear in the layout of GPTQ checkpoints."""
+
+    frozen = gptq.PARTS
 
     qweight: Tensor
     qzeros: Tensor
@@ -53,17 +146,14 @@ class PackedLinear(nn.Module):
         Raises:
             InputError: the shapes do not fit together.
         """
-        super().__init__()
-        self.out_features, self.in_features = gptq.check(tensors, scheme)
-        self.scheme, self.version, self.cache = scheme, version, cache
+        super().__init__(*gptq.check(tensors, scheme), bias, cache)
+        self.scheme, self.version = scheme, version
         for name in ("qweight", "qzeros", "scales"):
             self.register_buffer(name, tensors[name].contiguous())
         given = tensors.get("g_idx")
         group = group_index(self.in_features, scheme, tensors["qweight"].device) if given is None else given
         self.register_buffer("g_idx", group)
-        self.bias = None if bias is None else nn.Parameter(bias)
         self._grid: tuple[Tensor, Tensor, Tensor] | None = None
-        self._dense: Tensor | None = None
 
     @classmethod
     def from_quantized(
@@ -93,23 +183,7 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The codes, scales and zeros, unpacked."""
-        return gptq.unpack(self._stored(), self.scheme, self.version)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float weight [N, K]."""
-        return self._transposed(0, self.out_features).to(dtype).T.contiguous()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiplies.
-
-        Args:
-            x: [..., K], any float dtype. On CPU the product is taken in float32, elsewhere in x's dtype.
-
-        Returns:
-            [..., N] in x's dtype.
-        """
-        out: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return gptq.unpack({name: getattr(self, name) for name in gptq.PARTS}, self.scheme, self.version)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -117,20 +191,6 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, symmetric={self.scheme.symmetric}, bias={self.bias is not None}"
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        # `model.to(dtype)` must not touch what is stored: scales are part of the codes' meaning
-        self._grid = self._dense = None
-        stored = self._stored()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in stored.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        return self
-
-    def _stored(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in gptq.PARTS}
 
     def _zero_scale_group(self) -> tuple[Tensor, Tensor, Tensor]:
         """Zeros [G, N] uint8, scales [G, N] float32, groups [K] int32: what the kernels read, unpacked once."""
@@ -155,43 +215,20 @@ class PackedLinear(nn.Module):
         return (codes.float() - zero[index, start:stop].float()) * scale[index, start:stop]
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        """[M, K] to [M, N], both in the dtype that the device computes in."""
-        if self.cache:
-            return rows @ self._cached(rows.dtype)
-        if _runs_kernels(rows) and rows.shape[0] <= _FEW_ROWS:
+        if not self.cache and _runs_kernels(rows) and rows.shape[0] <= _FEW_ROWS:
             return multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
-        blocks = self._blocks()
-        if len(blocks) == 1:
-            return rows @ self._transposed(0, self.out_features).to(rows.dtype)
-        out = rows.new_empty(rows.shape[0], self.out_features)
-        for start, stop in blocks:
-            out[:, start:stop] = rows @ self._transposed(start, stop).to(rows.dtype)
-        return out
+        return super()._multiply(rows)
 
-    def _multiply_transposed(self, rows: Tensor) -> Tensor:
-        """[M, N] to [M, K]: the gradient of the input."""
-        if self.cache:
-            return rows @ self._cached(rows.dtype).T
-        out = rows.new_zeros(rows.shape[0], self.in_features)
-        for start, stop in self._blocks():
-            out += rows[:, start:stop] @ self._transposed(start, stop).to(rows.dtype).T
-        return out
-
-    def _cached(self, dtype: torch.dtype) -> Tensor:
-        if self._dense is None or self._dense.dtype != dtype:
-            self._dense = self._transposed(0, self.out_features).to(dtype)
-        return self._dense
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        step = max(256, _BLOCK_ELEMENTS // self.in_features // 256 * 256)
-        return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
+    def _forget(self) -> None:
+        super()._forget()
+        self._grid = None
 
 
 class _PackedProduct(torch.autograd.Function):
     """Keeps the codes, not the float weight, for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         rows = x.reshape(-1, layer.in_features)
         out = layer._multiply(rows.to(_compute_dtype(x)))

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats import awq, compressed_tensors, gptq, olive
+from quantcli.formats import awq, bnb, compressed_tensors, gptq, olive
 from quantcli.formats.bitpack import packed_words
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
-from quantcli.models.linear import PackedLinear
+from quantcli.models.codebook_linear import CodebookLinear
+from quantcli.models.linear import PackedLinear, QuantizedLinear
 from quantcli.scheme import Scheme
 
 __all__ = ["READERS", "Reader", "packed_names", "reader_of"]
@@ -28,12 +29,16 @@ class Reader:
     """The part that every packed module has and no other."""
     parts: tuple[str, ...]
     """All parts that it may have, `bias` aside."""
-    read: Callable[[Mapping[str, Any], str, dict[str, Tensor], Tensor | None, bool], PackedLinear]
+    read: Callable[[Mapping[str, Any], str, dict[str, Tensor], Tensor | None, bool], QuantizedLinear]
     """(quantization_config, module name, tensors by part, bias, cache) -> layer."""
     weights: Callable[[Mapping[str, Any], str, Mapping[str, TensorEntry]], tuple[int, int]]
     """(quantization_config, module name, headers by part) -> bits of a weight, number of weights."""
     uncounted: tuple[str, ...] = ()
     """Parts that are left out of the stored size: column indexes repeat their order."""
+    refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """What of a quantization_config is not read, in words; None where all is."""
+    uniform: bool = True
+    """Whether the levels are evenly spaced, as ONNX's nodes for quantized weights need."""
 
 
 def reader_of(checkpoint: Checkpoint) -> Reader:
@@ -50,7 +55,11 @@ def reader_of(checkpoint: Checkpoint) -> Reader:
             f"{checkpoint.folder} is quantized with quant_method {method!r}: {', '.join(most)} and {last} are read",
             hint="give the float model that it was made from",
         )
-    return READERS[str(method)]
+    reader = READERS[str(method)]
+    why = reader.refuse(config)
+    if why is not None:
+        raise InputError(f"{checkpoint.folder}: {why}", hint="give the float model that it was made from")
+    return reader
 
 
 def packed_names(checkpoint: Checkpoint, reader: Reader) -> list[str]:
@@ -105,6 +114,22 @@ def _awq_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, Ten
     return bits, columns * words * (32 // bits)
 
 
+def _read_bnb(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> CodebookLinear:
+    return CodebookLinear(tensors, bias=bias, cache=cache)
+
+
+def _bnb_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    return 4, 2 * entries["weight"].size_bytes
+
+
+def _refuse_bnb(config: Mapping[str, Any]) -> str | None:
+    if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
+        return "bitsandbytes checkpoint of 8 bits: nf4 and fp4 are read"
+    return None
+
+
 def _read_compressed_tensors(
     config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
 ) -> PackedLinear:
@@ -145,5 +170,14 @@ READERS: Mapping[str, Reader] = {
         uncounted=("weight_g_idx", "weight_shape"),
     ),
     olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_weights),
+    "bitsandbytes": Reader(
+        "bitsandbytes (nf4, fp4)",
+        "weight.absmax",
+        bnb.PARTS,
+        _read_bnb,
+        _bnb_weights,
+        refuse=_refuse_bnb,
+        uniform=False,
+    ),
 }
 """By `quant_method`."""

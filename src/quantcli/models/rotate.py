@@ -15,6 +15,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout
+from quantcli.models.online import OnlineRotations, down_linears
 from quantcli.models.skeleton import disk_name
 from quantcli.tensors.hadamard import Rotation
 
@@ -48,6 +49,8 @@ class _Part:
     """So many rows at the end are value heads."""
     value_columns: bool = False
     """Its columns are value heads."""
+    online: Rotation | None = None
+    """R4, through which its input comes at run time."""
     is_gain: bool = False
     """A norm's gain, which is multiplied in elsewhere."""
     source: str | None = None
@@ -101,6 +104,8 @@ class RotatedCheckpoint(Checkpoint):
             tensor[first:] = turned.to(tensor.dtype)
         if part.value_columns:
             tensor = _heads(self._head, tensor).to(tensor.dtype)
+        if part.online is not None:
+            tensor = part.online.rows(tensor).to(tensor.dtype)
         return tensor.contiguous()
 
     @property
@@ -109,7 +114,14 @@ class RotatedCheckpoint(Checkpoint):
         return self._base.size_bytes
 
 
-def rotate(checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation, head: Rotation) -> RotatedCheckpoint:
+def rotate(
+    checkpoint: Checkpoint,
+    model: Any,
+    layout: Layout,
+    stream: Rotation,
+    head: Rotation,
+    online: OnlineRotations | None = None,
+) -> RotatedCheckpoint:
     """The checkpoint through the rotations of residual stream and value heads.
 
     Args:
@@ -118,6 +130,7 @@ def rotate(checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation,
         layout: Its parts.
         stream: Of the hidden size.
         head: Of a value head's size.
+        online: R4 goes into the weights that its run-time part is in front of.
     """
     entries, kind = checkpoint.entries, model.config.model_type
     parts: dict[str, _Part] = {}
@@ -135,7 +148,7 @@ def rotate(checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation,
     parts[final] = _Part(is_gain=True)
     own = disk_name(f"{layout.head}.weight", model, entries)
     parts[own or f"{layout.head}.weight"] = _Part(gain=final, rotate_columns=True, source=own or embedding)
-    values = _value_size(model)
+    values, turned = _value_size(model), set(down_linears(layout.linears))
     for path in layout.blocks:
         norms = {norm: disk(f"{path}.{norm}.weight") for norm in (_BEFORE_ATTENTION, _BEFORE_MLP)}
         parts |= {norm: _Part(is_gain=True) for norm in norms.values()}
@@ -149,7 +162,12 @@ def rotate(checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation,
             if leaf in _READERS:
                 parts[weight] = _Part(gain=norms[_READERS[leaf]], rotate_columns=True, value_rows=value_rows)
             else:
-                parts[weight] = _Part(rotate_rows=True, value_columns=leaf == "o_proj")
+                expects = online if f"{path}.{name}" in turned else None
+                parts[weight] = _Part(
+                    rotate_rows=True,
+                    value_columns=leaf == "o_proj",
+                    online=None if expects is None else expects.down(module.weight.shape[1]),
+                )
             if getattr(module, "bias", None) is not None:
                 parts[disk(f"{path}.{name}.bias")] = _Part(rotate_rows=leaf in _WRITERS, value_rows=value_rows)
     return RotatedCheckpoint(checkpoint, parts, stream, head, kind in _OFFSET)

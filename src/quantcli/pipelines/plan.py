@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
@@ -79,6 +81,7 @@ class Plan:
     """The rounder."""
     settings: Any
     options: QuantizeOptions
+    """With the format that was chosen."""
     checkpoint: Checkpoint
     skeleton: Any
     layout: Layout
@@ -101,6 +104,8 @@ class Plan:
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
+    online: OnlineRotations | None = None
+    """Rotations that the result's weights expect at run time."""
     budget: Budget | None = None
     """What may be spent, where bits are mixed."""
     choice: Choice | None = None
@@ -109,7 +114,8 @@ class Plan:
     @property
     def codec(self) -> Codec:
         """How linears are stored."""
-        return CODECS["float" if self.algorithm is KEEP_FLOAT else self.options.format]
+        assert self.options.format is not None
+        return CODECS[self.options.format]
 
     def float_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What a float tensor of the input is written in."""
@@ -161,6 +167,7 @@ class Plan:
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
             *(("transform", _words(step)) for step in self.transforms),
+            *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
@@ -168,15 +175,18 @@ class Plan:
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
             ("estimated time", f"{self.seconds:.0f} s"),
         ]
+        if self.options.simulation.simulates:
+            rows.append(("evaluated with", self.options.simulation.describe()))
         return rows
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
         scheme = self.default
         bits = str(scheme.bits) if self.budget is None else ", ".join(map(str, self.budget.widths))
         group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        kind = scheme.codebook or ("sym" if scheme.symmetric else "asym")
         return [
             ("algorithm", _words(Step(self.algorithm, self.settings))),
-            ("scheme", f"{bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
+            ("scheme", f"{bits} bits, group size {group}, {kind}"),
             *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
             ("format", self.codec.name),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
@@ -199,6 +209,7 @@ class Plan:
             "scheme": self.default.to_dict(),
             "linears": len(self.targets),
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "online_rotations": None if self.online is None else asdict(self.online),
             "mixed_bits": None if self.budget is None else self.budget.to_dict(self.choice),
             "calibration": self.source,
             "device": str(self.device),
@@ -210,7 +221,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("output", "force", "dry_run", "evaluate", "max_memory", "model"):
+        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model"):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 
@@ -231,6 +242,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     """
     *transforms, rounder = _resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
+    options = replace(options, format=_resolve_format(options.format, algorithm))
+    codec = CODECS[options.format or ""]
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     _refuse_quantized(checkpoint, folder)
@@ -242,15 +255,28 @@ def make_plan(options: QuantizeOptions) -> Plan:
         config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
+        refuse_online(checkpoint.config, folder, "which cannot be taken in twice")
         refuse_unrotatable(skeleton)
-        checkpoint = _rotated(checkpoint, skeleton, layout, rotation)
+        if getattr(rotation.settings, "online", False):
+            online = OnlineRotations(rotation.settings.rotate_mode, rotation.settings.rotation_seed)
+        checkpoint = _rotated(checkpoint, skeleton, layout, rotation, online)
+    if online is not None:
+        rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
-    codec = CODECS[options.format]
-    default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
+    default = Scheme(
+        options.bits,
+        options.group_size,
+        options.symmetric,
+        codec.lowest_zero,
+        algorithm.codebook,
+        getattr(settings, "double_quant", False),
+    )
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
     settings = _with_zero_points(settings, codec, targets)
-    _refuse_format(codec, options, targets, default, settings, layout)
+    experts = {n for n in targets if isinstance(skeleton.get_submodule(n.rpartition(".")[0]), Expert)}
+    _refuse_format(codec, options, targets, default, Step(algorithm, settings), layout, experts)
     untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
@@ -260,7 +286,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     base = Plan(
         folder, tuple(transforms), algorithm, settings, options, checkpoint, skeleton, layout, default, targets,
         embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
-        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder),
+        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder), online=online,
     )  # fmt: skip
     plan = _with_source(base, config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
@@ -304,11 +330,13 @@ def _with_bits(plan: Plan, bits: Mapping[str, int]) -> Plan:
     return replace(plan, targets=targets)
 
 
-def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) -> Checkpoint:
+def _rotated(
+    checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
+) -> Checkpoint:
     config = skeleton.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
-    return rotate(checkpoint, skeleton, layout, stream, head)
+    return rotate(checkpoint, skeleton, layout, stream, head, online)
 
 
 def _words(step: Step) -> str:
@@ -340,6 +368,8 @@ def _resolve_steps(options: QuantizeOptions) -> list[Step]:
             )
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
+    if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
+        raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
     _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
@@ -359,8 +389,21 @@ def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format not in (QuantizeOptions.format, "float"):
+    if options.format not in (None, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
+
+
+def _resolve_format(asked: str | None, algorithm: Algorithm) -> str:
+    """The format that was asked for, or the algorithm's own."""
+    if asked is None:
+        return algorithm.formats[0]
+    if asked not in algorithm.formats:
+        able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
+        raise UsageError(
+            f"format {asked} cannot hold what {algorithm.name} makes: {', '.join(algorithm.formats)} can",
+            hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
+        )
+    return asked
 
 
 def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
@@ -459,7 +502,7 @@ def _with_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]
 
 
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
-    packed = CODECS[options.format].packed_bytes
+    packed = CODECS[options.format or ""].packed_bytes
     if packed is None:
         return rows * columns * DTYPES.get(options.dtype, stored).itemsize
     return packed(rows, columns, scheme)
@@ -470,12 +513,13 @@ def _refuse_format(
     options: QuantizeOptions,
     targets: Mapping[str, Target],
     default: Scheme,
-    settings: Any,
+    rounder: Step,
     layout: Layout,
+    experts: Set[str],
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
+    formats, settings = rounder.algorithm.formats, rounder.settings
     desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
-    hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
     for target in targets.values():
         held = Held(
             target.rows,
@@ -485,16 +529,18 @@ def _refuse_format(
             not desc_act,
             fractions and not target.scheme.symmetric,
             target.transposed,
+            target.name in experts,
         )
         why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
         if why is not None:
-            others = [n for n, c in CODECS.items() if c.why_not(held) is None and n != codec.name]
+            others = [n for n in formats if n != codec.name and CODECS[n].why_not(held) is None]
             raise UsageError(
                 f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )
     if options.quantize_embeddings and codec.name != "gptq":
+        hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
         raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from quantcli.pipelines.mixed import mix_bits
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.progress import Progress, Silent, Task
-from quantcli.tensors import affine
+from quantcli.tensors import grids
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Statistics
-from quantcli.tensors.quantized import QuantizedTensor
+from quantcli.tensors.quantized import NestedScale, QuantizedTensor
 
 __all__ = ["QuantizeResult", "run"]
 
@@ -80,6 +80,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
     progress = progress or Silent()
     started = time.perf_counter()
     plan = make_plan(options)
+    options = plan.options
     if options.dry_run:
         return plan
     if not plan.layout.known:
@@ -142,7 +143,11 @@ def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
 
     return evaluate.run(
         EvaluateOptions(
-            str(options.output), options.model, device=options.device, trust_remote_code=options.trust_remote_code
+            str(options.output),
+            options.model,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            simulation=options.simulation,
         ),
         progress,
     )
@@ -215,6 +220,7 @@ class _Run:
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
                 float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
+                dtype=self._float_dtype(next(iter(targets.values()))) if targets else plan.dtype,
             )
         )
         if plan.embedding is not None and quantization is not None:
@@ -234,7 +240,7 @@ class _Run:
         if plan.options.dtype != "keep":
             config.pop("torch_dtype", None)
             config["dtype"] = plan.options.dtype
-        return config
+        return config if plan.online is None else plan.online.mark(config)
 
     def mix_bits(self) -> Plan:
         """Chooses the bits of each linear where a target asks for it; the plan as it is then."""
@@ -457,7 +463,7 @@ class _Run:
             gain, found = folded_norm(self._stored(f"{producer}.weight").to(found.device), found, fold.offset)
             self._edited[self._disk(f"{producer}.weight")] = gain.cpu()
         elif producer in results:
-            results[producer] = affine.divide_rows(results[producer], rows, found)
+            results[producer] = grids.divide_rows(results[producer], rows, found)
         else:
             target = self._stored(f"{producer}.weight")
             transposed = is_transposed(self.plan.skeleton.get_submodule(producer))
@@ -573,12 +579,15 @@ class _Run:
 
     def _packed(self, target: Target, result: QuantizedTensor) -> dict[str, Tensor]:
         """What is stored of one linear, by the last part of the name."""
-        packed = self._codec(target).pack(result.to("cpu"))
-        if "weight" in packed:
-            stored = self.plan.checkpoint.entries[self._source_of(target)].dtype
-            weight = packed["weight"].to(self.plan.float_dtype(stored))
-            packed["weight"] = weight.T.contiguous() if target.transposed else weight
+        codec = self._codec(target)
+        packed = codec.pack(result.to("cpu"), *([self._float_dtype(target)] if codec.takes_dtype else []))
+        if codec.unpack is None and target.transposed:
+            packed["weight"] = packed["weight"].T.contiguous()
         return packed
+
+    def _float_dtype(self, target: Target) -> torch.dtype:
+        """What a target would be written in if it stayed float."""
+        return self.plan.float_dtype(self.plan.checkpoint.entries[self._source_of(target)].dtype)
 
     def _remember(self, done: int) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
@@ -597,10 +606,13 @@ class _Run:
 
 
 def _same(read: QuantizedTensor, computed: QuantizedTensor) -> bool:
-    return (
-        torch.equal(read.codes, computed.codes)
-        and torch.equal(read.zero, computed.zero)
-        and torch.equal(read.scale, computed.scale)
-        and torch.equal(read.group, computed.group)
-        and all_finite(read.scale)
-    )
+    parts = ("codes", "zero", "scale", "group", "codebook", "nested")
+    return all(_equal(getattr(read, p), getattr(computed, p)) for p in parts) and all_finite(read.scale)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, NestedScale) and isinstance(b, NestedScale):
+        return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return bool(a == b)

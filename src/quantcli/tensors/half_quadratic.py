@@ -149,6 +149,9 @@ def _split(
             w = weight[r, g * group_size : (g + 1) * group_size]
             s, z, count = scales[r, g], zeros[r, g], float(w.size)
             best, previous, strength = np.inf, np.inf, beta
+            if float_zeros:  # round-to-nearest's own grid is one to beat; the turns begin with both ends on the grid
+                best = _measure(w, s, z, as_float(top), True, p, strength)[0]
+                z = as_float(_stored_zero(-min(w.min(), as_float(0)) / s, lowest, top, True))
             for turn in range(iterations + 1):
                 sums = _measure(w, s, z, as_float(top), float_zeros, p, strength)
                 error = sums[0]
@@ -182,13 +185,19 @@ def _split_on_device(
             return z.clamp(-_LARGEST, _LARGEST).to(SCALE_DTYPE).to(z.dtype)
         return z.round().clamp(scheme.lowest_zero, top)
 
-    for _ in range(how.iterations + 1):
+    def measured(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         steps = groups / s[..., None]
         rounded = (steps + z[..., None]).round() if float_zeros else steps.round() + z[..., None]
         codes = rounded.clamp(0, top) * filled
         x = (groups - (codes - z[..., None]) * s[..., None]) * filled
+        return codes, x, (x.abs() ** how.p).sum(2)
+
+    if float_zeros:
+        best = measured(s, z)[2]
+        z = stored(-groups.amin(2).clamp(max=0) / s)
+    for _ in range(how.iterations + 1):
+        codes, x, error = measured(s, z)
         size = x.abs()
-        error = (size**how.p).sum(2)
         better = active & (error < best)
         best = torch.where(better, error, best)
         best_scale = torch.where(better, s.to(weight.dtype), best_scale)

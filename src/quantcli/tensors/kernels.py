@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_float16", "descend_block", "expand", "round_block", "round_nearest", "search_grid"]
+__all__ = ["as_float16", "descend_block", "expand", "expand_codebook", "round_block", "round_nearest", "search_grid"]
 
 Floats = NDArray[np.floating]
 
@@ -137,6 +137,16 @@ def expand(codes: NDArray[np.uint8], scale: Floats, zero: NDArray[Any], group: N
         for k in range(codes.shape[1]):
             g = group[k]
             out[r, k] = (np.float32(codes[r, k]) - np.float32(zero[r, g])) * scale[r, g]
+
+
+@numba.njit(cache=True, parallel=True)
+def expand_codebook(
+    codes: NDArray[np.uint8], scale: Floats, codebook: Floats, group: NDArray[np.int32], out: Floats
+) -> None:
+    """Fills `out` [N, K] with codebook[code] * scale; scale [N, G] and codebook [levels] are of `out`'s dtype."""
+    for r in numba.prange(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            out[r, k] = codebook[codes[r, k]] * scale[r, group[k]]
 
 
 @numba.njit(cache=True)
