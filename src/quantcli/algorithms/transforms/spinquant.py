@@ -114,7 +114,7 @@ def train(
         gradients = torch.autograd.grad(value, leaves)
         if not all(bool(torch.isfinite(part).all()) for part in (value, *gradients)):
             break
-        curve.append(float(value))
+        curve.append(float(value.detach()))
         rate = options.learning_rate * (1 - step / options.steps)
         for i, gradient in enumerate(gradients):
             found[i], momenta[i] = cayley_step(
