@@ -37,6 +37,7 @@ GIVEN = {
             ["--override", "x=bits=8", "--override", "y=sym=true"],
             (Override("x", bits=8), Override("y", symmetric=True)),
         ),
+        "format": (["--format", "awq"], "awq"),
         "correct_earlier": (["--correct-earlier"], True),
         "dtype": (["--dtype", "float16"], "float16"),
         "device": (["--device", "cpu"], "cpu"),

@@ -94,11 +94,11 @@ def find_chain(text: str) -> list[Algorithm]:
             raise UsageError(
                 f"{algorithm.name} rounds, nothing can follow it", hint="write transforms first, as in -a awq,gptq"
             )
-    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
-        raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
     names = [a.name for a in chain]
     if len(set(names)) != len(names):
         raise UsageError(f"an algorithm is named twice in {text!r}")
+    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
+        raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
     return chain
 
 

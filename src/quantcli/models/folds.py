@@ -83,9 +83,9 @@ def folded_norm(weight: Tensor, scale: Tensor, offset: bool) -> tuple[Tensor, Te
     Returns:
         The new gain in the stored dtype and s [K] float32 with old gain = new gain * s up to float32 rounding.
     """
-    old = weight.float() + offset
-    new = (old / scale - offset).to(weight.dtype)
-    stored = new.float() + offset
+    old = weight.float() + float(offset)
+    new = (old / scale - float(offset)).to(weight.dtype)
+    stored = new.float() + float(offset)
     usable = (stored != 0) & (old != 0) & torch.isfinite(stored)
     return torch.where(usable, new, weight), torch.where(usable, old / stored, torch.ones_like(old))
 

@@ -95,7 +95,7 @@ class RotatedCheckpoint(Checkpoint):
             return torch.zeros_like(tensor) if self._offset else torch.ones_like(tensor)
         if part.rotate_columns:
             gain = 1.0 if part.gain is None else super().read(part.gain).double() + self._offset
-            for rows in tensor.split(_ROWS):  # in place: a vocabulary is not wanted in float64 at once
+            for rows in torch.split(tensor, _ROWS):  # in place: a vocabulary is not wanted in float64 at once
                 rows.copy_(self._stream.rows(rows.double() * gain))
         elif part.rotate_rows:
             tensor = self._stream.columns(tensor).to(tensor.dtype)

@@ -452,7 +452,9 @@ class _Run:
         assert step is not None
         given = torch.arange(targets[0].columns) if fold.rows is None else fold.rows
         rows, shared = torch.unique(given.to(self.plan.device), return_inverse=True)
-        found = step.algorithm.run(weights, [t.scheme for t in targets], step.settings, statistics, shared)
+        found: Tensor | None = step.algorithm.run(
+            weights, [t.scheme for t in targets], step.settings, statistics, shared
+        )
         if found is None:
             return None
         producer = f"{path}.{fold.producer}"
@@ -468,7 +470,8 @@ class _Run:
         if getattr(self.plan.skeleton.get_submodule(producer), "bias", None) is not None:
             bias = self._stored(f"{producer}.bias")
             self._edited[self._disk(f"{producer}.bias")] = divide_rows(bias, rows.cpu(), found.cpu())
-        return found[shared]
+        columns: Tensor = found[shared]
+        return columns
 
     def _disk(self, name: str) -> str:
         disk = disk_name(name, self.plan.skeleton, self.plan.checkpoint.entries)

@@ -68,7 +68,8 @@ def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """[size, size] float64, uniform over the orthogonal group (https://arxiv.org/abs/math-ph/0609050)."""
     gauss = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
-    return q * torch.sign(r.diagonal())
+    out: Tensor = q * r.diagonal().sign()
+    return out
 
 
 def hadamard_factors(size: int, generator: torch.Generator | None = None) -> list[Tensor]:
