@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -97,17 +98,12 @@ def _turn(x: Tensor, part: Part, stream: Tensor, head: Tensor) -> Tensor:
 
 def _heads(x: Tensor, head: Tensor) -> Tensor:
     """Each run of columns of x [..., heads * H] times head [H, H]."""
-    return (x.unflatten(-1, (-1, len(head))) @ head).flatten(-2)
+    parts = x.reshape(*x.shape[:-1], -1, len(head)) @ head
+    return parts.reshape(x.shape)
 
 
 def _last(x: Tensor, count: int, head: Tensor) -> Tensor:
     """The last `count` columns of x as value heads."""
-    if count == x.shape[-1]:
-        return _heads(x, head)
-    return _cat(x, count, head)
-
-
-def _cat(x: Tensor, count: int, head: Tensor) -> Tensor:
-    import torch
-
-    return torch.cat([x[..., :-count], _heads(x[..., -count:], head)], dim=-1)
+    first = x.shape[-1] - count
+    turned = _heads(x[..., first:], head)
+    return turned if first == 0 else torch.cat([x[..., :first], turned], dim=-1)

@@ -26,11 +26,13 @@ from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
 from quantcli.models.layout import is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
+from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.models.skeleton import disk_name, materialize
 from quantcli.models.walk import StageMoments, embed_tokens, run_block
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
+from quantcli.pipelines.train_rotation import RotationReport, see_through, train_rotations
 from quantcli.progress import Progress, Silent, Task
 from quantcli.tensors import affine
 from quantcli.tensors.finite import all_finite
@@ -56,15 +58,18 @@ class QuantizeResult:
     bits_per_weight: float
     """Stored bits per quantized weight, scales and zeros included."""
     plan: dict[str, Any]
+    training: RotationReport | None = None
+    """How rotations were trained, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output")}
+        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output", "training")}
         return {
             "output": str(self.output),
             **values,
             "layers": [asdict(layer) for layer in self.layers],
+            "training": asdict(self.training) if self.training is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
 
@@ -92,6 +97,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
     ):
         progress.plan("Plan", plan.rows())
         work = _Run(plan, partial, progress)
+        work.train()
         work.blocks()
         work.outside()
         companions = copy_companions(plan.folder, partial.model)
@@ -119,6 +125,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
             parent_size_bytes=plan.checkpoint.size_bytes,
             bits_per_weight=bits,
             plan=plan.to_dict(),
+            training=work.training,
         )
         write_json(partial.root / "report.json", result.to_dict())
         metrics = {
@@ -154,6 +161,7 @@ class _Run:
         self.progress = progress
         self.writer = CheckpointWriter(partial.model)
         self.reports: list[LayerReport] = []
+        self.training: RotationReport | None = None
         self.hidden: list[Tensor] = []
         self.float_hidden: list[Tensor] | None = None
         self.done = 0
@@ -232,6 +240,33 @@ class _Run:
             config["dtype"] = plan.options.dtype
         return config
 
+    # -- rotations ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains rotations where the plan has some to train, or takes those that an interrupted run has trained."""
+        plan, checkpoint = self.plan, self.plan.checkpoint
+        if plan.trained is None:
+            return
+        assert isinstance(checkpoint, RotatedCheckpoint)
+        file, log = (self.partial.state / f"rotations.{suffix}" for suffix in ("safetensors", "json"))
+        if file.is_file():
+            saved = load_file(file)
+            matrices = [saved[str(i)] for i in range(len(saved))]
+            self.training = RotationReport(**json.loads(log.read_text()))
+            if not self.done:
+                self.progress.note("continuing with the rotations that the interrupted run has trained")
+                self.seconds_before = self.training.seconds
+        else:
+            rows = self._saved_tokens()["rows"]
+            matrices, self.training = train_rotations(
+                checkpoint, plan.skeleton, plan.layout, rows, plan.trained, plan.device, self.progress
+            )
+            write_json(log, asdict(self.training))
+            write_tensors({str(i): m.cpu().clone() for i, m in enumerate(matrices)}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        self.plan = replace(plan, checkpoint=see_through(checkpoint, matrices))
+        self._heap.settle()
+
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def blocks(self) -> None:
@@ -266,13 +301,7 @@ class _Run:
     def _begin_streams(self) -> dict[int, list[BlockCall]]:
         """Tokens through the embedding: the hidden states, or those that the interrupted run left."""
         plan, state = self.plan, self.partial.state
-        tokens_file = state / "tokens.safetensors"
-        if tokens_file.is_file():
-            saved = load_file(tokens_file)
-        else:
-            saved = self._tokens()
-            write_tensors(saved, state / "tokens.tmp")
-            (state / "tokens.tmp").replace(tokens_file)
+        saved = self._saved_tokens()
         tokens, batch = torch.cat([saved["rows"], saved["judges"]]), plan.options.calibration.batch_size
         self._held = self._held_out(len(saved["rows"]), len(tokens), batch)
         skeleton = plan.skeleton
@@ -304,6 +333,17 @@ class _Run:
             self.float_hidden = [h.clone() for h in hidden]
         self.hidden = hidden
         return calls
+
+    def _saved_tokens(self) -> dict[str, Tensor]:
+        """`_tokens`, or those of the interrupted run."""
+        file = self.partial.state / "tokens.safetensors"
+        if file.is_file():
+            saved: dict[str, Tensor] = load_file(file)
+            return saved
+        saved = self._tokens()
+        write_tensors(saved, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        return saved
 
     def _tokens(self) -> dict[str, Tensor]:
         """Calibration rows, and rows that only judge: with `best` on other text, a little of the model's own."""

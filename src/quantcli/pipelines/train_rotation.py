@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -224,7 +224,7 @@ class _Trial:
     def judge(self, matrices: Sequence[Tensor], rows: Tensor) -> tuple[float, float, float]:
         """`measure` over rows, one at a time; infinite where the model breaks down."""
         sums = torch.zeros(3, dtype=torch.float64)
-        for row in rows.split(1):
+        for row in torch.split(rows, 1):
             sums += torch.stack(self.measure(matrices, row)).double().cpu()
         divergence, loss, float_loss = (sums / len(rows)).nan_to_num(nan=math.inf).tolist()
         return divergence, loss, float_loss
@@ -240,7 +240,7 @@ def _cross_entropy(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
     return -picked.sum() / max(1, picked.numel())
 
 
-def _tensors(checkpoint: RotatedCheckpoint, skeleton: Any) -> Mapping[str, Tensor]:
+def _tensors(checkpoint: RotatedCheckpoint, skeleton: Any) -> dict[str, Tensor]:
     """Every tensor of the model in float32."""
     found = {}
     for name in skeleton.state_dict():

@@ -41,7 +41,7 @@ def cayley_step(
 
 
 def nearest_orthogonal(x: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to an almost orthogonal X [n, n], by Newton and Schulz; float64, exact to rounding."""
+    """The orthogonal matrix nearest to an almost orthogonal X [n, n], by Newton and Schulz; float64."""
     x = x.double()
     eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(4):
