@@ -8,6 +8,7 @@ rounded as well, there is no way around it.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,19 @@ from quantcli.models.layout import Layout
 from quantcli.models.rotate import Part, RotatedCheckpoint
 from quantcli.models.skeleton import disk_name
 
-__all__ = ["RotatedForward"]
+__all__ = ["Reading", "RotatedForward", "turn"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What linears read in a float model, where a rotation has a say in it."""
+
+    part: Part
+    """Of one of the linears."""
+    x: Tensor
+    """[..., K] the input."""
+    probe: Tensor
+    """Zeros that were added to it: their gradient is the loss's by the input."""
 
 
 class RotatedForward:
@@ -44,6 +57,7 @@ class RotatedForward:
         """
         self._inputs, self._weights = inputs, weights
         self._rotations: tuple[Tensor, Sequence[Tensor]] | None = None
+        self._readings: list[Reading] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
         for name in layout.linears:
             disk = disk_name(f"{name}.weight", model, checkpoint.entries)
@@ -60,13 +74,22 @@ class RotatedForward:
         finally:
             self._rotations = self._seen = None
 
+    @contextmanager
+    def probed(self) -> Iterator[list[Reading]]:
+        """Within, the float model notes what its linears read."""
+        self._readings = []
+        try:
+            yield self._readings
+        finally:
+            self._readings = self._seen = None
+
     def _linear(self, module: nn.Linear, part: Part, x: Tensor) -> Tensor:
         if self._rotations is None:
-            return linear(x, module.weight, module.bias)
+            return linear(self._probe(x, part), module.weight, module.bias)
         stream, head = self._rotations[0], self._rotations[1][part.block]
         if self._weights is None:
             return linear(self._read(x, part, stream, head), module.weight, module.bias)
-        weight = _turn(module.weight, part, stream, head)
+        weight = turn(module.weight, part, stream, head)
         if part.rotate_rows:
             weight = stream.T @ weight
         if part.value_rows:
@@ -78,18 +101,28 @@ class RotatedForward:
             out = _last(out, part.value_rows, head.T)
         return out if module.bias is None else out + module.bias
 
+    def _probe(self, x: Tensor, part: Part) -> Tensor:
+        """The input itself, noted once."""
+        if self._readings is None or not (part.rotate_columns or part.value_columns):
+            return x
+        if self._seen is None or self._seen[0] is not x:
+            probe = torch.zeros_like(x, requires_grad=True)
+            self._readings.append(Reading(part, x.detach(), probe))
+            self._seen = x, x + probe
+        return self._seen[1]
+
     def _read(self, x: Tensor, part: Part, stream: Tensor, head: Tensor) -> Tensor:
         """What a linear reads of x: in the rotated basis where its weight is, else turned back; made once per x."""
         if self._seen is not None and self._seen[0] is x:
             return self._seen[1]
-        seen = self._inputs(_turn(x, part, stream, head))
+        seen = self._inputs(turn(x, part, stream, head))
         if self._weights is None:
-            seen = _turn(seen, part, stream.T, head.T)
+            seen = turn(seen, part, stream.T, head.T)
         self._seen = x, seen
         return seen
 
 
-def _turn(x: Tensor, part: Part, stream: Tensor, head: Tensor) -> Tensor:
+def turn(x: Tensor, part: Part, stream: Tensor, head: Tensor) -> Tensor:
     """The columns of x [..., K] through the rotation of what they are: residual stream, value heads, or neither."""
     if part.rotate_columns:
         return x @ stream

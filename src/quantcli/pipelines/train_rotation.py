@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from quantcli.models.layout import Layout, weight_shape
 from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.models.rotated_forward import RotatedForward
 from quantcli.models.skeleton import disk_name, materialize
+from quantcli.pipelines.rotation_noise import RoundingNoise
 from quantcli.progress import Progress
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hadamard import Rotation, make_rotation
@@ -28,6 +29,8 @@ __all__ = ["RotationReport", "TrainingCost", "see_through", "train_rotations", "
 _HELD_OUT_SHARE = 8
 """One calibration row in so many judges."""
 _JUDGED_TOKENS = 2048
+_GATHERED_TOKENS = 2048
+"""Tokens that go through the model, forwards and backwards, for local training."""
 _EFFICIENCY = 0.35  # share of the matrix-product rate that training reaches
 
 
@@ -43,8 +46,8 @@ class TrainingCost:
 class RotationReport:
     """What training came to; divergences are of the quantized model's next tokens from the float model's, in nats."""
 
-    divergences: list[float]
-    """Mean KL divergence on the rows of each step."""
+    losses: list[float]
+    """Loss at each step, relative to the start's: 1 is no better than the start."""
     held_out_divergences: dict[str, float]
     """Mean KL divergence on held-out rows under each rotation: start, random, trained."""
     held_out_losses: dict[str, float]
@@ -52,7 +55,7 @@ class RotationReport:
     kept: str
     """The rotation that is best on held-out rows."""
     tokens: int
-    """Tokens trained on, repetitions counted."""
+    """Tokens that went through the model for training, repetitions counted."""
     seconds: float
 
 
@@ -71,17 +74,23 @@ def training_cost(skeleton: Any, layout: Layout, settings: SpinquantOptions, row
     weights = sum(math.prod(weight_shape(skeleton.get_submodule(name))) for name in layout.linears)
     vocabulary = config.vocab_size * hidden
     length = min(settings.row_len, row_len)
-    tokens = settings.steps * settings.rows * length
+    tokens = settings.steps * settings.batch_rows * length
     turns = 8 * blocks * hidden**2  # into the rotated basis and back, before attention and before the MLP
     forward = 2 * (weights + vocabulary) + turns
-    flops = tokens * (3 * forward + 2 * turns) + 4 * _JUDGED_TOKENS * forward
-    flops += settings.steps * 20 * hidden**3  # a step in float64
+    flops = 4 * _JUDGED_TOKENS * forward + settings.steps * 20 * hidden**3  # a step in float64
     parameters = 4 * (weights + 2 * vocabulary)
+    at_once = length
+    if settings.objective == "local":
+        flops += 2 * _GATHERED_TOKENS * forward + 6 * tokens * hidden**2
+        parameters += 4 * _GATHERED_TOKENS * 3 * blocks * hidden
+    else:
+        flops += tokens * (3 * forward + 2 * turns)
+        at_once *= settings.batch_rows
     if settings.w_bits < FLOAT:
         flops += 3 * settings.steps * 2 * weights * hidden + tokens * 2 * weights
         parameters += 12 * weights
     widest = max(weight_shape(skeleton.get_submodule(name))[1] for name in layout.linears)
-    held = settings.rows * length * 4 * (blocks * (24 * hidden + 10 * widest) + 6 * config.vocab_size)
+    held = at_once * 4 * (blocks * (24 * hidden + 10 * widest) + 6 * config.vocab_size)
     return TrainingCost(3 + flops / (rate * _EFFICIENCY), int(parameters + held) + 200_000_000)
 
 
@@ -127,25 +136,29 @@ def train_rotations(
         if settings.rotate_mode != "random":
             candidates["random"] = trial.matrices("random")
 
-        def loss(matrices: Sequence[Tensor], number: int) -> Tensor:
-            first = number * settings.rows
-            chosen = order[torch.arange(first, first + settings.rows, device=device) % len(order)]
-            divergence, _, _ = trial.measure(matrices, train_rows[chosen])
-            return divergence
-
+        parts = 1  # of the loss, each of which begins at one
+        if settings.objective == "local":
+            gathered = train_rows[order[: max(1, _GATHERED_TOKENS // train_rows.shape[1])]]
+            loss = trial.noise(candidates["start"], gathered)
+            parts = len(candidates["start"])
+        else:
+            loss = trial.divergence(train_rows[order])
         with progress.track("training rotations", settings.steps) as task:
-            candidates["trained"], divergences = step.algorithm.run(
-                candidates["start"], loss, settings, lambda value: task.advance(1, f"KL {value:.4g}")
+            candidates["trained"], losses = step.algorithm.run(
+                candidates["start"], loss, settings, lambda value: task.advance(1, f"loss {value / parts:.4f}")
             )
+        del loss
         with torch.no_grad():
             judged = {name: trial.judge(matrices, held_rows) for name, matrices in candidates.items()}
     kept = min(judged, key=lambda name: judged[name][0])
     report = RotationReport(
-        divergences,
+        [value / parts for value in losses],
         {name: values[0] for name, values in judged.items()},
         {name: values[1] for name, values in judged.items()} | {"float": judged["start"][2]},
         kept,
-        settings.steps * settings.rows * train_rows.shape[1],
+        len(gathered.flatten())
+        if settings.objective == "local"
+        else len(losses) * settings.batch_rows * len(train_rows[0]),
         time.perf_counter() - begun,
     )
     _say(report, settings, progress)
@@ -196,12 +209,13 @@ class _Trial:
         self._model.to(device)
         assert layout.head is not None
         self._head = self._model.get_submodule(layout.head)
+        self._quantize = partial(fake_quantize, bits=settings.a_bits, symmetric=False)
         rounded = settings.w_bits < FLOAT
         self._forward = RotatedForward(
             self._model,
             layout,
             checkpoint,
-            partial(fake_quantize, bits=settings.a_bits, symmetric=False),
+            self._quantize,
             partial(fake_quantize, bits=settings.w_bits, symmetric=True) if rounded else None,
         )
 
@@ -210,6 +224,24 @@ class _Trial:
         seed = self._settings.rotation_seed
         stream, head = (make_rotation(n, mode, seed + i) for i, n in enumerate((self._hidden, self._head_dim)))
         return [stream.matrix().to(self._device), *[head.matrix().to(self._device)] * self._blocks]
+
+    def noise(self, start: Sequence[Tensor], rows: Tensor) -> Callable[[Sequence[Tensor], int], Tensor]:
+        """The loss of objective local."""
+        draws = self._settings.batch_rows * rows.shape[1]
+        return RoundingNoise(self._forward, self._log_probabilities, self._quantize, rows, start, draws)
+
+    def divergence(self, rows: Tensor) -> Callable[[Sequence[Tensor], int], Tensor]:
+        """The loss of objective divergence: on some rows after another, relative to that of the first step."""
+        count, first = self._settings.batch_rows, 0.0
+
+        def loss(matrices: Sequence[Tensor], step: int) -> Tensor:
+            nonlocal first
+            chosen = torch.arange(step * count, (step + 1) * count, device=rows.device) % len(rows)
+            value, _, _ = self.measure(matrices, rows[chosen])
+            first = first or float(value.detach())
+            return value / first
+
+        return loss
 
     def measure(self, matrices: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean divergence from the float model, and both models' next-token losses, on tokens [rows, T]."""

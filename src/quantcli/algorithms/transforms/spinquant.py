@@ -1,8 +1,15 @@
 """SpinQuant: rotations as QuaRot's, trained so that rounding hurts the model least (https://arxiv.org/abs/2405.16406).
 
 R1 of the residual stream and R2 of the value heads, one per block, start as Hadamard matrices after random signs. The
-model is frozen and runs as it would be when rotated and quantized; rounding passes gradients straight through; Cayley
-SGD (tensors/stiefel.py) keeps the matrices orthogonal. The float function stays what it was, whatever is learned.
+model is frozen; rounding passes gradients straight through; Cayley SGD (tensors/stiefel.py) keeps the matrices
+orthogonal. The float function stays what it was, whatever is learned.
+
+The paper descends the loss of the whole model (objective=divergence here: KL divergence to the float model, which,
+unlike cross entropy, has no gradient where nothing is rounded). Its gradient by R is mostly noise at 8 bits: the
+rounding errors of all layers meet in it, and it takes far more text than a CPU can read in minutes. objective=local
+descends what that loss is in expectation, for rounding errors that know nothing of each other: the sum over inputs x
+of linears of |Q(x R) - x R|^2 |g|^2, with g the gradient by x of the log-probability of a token drawn from the float
+model. x and g are gathered once, by one pass forwards and backwards; each step draws from them.
 
 Left out: R3 and R4, which would have to be computed at run time, and rounding of keys and values.
 """
@@ -33,13 +40,15 @@ class SpinquantOptions:
     """Bits of the inputs of linears in training, 2 to 8; one asymmetric grid per token. 16: not rounded."""
     w_bits: int = 16
     """Bits of weights in training, 2 to 8; one symmetric grid per row. 16: not rounded, for a rounder that follows."""
-    steps: int = 64
+    objective: Literal["local", "divergence"] = "local"
+    """local: expected effect of each rounding error by itself; divergence: the whole model's, at far more time."""
+    steps: int = 100
     """Steps of training."""
-    rows: int = 1
-    """Rows of text per step."""
+    batch_rows: int = 16
+    """Rows of text per step; with objective=local, as many tokens are drawn from those of all layers."""
     row_len: int = 128
     """Tokens per row of training: calibration rows are cut into rows of this length."""
-    learning_rate: float = 1.5
+    learning_rate: float = 0.3
     """Longest step at the beginning; it falls to zero along a line."""
     momentum: float = 0.9
     """Share of the earlier steps' direction that stays."""
@@ -55,7 +64,12 @@ class SpinquantOptions:
                 raise UsageError(f"spinquant: {name} must be 2 to 8, or 16 for none, got {value}")
         if self.a_bits == self.w_bits == FLOAT:
             raise UsageError("spinquant: with a_bits and w_bits 16 nothing is rounded", hint="use -a quarot")
-        for name in ("steps", "rows", "row_len"):
+        if self.objective == "local" and self.w_bits != FLOAT:
+            raise UsageError(
+                f"spinquant: objective local rounds no weights, w_bits {self.w_bits} would have no effect",
+                hint="add --set objective=divergence",
+            )
+        for name in ("steps", "batch_rows", "row_len"):
             if getattr(self, name) < 1:
                 raise UsageError(f"spinquant: {name} must be 1 or more, got {getattr(self, name)}")
         if not self.learning_rate > 0:
