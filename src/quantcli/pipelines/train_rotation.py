@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ __all__ = ["RotationReport", "TrainingCost", "see_through", "train_rotations", "
 
 _HELD_OUT_SHARE = 8
 """One calibration row in so many judges."""
-_JUDGED_TOKENS = 2048
+_JUDGED_TOKENS = 1024
 _GATHERED_TOKENS = 2048
 """Tokens that go through the model, forwards and backwards, for local training."""
 _EFFICIENCY = 0.35  # share of the matrix-product rate that training reaches
@@ -149,16 +149,17 @@ def train_rotations(
             )
         del loss
         with torch.no_grad():
-            judged = {name: trial.judge(matrices, held_rows) for name, matrices in candidates.items()}
+            judged, float_loss = trial.judge(candidates, held_rows)
+    text = len(losses) * settings.batch_rows * train_rows.shape[1]
+    if settings.objective == "local":
+        text = gathered.numel()
     kept = min(judged, key=lambda name: judged[name][0])
     report = RotationReport(
         [value / parts for value in losses],
         {name: values[0] for name, values in judged.items()},
-        {name: values[1] for name, values in judged.items()} | {"float": judged["start"][2]},
+        {name: values[1] for name, values in judged.items()} | {"float": float_loss},
         kept,
-        len(gathered.flatten())
-        if settings.objective == "local"
-        else len(losses) * settings.batch_rows * len(train_rows[0]),
+        text,
         time.perf_counter() - begun,
     )
     _say(report, settings, progress)
@@ -237,34 +238,45 @@ class _Trial:
         def loss(matrices: Sequence[Tensor], step: int) -> Tensor:
             nonlocal first
             chosen = torch.arange(step * count, (step + 1) * count, device=rows.device) % len(rows)
-            value, _, _ = self.measure(matrices, rows[chosen])
+            with torch.no_grad():
+                wanted = self._log_probabilities(rows[chosen])
+            value = _divergence(self._rotated(matrices, rows[chosen]), wanted)
             first = first or float(value.detach())
             return value / first
 
         return loss
 
-    def measure(self, matrices: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean divergence from the float model, and both models' next-token losses, on tokens [rows, T]."""
-        with torch.no_grad():
-            wanted = self._log_probabilities(tokens)
+    def judge(
+        self, candidates: Mapping[str, Sequence[Tensor]], rows: Tensor
+    ) -> tuple[dict[str, tuple[float, float]], float]:
+        """Divergence and next-token loss of each candidate, infinite where the model breaks down; the float loss."""
+        sums = {name: torch.zeros(2, dtype=torch.float64) for name in candidates}
+        total = 0.0
+        for row in torch.split(rows, 1):
+            wanted = self._log_probabilities(row)
+            total += float(_cross_entropy(wanted, row))
+            for name, matrices in candidates.items():
+                found = self._rotated(matrices, row)
+                sums[name] += torch.stack([_divergence(found, wanted), _cross_entropy(found, row)]).double().cpu()
+        means = {name: (value / len(rows)).nan_to_num(nan=math.inf).tolist() for name, value in sums.items()}
+        return {name: (divergence, loss) for name, (divergence, loss) in means.items()}, total / len(rows)
+
+    def _rotated(self, matrices: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """Log-probabilities of the rotated and quantized model."""
         stream, *heads = (m.float() for m in matrices)
         with self._forward.rotated(stream, heads):
-            found = self._log_probabilities(tokens)
-        divergence = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum") / tokens.numel()
-        return divergence, _cross_entropy(found, tokens), _cross_entropy(wanted, tokens)
-
-    def judge(self, matrices: Sequence[Tensor], rows: Tensor) -> tuple[float, float, float]:
-        """`measure` over rows, one at a time; infinite where the model breaks down."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        for row in torch.split(rows, 1):
-            sums += torch.stack(self.measure(matrices, row)).double().cpu()
-        divergence, loss, float_loss = (sums / len(rows)).nan_to_num(nan=math.inf).tolist()
-        return divergence, loss, float_loss
+            return self._log_probabilities(tokens)
 
     def _log_probabilities(self, tokens: Tensor) -> Tensor:
         hidden = self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         found: Tensor = self._head(hidden).float().log_softmax(-1)
         return found
+
+
+def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL divergence per token, of log-probabilities [rows, T, V]."""
+    total: Tensor = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+    return total / wanted[..., 0].numel()
 
 
 def _cross_entropy(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
