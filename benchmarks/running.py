@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -11,7 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peers import write_tokenizer
+
 __all__ = [
+    "ROOT",
     "Cost",
     "cost_values",
     "describe_machine",
@@ -20,10 +24,13 @@ __all__ = [
     "our_command",
     "our_environment",
     "quantcli",
+    "quantize_command",
     "run_measured",
+    "write_tiny_model",
 ]
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 _RATES = """
 import json, time, torch
 from quantcli.models.machine import matmul_flops
@@ -89,6 +96,40 @@ def our_command(model: Path, calibration: Path | None, output: Path, settings: M
     """The command line of `our_worker.py`."""
     data = "-" if calibration is None else str(calibration)
     return [sys.executable, str(HERE / "our_worker.py"), str(model), data, str(output), json.dumps(settings)]
+
+
+def quantize_command(model: Path, output: Path, flags: Sequence[str]) -> list[str]:
+    """The command line of a user."""
+    return [
+        sys.executable,
+        "-m",
+        "quantcli",
+        "quantize",
+        "-m",
+        str(model),
+        "-o",
+        str(output),
+        "--quiet",
+        "--force",
+        *flags,
+    ]
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A Llama of two small blocks with random weights, a tokenizer, and a `text.jsonl` of its words."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    words = random.Random(0)
+    text = " ".join(f"w{words.randrange(3, 199)}" for _ in range(4000))
+    (folder / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
 
 
 def evaluate(

@@ -9,7 +9,6 @@ docs/benchmarks.md says what each column means.
 
 import argparse
 import json
-import random
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_results import readable_folder
-from peers import PEERS, peer_environment, peer_python, worker_command, write_tokenizer
+from peers import PEERS, peer_environment, peer_python, worker_command
 from running import (
     cost_values,
     describe_machine,
@@ -29,6 +28,7 @@ from running import (
     our_command,
     our_environment,
     run_measured,
+    write_tiny_model,
 )
 
 _CORRECT = {"correct_earlier": True}
@@ -138,20 +138,8 @@ def write_tokens(bench: Bench) -> None:
 
 def compile_kernels(bench: Bench) -> dict[str, float]:
     """Quantizes a tiny model twice: what the first run takes longer is compilation, done once per machine."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     folder = bench.work / "tiny"
-    config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    write_tokenizer(folder)
-    words = random.Random(0)
-    text = " ".join(f"w{words.randrange(3, 199)}" for _ in range(4000))
-    (folder / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    write_tiny_model(folder)
     seconds = []
     for name in ("first", "second"):
         total = 0.0

@@ -99,3 +99,21 @@ def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
     letters = torch.randint(0, 26, (words, 4), generator=torch.Generator().manual_seed(seed)).tolist()
     path.write_text(" ".join("".join(chr(97 + n) for n in word) for word in letters))
     return path
+
+
+ROTATABLE = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe"]
+
+
+def exact(model: torch.nn.Module) -> torch.nn.Module:
+    """A float64 model that computes in float64 throughout."""
+    model.set_experts_implementation("eager")  # grouped products know no float64
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module, float(type(module).__name__.startswith("Gemma")))
+    return model
+
+
+def _norm(module: torch.nn.Module, offset: float, hidden: torch.Tensor) -> torch.Tensor:
+    """Models compute their norms in float32, whatever they are given."""
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return (offset + module.weight) * hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -82,6 +82,49 @@ def rtn(W, S, Z, bits, g):
     return np.clip(np.round(W / expand(S, g, K)) + expand(Z, g, K), 0, 2**bits - 1)
 
 
+def hqq(W, bits, g, symmetric, whole, fit_scale, p=0.7, beta=10.0, kappa=1.01, iterations=20, lowest_zero=0):
+    """Half-quadratic splitting, group by group and weight by weight: codes, S, Z of the least lp error that came by."""
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    S, Z = minmax_grid(W, bits, g, symmetric, lowest_zero)
+    C, G = np.zeros(W.shape), S.shape[1]
+    for r in range(len(W)):
+        for i in range(G):
+            w = W[r, i * g : (i + 1) * g]
+            n = len(w)
+            s, z, best, last = S[r, i], Z[r, i], np.inf, np.inf
+            if not (whole or symmetric):  # the grid of round-to-nearest, then one with fractions that meets both ends
+                C[r, i * g : (i + 1) * g] = c = np.clip(np.round(w / s + z), 0, top)
+                best, z = sum(abs(x) ** p for x in w - (c - z) * s), float(np.float16(-min(w.min(), 0) / s))
+            for turn in range(iterations + 1):
+                c, t, error = np.zeros(n), np.zeros(n), 0.0
+                for k in range(n):
+                    c[k] = np.round(w[k] / s) + z if whole or symmetric else np.round(w[k] / s + z)
+                    c[k] = min(max(c[k], 0), top)
+                    x = w[k] - (c[k] - z) * s
+                    error += abs(x) ** p
+                    e = np.sign(x) * max(abs(x) - abs(x) ** (p - 1) / (beta * kappa**turn), 0) if x else 0
+                    t[k] = w[k] - e
+                if error < best:
+                    best, S[r, i], Z[r, i], C[r, i * g : (i + 1) * g] = error, s, z, c
+                if error >= last or turn == iterations:
+                    break
+                last = error
+                if symmetric:
+                    level = c - middle
+                    s = fp16(level @ t / (level @ level)) if fit_scale and (level @ level) and level @ t else s
+                    continue
+                if fit_scale and c.std() > 0:  # the regression line of t on c
+                    slope = np.polyfit(c, t, 1)[0]
+                    slope = slope if slope > 0 else s
+                    if whole:
+                        level = c - np.clip(np.round(c.mean() - t.mean() / slope), lowest_zero, top)
+                        slope = level @ t / (level @ level)
+                    s = fp16(slope) if slope > 0 else s
+                z = c.mean() - t.mean() / s
+                z = np.clip(np.round(z), lowest_zero, top) if whole else float(np.float16(z))
+    return C, S, Z
+
+
 def inverse_factor(H, damp):
     """The textbook way: invert, then Cholesky."""
     damped = H + damp * np.mean(np.diag(H)) * np.eye(len(H))
@@ -191,6 +234,67 @@ def awq(W, H, bits, g, n_grid, rows=None):
         if loss(s) < least:
             best, least = s, loss(s)
     return best
+
+
+def per_token(x, bits, symmetric, g, clip):
+    """Entry by entry; float32 as the fast one, so that they agree exactly."""
+    out = np.zeros(x.shape, np.float32)
+    f = np.float32
+    for at in np.ndindex(x.shape[:-1]):
+        size = x.shape[-1] if g == -1 else g
+        for i in range(0, x.shape[-1], size):
+            row = x[at][i : i + size].astype(np.float32)
+            low, high = f(min(row.min(), 0)) * f(clip), f(max(row.max(), 0)) * f(clip)
+            if low == high == 0:
+                continue
+            for j, v in enumerate(row):
+                if symmetric:
+                    s = f(max(high, -low)) / f(2 ** (bits - 1) - 1)
+                    code = min(max(np.round(v / s), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
+                    out[at][i + j] = f(code) * s
+                else:
+                    s = (high - low) / f(2**bits - 1)
+                    z = np.round(-low / s)
+                    code = min(max(np.round(v / s) + z, 0), 2**bits - 1)
+                    out[at][i + j] = f(code - z) * s
+    return out
+
+
+def codebook(W, table, g):
+    """Block by block, weight by weight: the nearest value of the table times the block's largest |w|; in float32.
+
+    Of two values at one distance the smaller wins, of two codes of one value the first that a stable sort gives.
+    """
+    W, table = W.astype(np.float32), table.astype(np.float32)
+    order = sorted(range(len(table)), key=lambda i: table[i])
+    C, S = np.zeros(W.shape, np.uint8), []
+    for start in range(0, W.shape[1], g):
+        block = W[:, start : start + g]
+        scale = np.abs(block).max(1)
+        S.append(scale)
+        for r in range(len(W)):
+            inverse = np.float32(1) / max(scale[r], np.float32(1e-38))
+            for k in range(block.shape[1]):
+                x = min(max(block[r, k] * inverse, np.float32(-1)), np.float32(1))
+                at = 0
+                while at < len(order) - 1 and x > (table[order[at]] + table[order[at + 1]]) / np.float32(2):
+                    at += 1
+                C[r, start + k] = order[at]
+    return C, np.stack(S, 1)
+
+
+def nested(S, table):
+    """Scales in runs of 256 of the flattened matrix, around their mean: the nearest of the 256 values of each."""
+    flat = S.reshape(-1).astype(np.float64)
+    out = np.zeros(flat.shape)
+    mean = np.float64(np.float32(flat.mean()))
+    for start in range(0, len(flat), 256):
+        run = flat[start : start + 256] - mean
+        largest = np.abs(run).max()
+        for i, value in enumerate(run):
+            x = value / largest if largest else 0.0
+            out[start + i] = min(table, key=lambda v: abs(v - x)) * largest + mean
+    return out.reshape(S.shape)
 
 
 def cayley_step(X, G, M, learning_rate, beta):

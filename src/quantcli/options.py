@@ -4,7 +4,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from quantcli.scheme import PER_CHANNEL
 
 __all__ = [
     "FORMATS",
+    "MIXED_BITS",
     "PRESETS",
     "CalibrationOptions",
     "CaptureOptions",
     "EvaluateOptions",
     "Override",
     "QuantizeOptions",
+    "SimulationOptions",
 ]
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
-FORMATS = ("gptq", "awq", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
+FLOAT_BITS = 16
+MIXED_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,95 @@ class CalibrationOptions:
             raise UsageError(
                 f"--{chosen[0].replace('_', '-')} needs --data FILE or --data-name, not --data {self.data}"
             )
+
+
+@dataclass(frozen=True)
+class SimulationOptions:
+    """Activations and KV cache as few bits would hold them, simulated when a model is evaluated."""
+
+    a_bits: int = 16
+    """Bits of what the blocks' linears are given, one grid per token, 2 to 8; 16 leaves it float."""
+    k_bits: int = 16
+    """Bits of cached keys, one grid per token and head, 2 to 8; 16 leaves them float."""
+    v_bits: int = 16
+    """Bits of cached values, one grid per token and head, 2 to 8; 16 leaves them float."""
+    a_symmetric: bool = True
+    """Symmetric or asymmetric grids for activations."""
+    a_clip_ratio: float | None = None
+    """Share of a token's range that its grid spans. Default: 0.9 below 8 bits, as in QuaRot; 1 at 8, where clipping
+    costs more than it gains."""
+    kv_symmetric: bool = False
+    """Symmetric or asymmetric grids for keys and values."""
+    kv_group_size: int = -1
+    """Entries of a head that share a grid; -1 is the whole head."""
+    kv_clip_ratio: float | None = None
+    """Share of a head's range that its grid spans. Default: 0.95 below 8 bits, as in QuaRot; 1 at 8."""
+
+    def __post_init__(self) -> None:
+        for name in ("a_bits", "k_bits", "v_bits"):
+            bits = getattr(self, name)
+            if not 2 <= bits <= 8 and bits != FLOAT_BITS:
+                raise UsageError(f"--{name.replace('_', '-')} must be 2 to 8, or 16 for none, got {bits}")
+        for name in ("a_clip_ratio", "kv_clip_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 < ratio <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {ratio:g}")
+        if self.kv_group_size != -1 and self.kv_group_size < 2:
+            raise UsageError(f"--kv-group-size must be 2 or more, or -1 for the head, got {self.kv_group_size}")
+        self._refuse_idle("a", self.a_bits == FLOAT_BITS, "--a-bits")
+        self._refuse_idle("kv", self.k_bits == self.v_bits == FLOAT_BITS, "--k-bits or --v-bits")
+
+    @property
+    def simulates(self) -> bool:
+        """Whether anything is rounded."""
+        return (self.a_bits, self.k_bits, self.v_bits) != (FLOAT_BITS,) * 3
+
+    @property
+    def activation_clip(self) -> float:
+        """The share of a token's range that is used."""
+        return _clip_ratio(self.a_clip_ratio, self.a_bits, 0.9)
+
+    def cache_clip(self, bits: int) -> float:
+        """The share of a head's range that is used for keys or values of so many bits."""
+        return _clip_ratio(self.kv_clip_ratio, bits, 0.95)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values of what is rounded, defaults filled in."""
+        values = asdict(self)
+        del values["kv_clip_ratio"]
+        used: dict[str, tuple[int, float]] = {
+            "a": (self.a_bits, self.activation_clip),
+            "k": (self.k_bits, self.cache_clip(self.k_bits)),
+            "v": (self.v_bits, self.cache_clip(self.v_bits)),
+        }
+        return values | {f"{n}_clip_ratio": None if b == FLOAT_BITS else clip for n, (b, clip) in used.items()}
+
+    def describe(self) -> str:
+        """What is rounded, in words."""
+        parts = []
+        if self.a_bits != FLOAT_BITS:
+            kind = "sym" if self.a_symmetric else "asym"
+            parts.append(f"activations {self.a_bits} bits {kind} per token, clip {self.activation_clip:g}")
+        kind = "sym" if self.kv_symmetric else "asym"
+        group = "head" if self.kv_group_size == -1 else f"{self.kv_group_size} entries of a head"
+        for name, bits in (("keys", self.k_bits), ("values", self.v_bits)):
+            if bits != FLOAT_BITS:
+                parts.append(f"{name} {bits} bits {kind} per token and {group}, clip {self.cache_clip(bits):g}")
+        return "; ".join(parts)
+
+    def _refuse_idle(self, prefix: str, idle: bool, needed: str) -> None:
+        """No flag without effect: a grid where nothing is rounded."""
+        for spec in fields(self):
+            grid = spec.name.startswith(prefix + "_") and not spec.name.endswith("_bits")
+            if idle and grid and getattr(self, spec.name) != spec.default:
+                flag = {"a_symmetric": "--a-asym", "kv_symmetric": "--kv-sym"}.get(
+                    spec.name, "--" + spec.name.replace("_", "-")
+                )
+                raise UsageError(f"{flag} would have no effect without {needed}", hint=f"add {needed} 4")
+
+
+def _clip_ratio(given: float | None, bits: int, few: float) -> float:
+    return given if given is not None else few if bits < 8 else 1.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +218,13 @@ class QuantizeOptions:
     """Input columns that share a scale; -1 is one scale per output row."""
     symmetric: bool = False
     """Symmetric grid (zero point fixed in the middle) or asymmetric."""
+    target_bits: float | None = None
+    """Mixed bits: the average of stored bits per quantized weight, scales and zero points included, as runs report it;
+    met within 1% below. Which linear gets how many bits is chosen by measuring what each costs."""
+    target_size: int | None = None
+    """Mixed bits: the size of the written weight files, float tensors included, as 60MB; met within 1% below."""
+    mixed_bits: tuple[int, ...] = ()
+    """Bits to choose from with a target, as 3,4,8. Default: what algorithm and format can do of 2,3,4,8."""
     quantize_lm_head: bool = False
     """Quantize the output head too; a head tied to the embedding gets its own codes."""
     quantize_embeddings: bool = False
@@ -135,8 +235,9 @@ class QuantizeOptions:
     """Other bits, group size or symmetry for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
-    format: str = "gptq"
-    """How linears are stored: gptq (v1), awq (gemm, 4 bits) or float (dequantized, which every tool reads)."""
+    format: str | None = None
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
+    nf4 and fp4) or float (dequantized, which every tool reads). Default: bnb for nf4 and fp4, gptq for the others."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str = "keep"
@@ -149,6 +250,8 @@ class QuantizeOptions:
     """Run model code that the folder brings along."""
     evaluate: bool = False
     """Evaluate the written folder against the original."""
+    simulation: SimulationOptions = field(default_factory=SimulationOptions)
+    """What `evaluate` rounds beside the weights."""
     force: bool = False
     """Replace an output folder of ours, or an interrupted run with other options."""
     dry_run: bool = False
@@ -159,14 +262,46 @@ class QuantizeOptions:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
-        if self.format not in FORMATS:
+        if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
+        if self.simulation.simulates and not self.evaluate:
+            raise UsageError(
+                "--a-bits, --k-bits and --v-bits are simulated when a result is evaluated; a checkpoint holds weights",
+                hint="add --evaluate, or give them to `quantcli evaluate`",
+            )
+        self._check_mixed()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the bits of each linear are chosen to meet a target."""
+        return self.target_bits is not None or self.target_size is not None
+
+    def matching(self, name: str) -> list[Override]:
+        """Overrides of the linear of that name, the last of which wins."""
+        return [override for override in self.overrides if re.search(override.pattern, name)]
+
+    def _check_mixed(self) -> None:
+        if self.target_bits is not None and self.target_size is not None:
+            raise UsageError("--target-bits and --target-size exclude each other", hint="leave one out")
+        if not self.mixes:
+            if self.mixed_bits:
+                raise UsageError("--mixed-bits needs a target", hint="add --target-bits 3.5 or --target-size 60MB")
+            return
+        flag = "--target-bits" if self.target_bits is not None else "--target-size"
+        if self.bits != QuantizeOptions.bits:
+            raise UsageError(f"--bits and {flag} exclude each other", hint="say what to mix with --mixed-bits 3,4")
+        if self.mixed_bits and len(set(self.mixed_bits)) < 2:
+            raise UsageError("--mixed-bits needs two different numbers or more", hint="write --mixed-bits 3,4")
+        if any(not 1 <= bits <= 8 for bits in self.mixed_bits):
+            raise UsageError(f"--mixed-bits are 1 to 8, got {', '.join(map(str, self.mixed_bits))}")
+        if (self.target_bits or self.target_size or 0) <= 0:
+            raise UsageError(f"{flag} must be above 0, got {self.target_bits or self.target_size or 0}")
 
 
 @dataclass(frozen=True)
@@ -217,7 +352,9 @@ class EvaluateOptions:
     max_perplexity_increase: float | None = None
     """Fail with exit code 5 where perplexity grows by more than this share (0.05 is 5%)."""
     speed: bool = True
-    """Measure prefill and decode speed."""
+    """Measure prefill and decode speed; never where quantization is simulated, which takes time that it would save."""
+    simulation: SimulationOptions = field(default_factory=SimulationOptions)
+    """Quantization of activations and KV cache."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     trust_remote_code: bool = False

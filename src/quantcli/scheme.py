@@ -1,13 +1,14 @@
-"""The grid of a quantized tensor: how many bits, how many columns share a scale, symmetric or not."""
+"""The grid of a quantized tensor: how many bits, how many columns share a scale, symmetric or not; or a codebook."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantcli.errors import UsageError
 
-__all__ = ["PER_CHANNEL", "Scheme"]
+__all__ = ["CODEBOOKS", "PER_CHANNEL", "Scheme"]
 
 PER_CHANNEL = -1
+CODEBOOKS = ("nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Scheme:
     """
 
     bits: int = 4
-    """Bits per weight, 2 to 8."""
+    """Bits per weight, 1 to 8."""
     group_size: int = 128
     """Input columns that share a scale, 16 or more; -1 is one scale per output row. The last group of a row is
     shorter where the group size does not divide the row."""
@@ -27,14 +28,22 @@ class Scheme:
     """Whether the zero point is fixed in the middle of the grid."""
     lowest_zero: int = 0
     """Smallest zero point that the target format can hold (GPTQ v1: 1)."""
+    codebook: str | None = None
+    """nf4 or fp4 where the dequantized weight is codebook[code] * scale, without zero points; None on uniform grids."""
+    double_quant: bool = False
+    """Of a codebook: whether the scales are stored as 8-bit codes themselves."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if not 0 <= self.lowest_zero < self.levels:
             raise UsageError(f"lowest zero must be below {self.levels}, got {self.lowest_zero}")
+        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4):
+            raise UsageError(
+                f"codebooks are {' and '.join(CODEBOOKS)} of 4 bits, got {self.codebook}, {self.bits} bits"
+            )
 
     @property
     def levels(self) -> int:
@@ -55,7 +64,10 @@ class Scheme:
         return -(-columns // self.columns_per_group(columns))
 
     def bits_per_weight(self, columns: int) -> float:
-        """Stored bits per weight with 16-bit scales and packed zero points."""
+        """Stored bits per weight with 16-bit scales and packed zero points; a codebook has 32-bit scales alone."""
+        if self.codebook is not None:
+            scale_bits = 8 + 32 / 256 if self.double_quant else 32.0
+            return self.bits + scale_bits * self.group_count(columns) / columns
         return self.bits + (16 + self.bits) * self.group_count(columns) / columns
 
     def to_dict(self) -> dict[str, Any]:

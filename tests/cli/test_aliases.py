@@ -181,3 +181,45 @@ def test_values_are_never_rewritten():
     made = parse(["quantize", "-m", "M", "-o", "O", "--data", "f", "--text-template", "--use_ort_genai {a}"]).options
     assert made.calibration.text_template == "--use_ort_genai {a}"
     assert parse(["quantize", "-m", "--dry_run", "-o", "O"]).options.model == "--dry_run"
+
+
+@pytest.mark.parametrize(
+    ("words", "algorithm", "bits"),
+    [
+        ("-a quarot --w_bits 4 --w_rtn True --rotate True", "quarot,rtn", 4),
+        ("--algorithms quarot --w_bits 3 --w_rtn", "quarot,rtn", 3),
+        ("--algorithm=quarot --w_rtn False", "quarot,gptq", 4),
+        ("-a quarot --w_bits 8", "quarot,gptq", 8),
+        ("-a quarot --w_bits 16", "quarot", 4),
+        ("-a quarot,awq --w_bits 3", "quarot,awq", 3),
+        ("-a rtn --w_rtn True", "rtn", 4),
+        ("--w_bits 3", None, 3),
+    ],
+)
+def test_quarot_as_its_pass_was_configured(words, algorithm, bits):
+    made = quantize(words)
+    assert (made.algorithm, made.bits) == (algorithm, bits)
+
+
+def test_quarot_with_bits_of_activations_and_cache():
+    made = quantize("-a quarot --w_bits 4 --w_rtn True --a_bits 4 --k_bits 4 --v_bits 4 --evaluate --set online=true")
+    assert (made.simulation.a_bits, made.simulation.k_bits, made.simulation.v_bits) == (4, 4, 4)
+    with pytest.raises(UsageError, match="simulated when a result is evaluated") as caught:
+        quantize("-a quarot --w_bits 4 --w_rtn True --a_bits 4")
+    assert "--evaluate" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-a quarot --w_bits 16 --w_rtn True", "--w_bits 16 leaves weights float"),
+        ("-a gptq --w_bits 16", "that is quarot alone"),
+        ("--w_rtn True", "what rounds after quarot"),
+        ("-a quarot,gptq --w_rtn True", "asks for rtn, -a for gptq"),
+        ("-a quarot --rotate False", "--rotate takes True"),
+        ("-a quarot --w_rtn=maybe", "--w_rtn takes True, False or nothing"),
+    ],
+)
+def test_quarot_configurations_that_contradict_themselves(words, message):
+    with pytest.raises(UsageError, match=message):
+        quantize(words)

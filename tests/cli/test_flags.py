@@ -10,7 +10,14 @@ from quantcli.cli.command import Request
 from quantcli.cli.docs import field_docs
 from quantcli.cli.flags import flags_of, parse_size
 from quantcli.errors import UsageError
-from quantcli.options import CalibrationOptions, CaptureOptions, EvaluateOptions, Override, QuantizeOptions
+from quantcli.options import (
+    CalibrationOptions,
+    CaptureOptions,
+    EvaluateOptions,
+    Override,
+    QuantizeOptions,
+    SimulationOptions,
+)
 
 BASE = {
     "quantize": ["-m", "M", "-o", "O"],
@@ -18,6 +25,18 @@ BASE = {
     "evaluate": ["-m", "M"],
     "inspect": ["F"],
     "algorithms": [],
+}
+COMMAND_OPTIONS = (QuantizeOptions, CaptureOptions, EvaluateOptions)
+NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions}
+SIMULATION = {
+    "simulation.a_bits": (["--a-bits", "4"], 4),
+    "simulation.k_bits": (["--k-bits", "3"], 3),
+    "simulation.v_bits": (["--v-bits", "8"], 8),
+    "simulation.a_symmetric": (["--a-bits", "4", "--a-asym"], False),
+    "simulation.a_clip_ratio": (["--a-bits", "4", "--a-clip-ratio", "0.5"], 0.5),
+    "simulation.kv_symmetric": (["--k-bits", "4", "--kv-sym"], True),
+    "simulation.kv_group_size": (["--v-bits", "4", "--kv-group-size", "32"], 32),
+    "simulation.kv_clip_ratio": (["--v-bits", "4", "--kv-clip-ratio", "0.5"], 0.5),
 }
 # field: words on the command line, value in the options
 GIVEN = {
@@ -46,6 +65,7 @@ GIVEN = {
         "evaluate": (["--evaluate"], True),
         "force": (["--force"], True),
         "dry_run": (["--dry-run"], True),
+        **{field: (["--evaluate", *words], value) for field, (words, value) in SIMULATION.items()},
         "calibration.data": (["--data", "file.txt"], "file.txt"),
         "calibration.data_name": (["--data-name", "set"], "set"),
         "calibration.data_split": (["--data-name", "set", "--data-split", "test"], "test"),
@@ -80,6 +100,7 @@ GIVEN = {
         "max_perplexity_increase": (["--reference", "R", "--max-perplexity-increase", "0.05"], 0.05),
         "speed": (["--no-speed"], False),
         "device": (["--device", "cuda:1"], "cuda:1"),
+        **SIMULATION,
         "trust_remote_code": (["--trust-remote-code"], True),
     },
     "inspect": {"folder": ([], Path("F"))},
@@ -89,8 +110,8 @@ GIVEN = {
 
 def leaves(owner, prefix=""):
     for field in dataclasses.fields(owner):
-        if field.name == "calibration":
-            yield from leaves(CalibrationOptions, "calibration.")
+        if field.name in NESTED:
+            yield from leaves(NESTED[field.name], f"{field.name}.")
         else:
             yield prefix + field.name
 
@@ -138,7 +159,7 @@ def test_help_is_the_docstring_of_the_field(name):
         assert flag.help.replace("- ", "-") in squeezed, flag.name
 
 
-@pytest.mark.parametrize("owner", [QuantizeOptions, CaptureOptions, EvaluateOptions, CalibrationOptions, Override])
+@pytest.mark.parametrize("owner", [*COMMAND_OPTIONS, CalibrationOptions, SimulationOptions, Override])
 def test_every_options_field_has_a_docstring(owner):
     assert set(field_docs(owner)) == {f.name for f in dataclasses.fields(owner)}
 

@@ -94,7 +94,7 @@ def test_shapes_and_groups_that_do_not_fit():
     packed = gptq.pack(random_tensor(8, 64, scheme))
     with pytest.raises(InputError, match=r"qweight has shape \[7, 8\], expected \[8, 8\]"):
         gptq.unpack(packed | {"qweight": packed["qweight"][:-1]}, scheme)
-    with pytest.raises(InputError, match="g_idx names group 2, there are 2"):
+    with pytest.raises(InputError, match="g_idx names groups 1 to 2, there are 2"):
         gptq.unpack(packed | {"g_idx": packed["g_idx"] + 1}, scheme)
 
 

@@ -29,7 +29,7 @@ def random_tensor(n: int, k: int, scheme: Scheme, shuffled: bool = False) -> Qua
     )
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_products_and_weights(bits, shuffled):
     q = random_tensor(300, 84, Scheme(bits, 24, lowest_zero=1), shuffled)
@@ -42,7 +42,7 @@ def test_products_and_weights(bits, shuffled):
         torch.testing.assert_close(layer(x), functional.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 31, 32, 77])
 def test_unpacking_without_kernels(bits, count):
     codes = torch.randint(0, 1 << bits, (count, 5), dtype=torch.uint8)
@@ -162,11 +162,11 @@ def test_an_embedding_does_not_take_part_in_gradients():
         (lambda t: t.update(qzeros=t["qzeros"][:, :-1]), "qzeros has shape"),
         (lambda t: t.update(scales=t["scales"][:-1]), "scales has shape"),
         (lambda t: t.update(scales=t["scales"] / 0), "not finite"),
-        (lambda t: t.update(scales=t["scales"].int()), "not finite"),
+        (lambda t: t.update(scales=t["scales"].int()), "expected a float"),
         (lambda t: t.update(qweight=t["qweight"].long()), "expected torch.int32"),
         (lambda t: t.update(g_idx=t["g_idx"] - 1), "g_idx names groups -1 to"),
         (lambda t: t.pop("qzeros"), "qzeros is missing"),
-        (lambda t: t.update(qweight=t["qweight"][0]), "qweight is missing or has not 2 axes"),
+        (lambda t: t.update(qweight=t["qweight"][0]), r"qweight has shape \[64\], expected 2 axes"),
     ],
 )
 def test_tensors_that_do_not_fit(change, message):

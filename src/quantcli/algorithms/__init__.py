@@ -39,10 +39,14 @@ class Algorithm:
     """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes."""
-    formats: tuple[str, ...] = ("gptq", "awq", "float")
-    """Formats that hold its result exactly."""
+    formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
+    """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""
+    codebook: str | None = None
+    """Of a rounder: the codebook that its codes name; None for uniform grids."""
+    beats_rtn: bool = True
+    """Of a rounder: whether it promises less error than round-to-nearest at the same bits and group size."""
     then: str | None = None
     """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
 
@@ -79,7 +83,14 @@ class _Nothing:
 
 
 KEEP_FLOAT = Algorithm(
-    "float", "rounder", "leaves weights as they are", tuple(range(2, 9)), "none", _Nothing, lambda *_: None
+    name="float",
+    kind="rounder",
+    summary="leaves weights as they are",
+    bits=tuple(range(2, 9)),
+    calibration="none",
+    options=_Nothing,
+    run=lambda *_: None,
+    formats=("float",),
 )
 """Stands for the rounder after a transform that ends in a float model."""
 

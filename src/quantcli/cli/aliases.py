@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from quantcli.algorithms import KEEP_FLOAT, find_chain
 from quantcli.errors import UsageError, nearest
 
 __all__ = ["ALIASES", "Rewritten", "describe", "rewrite"]
@@ -21,6 +22,8 @@ class Rename:
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Their word to our words, the flag included; a word that is not here is passed on, unless `only`."""
     only: bool = False
+    follow: str | None = None
+    """The rounder that it means where the algorithm named is a transform alone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Switch:
 
     on: tuple[str, ...]
     off: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """A switch that says which rounder follows a transform; bare or with True or False."""
+
+    on: str
+    off: str
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,9 @@ class Refused:
     hint: str | None = None
 
 
-Alias = Rename | Words | Switch | Dropped | Refused
+Alias = Rename | Words | Switch | Rounder | Dropped | Refused
 
-_BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in (2, 3, 4, 5, 6, 7, 8) for sign in ("", "u")}
+_BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in range(1, 9) for sign in ("", "u")}
 _SHOWN = 5
 _GENAI, _TORCH = ("--exporter", "genai"), ("--exporter", "torch")
 
@@ -99,6 +110,9 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--max_samples": Rename("--num-samples"),
         "--lm_head": Switch(("--quantize-lm-head",)),
         "--embeds": Switch(("--quantize-embeddings",)),
+        "--w_bits": Rename("--bits", {"16": ()}, follow="gptq"),
+        "--w_rtn": Rounder("rtn", "gptq"),
+        "--rotate": Dropped("quarot rotates", value=True, only=("True", "true")),
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
@@ -160,11 +174,14 @@ def rewrite(command: str, args: Sequence[str], flags: Mapping[str, bool]) -> Rew
         args = _without_switch(args, "--use_ort_genai")
     out: list[str] = []
     notes: list[str] = []
+    meant: str | None = None
+    asked: str | None = None
+    keeps_float = False
     at = 0
     while at < len(args):
         word = args[at]
         if word == "--":
-            return Rewritten([*out, *args[at:]], notes)
+            return Rewritten([*_with_rounder(out, meant, asked, keeps_float), *args[at:]], notes)
         at += 1
         name, equals, inline = word.partition("=")
         if name in flags and (name in table or "_" not in name):
@@ -179,8 +196,14 @@ def rewrite(command: str, args: Sequence[str], flags: Mapping[str, bool]) -> Rew
             continue
         values = [inline] if equals else _values(alias, args[at:])
         at += 0 if equals else len(values)
+        if isinstance(alias, Rounder):
+            asked = alias.off if _is_false(name, values) else alias.on
+            continue
+        if isinstance(alias, Rename) and alias.follow and values:
+            meant = None if values[0] in alias.values else alias.follow
+            keeps_float = meant is None
         out += _apply(alias, name, values, command, notes)
-    return Rewritten(out, notes)
+    return Rewritten(_with_rounder(out, meant, asked, keeps_float), notes)
 
 
 def describe(alias: Alias) -> str:
@@ -192,11 +215,14 @@ def describe(alias: Alias) -> str:
             return f"taken{f' with {_or(only)}' if only else ''}, nothing to do: {why}"
         case Switch(on, off):
             return f"{_code(on)}; False: {_code(off)}"
+        case Rounder(on, off):
+            return f"`-a quarot` becomes `-a quarot,{on}`; False: `-a quarot,{off}`"
         case Words(to):
             return f"{_code([to])}, several words joined by commas"
-        case Rename(to, words, _):
+        case Rename(to, words, _, follow):
             parts = [_code([to])] if to else []
             parts += [f"{word}: {_code(ours)}" for word, ours in list(words.items())[:_SHOWN]]
+            parts += [f"`-a quarot` becomes `-a quarot,{follow}`"] if follow else []
             return "; ".join([*parts, "and so on"] if len(words) > _SHOWN else parts)
 
 
@@ -221,13 +247,15 @@ def _values(alias: Alias, following: Sequence[str]) -> list[str]:
     if isinstance(alias, Words):
         end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
         return list(following[:end])
-    if isinstance(alias, Switch):
+    if isinstance(alias, Switch | Rounder):
         return [following[0]] if following and following[0].lower() in ("true", "false") else []
     takes_one = isinstance(alias, Rename) or (isinstance(alias, Dropped) and alias.value)
     return list(following[:1]) if takes_one else []
 
 
-def _apply(alias: Alias, name: str, values: list[str], command: str, notes: list[str]) -> list[str]:
+def _apply(
+    alias: Rename | Words | Switch | Dropped | Refused, name: str, values: list[str], command: str, notes: list[str]
+) -> list[str]:
     match alias:
         case Refused(why, hint):
             raise UsageError(f"{name} cannot be used with {command}: {why}", hint=hint)
@@ -238,9 +266,7 @@ def _apply(alias: Alias, name: str, values: list[str], command: str, notes: list
             notes.append(f"{name} has nothing to do: {why}")
             return []
         case Switch(on, off):
-            if values and values[0].lower() not in ("true", "false"):
-                raise UsageError(f"{name} takes True, False or nothing, got {values[0]!r}")
-            return list(off if values and values[0].lower() == "false" else on)
+            return list(off if _is_false(name, values) else on)
         case Words(to):
             return [to, ",".join(w.strip(",") for w in values)] if values else [to]
         case Rename(to, words, only):
@@ -253,6 +279,41 @@ def _apply(alias: Alias, name: str, values: list[str], command: str, notes: list
             if only:
                 raise UsageError(f"unknown {name} {values[0]!r}, {nearest(values[0], words)}")
             return [to, values[0]]
+
+
+def _is_false(name: str, values: Sequence[str]) -> bool:
+    """What a switch carries."""
+    if values and values[0].lower() not in ("true", "false"):
+        raise UsageError(f"{name} takes True, False or nothing, got {values[0]!r}")
+    return bool(values) and values[0].lower() == "false"
+
+
+def _with_rounder(args: list[str], meant: str | None, asked: str | None, keeps_float: bool) -> list[str]:
+    """Adds to a transform alone the rounder that --w_bits means or --w_rtn asks for.
+
+    Raises:
+        UsageError: the flags and the algorithm contradict each other.
+    """
+    if not (meant or asked or keeps_float):
+        return args
+    if asked and keeps_float:
+        raise UsageError("--w_bits 16 leaves weights float, --w_rtn says how to round them", hint="leave one out")
+    at = next((i + 1 for i, word in enumerate(args[:-1]) if word in ("-a", "--algorithm")), None)
+    at = next((i for i, word in enumerate(args) if word.startswith("--algorithm=")), at)
+    chain = None if at is None else find_chain(args[at].removeprefix("--algorithm="))
+    rounds = chain is None or chain[-1] is not KEEP_FLOAT
+    if keeps_float:
+        if rounds:
+            raise UsageError("--w_bits 16 leaves weights float: that is quarot alone", hint="add -a quarot")
+        return args
+    rounder = asked or meant
+    if at is not None and not rounds:
+        return [*args[:at], f"{args[at]},{rounder}", *args[at + 1 :]]
+    if asked and chain is None:
+        raise UsageError("--w_rtn says what rounds after quarot", hint=f"write -a quarot,{asked}, or -a {asked}")
+    if asked and chain is not None and chain[-1].name != asked:
+        raise UsageError(f"--w_rtn asks for {asked}, -a for {chain[-1].name}", hint="leave one out")
+    return args
 
 
 def _without_file_format_name(args: list[str]) -> list[str]:

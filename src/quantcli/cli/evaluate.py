@@ -9,7 +9,12 @@ from quantcli.options import EvaluateOptions
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
 
-__all__ = ["COMMAND", "check", "run", "show"]
+__all__ = ["COMMAND", "SIMULATION_STYLES", "check", "run", "show"]
+
+SIMULATION_STYLES = {
+    "a_symmetric": FlagStyle(("--a-sym/--a-asym",)),
+    "kv_symmetric": FlagStyle(("--kv-sym/--kv-asym",)),
+}
 
 
 def run(options: EvaluateOptions, console: "Console") -> Any:
@@ -47,7 +52,9 @@ COMMAND = Command(
     styles={
         "model": FlagStyle(("-m", "--model")),
         "data": FlagStyle(metavar="FILE"),
+        **SIMULATION_STYLES,
     },
+    panels={"Simulation": ("simulation",)},
     examples=(
         "quantcli evaluate -m Q --reference SmolLM2-135M",
         "quantcli evaluate -m onnx --reference SmolLM2-135M --data held_out.txt --json",

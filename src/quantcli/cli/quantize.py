@@ -4,7 +4,9 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
+from quantcli.cli.evaluate import SIMULATION_STYLES
 from quantcli.cli.flags import parse_settings, parse_size
+from quantcli.errors import UsageError
 from quantcli.options import DTYPES, FORMATS, PRESETS, Override, QuantizeOptions
 
 if TYPE_CHECKING:
@@ -68,6 +70,13 @@ def _overrides(words: list[str]) -> tuple[Override, ...]:
     return tuple(Override.parse(word) for word in words)
 
 
+def _widths(words: list[str]) -> tuple[int, ...]:
+    found = [word.strip() for text in words for word in text.split(",")]
+    if not all(word.isdecimal() for word in found):
+        raise UsageError(f"--mixed-bits {','.join(words)!r} are not whole numbers", hint="write --mixed-bits 3,4,8")
+    return tuple(int(word) for word in found)
+
+
 COMMAND = Command(
     name="quantize",
     summary="Quantize a Hugging Face checkpoint and report what it cost.",
@@ -81,21 +90,26 @@ COMMAND = Command(
         "preset": FlagStyle(choices=PRESETS, metavar="|".join(PRESETS)),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
         "symmetric": FlagStyle(("--sym/--asym",)),
+        "target_size": FlagStyle(metavar="SIZE", read=parse_size),
+        "mixed_bits": FlagStyle(metavar="N,N,...", read=_widths),
         "exclude": FlagStyle(metavar="REGEX"),
         "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
         "format": FlagStyle(choices=FORMATS, metavar="|".join(FORMATS)),
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
         "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),
+        **SIMULATION_STYLES,
     },
     settings={"damp_percent": ("damp_percent", None), "desc_act": ("order", "desc_act")},
     panels={
         "Calibration": ("calibration", "correct_earlier"),
+        "Simulation": ("simulation",),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
     },
     examples=(
         "quantcli quantize -m SmolLM2-135M -o Q",
         "quantcli quantize -m SmolLM2-135M -o Q3 --preset best --bits 3 --data notes.txt --evaluate",
+        "quantcli quantize -m SmolLM2-135M -o Q --target-bits 3.5 --evaluate",
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
     ),
 )

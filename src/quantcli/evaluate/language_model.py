@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
+from quantcli.options import SimulationOptions
 
 __all__ = ["LanguageModel", "is_genai_folder", "open_language_model"]
 
@@ -45,13 +46,24 @@ def is_genai_folder(folder: Path) -> bool:
     return (folder / "genai_config.json").is_file()
 
 
-def open_language_model(folder: Path, device: str | torch.device | None, trust_remote_code: bool) -> LanguageModel:
+def open_language_model(
+    folder: Path,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+    simulation: SimulationOptions | None = None,
+) -> LanguageModel:
     """Opens a model folder with what runs it.
 
     Raises:
         InputError: the folder is neither a checkpoint nor an ONNX GenAI folder.
+        UsageError: activations are to be rounded in a graph.
     """
     if is_genai_folder(folder):
+        if simulation is not None and simulation.simulates:
+            raise UsageError(
+                f"{folder} holds an ONNX graph: quantized activations and caches are simulated in checkpoints only",
+                hint="give the checkpoint that it was captured from",
+            )
         from quantcli.evaluate.genai_model import GenaiModel
 
         return GenaiModel(folder)
@@ -62,4 +74,4 @@ def open_language_model(folder: Path, device: str | torch.device | None, trust_r
         )
     from quantcli.evaluate.torch_model import TorchModel
 
-    return TorchModel(folder, device, trust_remote_code)
+    return TorchModel(folder, device, trust_remote_code, simulation)

@@ -46,6 +46,8 @@ class EvaluationResult:
     """Writing token by token, batch of one."""
     peak_memory_bytes: int | None = None
     """Memory of the process while the model was opened and timed, above that before."""
+    simulated: dict[str, Any] | None = None
+    """How activations and cache were rounded; None where they were not."""
     failures: list[str] = field(default_factory=list)
     """Gates that were not met, a sentence each."""
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.models.linear import PackedLinear
+from quantcli.models.linear import QuantizedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes
+from quantcli.options import SimulationOptions
 
 __all__ = ["TorchModel"]
 
@@ -18,10 +19,16 @@ __all__ = ["TorchModel"]
 class TorchModel:
     """Implements `LanguageModel`."""
 
-    def __init__(self, folder: Path, device: str | torch.device | None, trust_remote_code: bool):
+    def __init__(
+        self,
+        folder: Path,
+        device: str | torch.device | None,
+        trust_remote_code: bool,
+        simulation: SimulationOptions | None = None,
+    ):
         """Opens a folder; see `models.load.load` for what it raises."""
         self.folder = folder
-        self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code)
+        self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code, simulation=simulation)
         self._device = self._model.device
         text_config = self._model.config.get_text_config()
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -52,7 +59,7 @@ class TorchModel:
 
     def keep_float_weights(self) -> None:
         """Keeps dequantized weights from now on, where memory suffices: long inputs run as fast as in a float model."""
-        packed = [m for m in self._model.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in self._model.modules() if isinstance(m, QuantizedLinear)]
         needed = 4 * sum(m.in_features * m.out_features for m in packed)
         if needed < free_bytes(self._device) / 3:
             for module in packed:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
-from quantcli.formats import awq, dense, gptq
+from quantcli.formats import awq, bnb, compressed_tensors, dense, gptq
 from quantcli.formats.codec import Codec
 
 __all__ = ["CODECS"]
 
-CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (gptq.CODEC, awq.CODEC, dense.CODEC)}
+CODECS: Mapping[str, Codec] = {
+    codec.name: codec for codec in (gptq.CODEC, awq.CODEC, compressed_tensors.CODEC, bnb.CODEC, dense.CODEC)
+}
 """Formats that are written, by name."""

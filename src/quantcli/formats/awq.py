@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats.codec import Codec, Described, Held
+from quantcli.formats.codec import Codec, Described, Held, require, require_scales
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -31,6 +31,8 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The three stored tensors of one linear."""
+    if tensor.has_float_zeros:
+        raise AssertionError("AWQ holds whole zero points; the plan should have said so")
     return {
         "qweight": _pack_words(tensor.codes.T),
         "qzeros": _pack_words(tensor.zero.T),
@@ -60,22 +62,18 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         scheme: From `scheme_of`.
 
     Raises:
-        InputError: the shapes do not fit together.
+        InputError: a tensor is missing, or they do not fit together.
     """
-    qweight, scales = tensors["qweight"], tensors["scales"]
-    if qweight.ndim != 2 or scales.ndim != 2:
-        raise InputError(f"qweight and scales have {qweight.ndim} and {scales.ndim} axes, expected 2")
+    qweight = require(tensors, "qweight", (None, None), torch.int32)
     columns, rows = qweight.shape[0], qweight.shape[1] * _PER_WORD
-    expected = scheme.group_count(columns), rows
-    if tuple(scales.shape) != expected:
-        raise InputError(f"scales has shape {list(scales.shape)}, expected {list(expected)}")
-    qzeros = tensors.get("qzeros")
-    if qzeros is None:
-        zero = torch.full(expected, scheme.middle, dtype=torch.uint8)
-    elif tuple(qzeros.shape) != (expected[0], qweight.shape[1]):
-        raise InputError(f"qzeros has shape {list(qzeros.shape)}, expected {[expected[0], qweight.shape[1]]}")
+    if columns % scheme.columns_per_group(columns):
+        raise InputError(f"qweight has {columns} inputs, which groups of {scheme.group_size} do not divide")
+    groups = scheme.group_count(columns)
+    scales = require_scales(tensors, "scales", (groups, rows))
+    if "qzeros" not in tensors and scheme.symmetric:
+        zero = torch.full((groups, rows), scheme.middle, dtype=torch.uint8)
     else:
-        zero = _unpack_words(qzeros)
+        zero = _unpack_words(require(tensors, "qzeros", (groups, qweight.shape[1]), torch.int32))
     return QuantizedTensor(
         codes=_unpack_words(qweight).T.contiguous(),
         scale=scales.T.contiguous(),

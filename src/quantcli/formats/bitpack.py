@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits as one little-endian bit stream per column of int32 words: the layout of GPTQ checkpoints.
+"""Codes of 1 to 8 bits as one little-endian bit stream per column of int32 words: the layout of GPTQ checkpoints.
 
 32 codes of b bits fill exactly b words, so every width packs without gaps; for 2, 4 and 8 bits this is the usual
 "8 nibbles a word", for 3 bits it is AutoGPTQ's layout with codes that straddle words.

@@ -4,6 +4,7 @@ It is written in the dtype of the tensors that stay float. In float32 it is the 
 bfloat16 round once more.
 """
 
+import torch
 from torch import Tensor
 
 from quantcli.formats.codec import Codec
@@ -12,9 +13,9 @@ from quantcli.tensors.quantized import QuantizedTensor
 __all__ = ["CODEC", "pack"]
 
 
-def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """The float32 weight [N, K]."""
-    return {"weight": tensor.dequantize()}
+def pack(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weight [N, K]."""
+    return {"weight": tensor.dequantize(dtype)}
 
 
 CODEC = Codec(
@@ -25,4 +26,6 @@ CODEC = Codec(
     unpack=None,
     config=lambda described: None,
     packed_bytes=None,
+    float_zeros=True,
+    takes_dtype=True,
 )

@@ -21,11 +21,22 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
-from quantcli.formats.codec import Codec, Described
+from quantcli.formats.codec import Codec, Described, Held, require, require_groups, require_scales
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["BITS", "CODEC", "LOWEST_ZERO", "PARTS", "config_for", "pack", "packed_bytes", "scheme_of", "unpack"]
+__all__ = [
+    "BITS",
+    "CODEC",
+    "LOWEST_ZERO",
+    "PARTS",
+    "check",
+    "config_for",
+    "pack",
+    "packed_bytes",
+    "scheme_of",
+    "unpack",
+]
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LOWEST_ZERO = 1
@@ -35,6 +46,8 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """The four stored tensors of one linear."""
     bits = tensor.scheme.bits
+    if tensor.has_float_zeros:
+        raise AssertionError("GPTQ holds whole zero points; the plan should have said so")
     zeros = tensor.zero.to(torch.int16) - 1
     if int(zeros.min()) < 0:
         raise AssertionError("GPTQ v1 holds zero points of 1 or more; the scheme should have said so")
@@ -53,27 +66,43 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, version: int = 1) -> Q
         tensors: qweight, qzeros, scales and, optionally, g_idx.
         scheme: Its bits and group size; `symmetric` is taken on trust, the stored zeros are used.
         version: 1 stores zero - 1, 2 stores the zero.
+
+    Raises:
+        InputError: a tensor is missing, or they do not fit together.
     """
-    scales = tensors["scales"].T.contiguous()
-    rows, groups = scales.shape
-    given = tensors.get("g_idx")
-    columns = given.shape[0] if given is not None else tensors["qweight"].shape[0] * 32 // scheme.bits
-    group = given.to(torch.int32) if given is not None else group_index(columns, scheme, scales.device)
-    expected = packed_words(columns, scheme.bits), rows
-    if tuple(tensors["qweight"].shape) != expected:
-        raise InputError(f"qweight has shape {list(tensors['qweight'].shape)}, expected {list(expected)}")
-    if int(group.min()) < 0 or int(group.max()) >= groups:
-        raise InputError(f"g_idx names group {int(group.max())}, there are {groups}")
-    zero = unpack_rows(tensors["qzeros"].T.contiguous(), scheme.bits, rows)
+    rows, columns = check(tensors, scheme)
+    words, bits, given = tensors["qweight"], scheme.bits, tensors.get("g_idx")
+    group = group_index(columns, scheme, words.device) if given is None else given.to(torch.int32)
+    zero = unpack_rows(tensors["qzeros"].T.contiguous(), bits, rows)
     if version == 1:
         zero = (zero + 1) & (scheme.levels - 1)
     return QuantizedTensor(
-        codes=unpack_rows(tensors["qweight"], scheme.bits, columns).T.contiguous(),
-        scale=scales,
+        codes=unpack_rows(words, bits, columns).T.contiguous(),
+        scale=tensors["scales"].T.contiguous(),
         zero=zero.contiguous(),
         scheme=scheme,
         group=group,
     )
+
+
+def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
+    """(N, K) of one linear, once its tensors are known to fit together: kernels do not check bounds.
+
+    Raises:
+        InputError: a tensor is missing, or they do not fit together.
+    """
+    bits, given = scheme.bits, tensors.get("g_idx")
+    words = require(tensors, "qweight", (None, None), torch.int32)
+    rows, columns = words.shape[1], len(words) * 32 // bits if given is None else given.numel()
+    if not columns:
+        raise InputError("g_idx is empty")
+    groups = scheme.group_count(columns)
+    require(tensors, "qweight", (packed_words(columns, bits), rows), torch.int32)
+    require(tensors, "qzeros", (groups, packed_words(rows, bits)), torch.int32)
+    require_scales(tensors, "scales", (groups, rows))
+    if given is not None:
+        require_groups(tensors, "g_idx", columns, groups)
+    return rows, columns
 
 
 def config_for(described: Described) -> dict[str, Any]:
@@ -127,7 +156,13 @@ def scheme_of(config: Mapping[str, Any], name: str) -> Scheme | None:
             group_size = values.get("group_size", group_size)
             sym = values.get("sym", sym)
             break
+    if int(bits) not in BITS:
+        raise InputError(f"bits must be {BITS[0]} to {BITS[-1]} in a GPTQ checkpoint, got {bits}")
     return Scheme(bits=int(bits), group_size=int(group_size), symmetric=bool(sym))
+
+
+def _refuse(held: Held) -> str | None:
+    return None if held.scheme.bits in BITS else f"it holds {BITS[0]} to {BITS[-1]} bits, not {held.scheme.bits}"
 
 
 def _escape(name: str) -> str:
@@ -137,7 +172,7 @@ def _escape(name: str) -> str:
 CODEC = Codec(
     name="gptq",
     lowest_zero=LOWEST_ZERO,
-    refuse=lambda held: None,
+    refuse=_refuse,
     pack=pack,
     unpack=unpack,
     config=config_for,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.folder import write_json
+from quantcli.models.online import restored_config
 
 __all__ = ["Checkpoint", "CheckpointWriter", "TensorEntry", "copy_companions", "read_config", "write_tensors"]
 
@@ -56,7 +57,7 @@ class TensorEntry:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder.
+    """`config.json` of a checkpoint folder, under the model type that it has without a mark of ours.
 
     Raises:
         InputError: there is none, or it is not JSON; the message says what was found instead.
@@ -72,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
+    return restored_config(config)
 
 
 class Checkpoint:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantcli.errors import InputError
 from quantcli.formats import gptq
-from quantcli.formats.bitpack import pack_rows, packed_words
+from quantcli.formats.bitpack import pack_rows
 from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_on_device
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["PackedEmbedding", "PackedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "QuantizedLinear"]
 
 # Rows of input up to which unpacking in registers beats dequantizing and a matrix product, measured on 2 cores.
 _FEW_ROWS = 16
@@ -25,74 +24,30 @@ _FEW_ROWS = 16
 _BLOCK_ELEMENTS = 1 << 23
 
 
-class PackedLinear(nn.Module):
-    """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias."""
+class QuantizedLinear(nn.Module):
+    """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias.
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
+    Subclasses keep the codes and say how outputs are dequantized.
+    """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        scheme: Scheme,
-        *,
-        bias: Tensor | None = None,
-        version: int = 1,
-        cache: bool = False,
-    ):
-        """Takes over the tensors of a GPTQ checkpoint as they are stored.
+    frozen: tuple[str, ...]
+    """Names of the buffers that are part of the codes' meaning and keep their dtype."""
 
-        Args:
-            tensors: qweight, qzeros, scales and, optionally, g_idx; see `formats.gptq`.
-            scheme: Their grid.
-            bias: [N], any float dtype.
-            version: 1 where qzeros holds zero - 1, 2 where it holds the zero.
-            cache: Keep the float weight once it was computed: fast over long inputs, at the memory of a float model.
-
-        Raises:
-            InputError: the shapes do not fit together.
-        """
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, cache: bool):
+        """Takes N, K, a bias [N] of any float dtype, and whether the float weight is kept once it was computed."""
         super().__init__()
-        self.out_features, self.in_features = _checked_shape(tensors, scheme)
-        self.scheme, self.version, self.cache = scheme, version, cache
-        for name in ("qweight", "qzeros", "scales"):
-            self.register_buffer(name, tensors[name].contiguous())
-        given = tensors.get("g_idx")
-        group = group_index(self.in_features, scheme, tensors["qweight"].device) if given is None else given
-        self.register_buffer("g_idx", group)
+        self.out_features, self.in_features, self.cache = out_features, in_features, cache
         self.bias = None if bias is None else nn.Parameter(bias)
-        self._grid: tuple[Tensor, Tensor, Tensor] | None = None
         self._dense: Tensor | None = None
-
-    @classmethod
-    def from_quantized(
-        cls, tensor: QuantizedTensor, *, bias: Tensor | None = None, cache: bool = False
-    ) -> "PackedLinear":
-        """Packs a tensor in the v2 layout, which holds every zero point."""
-        bits = tensor.scheme.bits
-        tensors = {
-            "qweight": pack_rows(tensor.codes.T, bits),
-            "qzeros": pack_rows(tensor.zero, bits).T.contiguous(),
-            "scales": tensor.scale.T.contiguous(),
-            "g_idx": tensor.group,
-        }
-        return cls(tensors, tensor.scheme, bias=bias, version=2, cache=cache)
 
     @property
     def bits(self) -> int:
         """Bits per code."""
-        return self.scheme.bits
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale; -1 is all of them."""
-        return self.scheme.group_size
+        raise NotImplementedError
 
     def quantized(self) -> QuantizedTensor:
-        """The codes, scales and zeros, unpacked."""
-        return gptq.unpack(self._stored(), self.scheme, self.version)
+        """The codes and scales, unpacked."""
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [N, K]."""
@@ -110,17 +65,10 @@ class PackedLinear(nn.Module):
         out: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, symmetric={self.scheme.symmetric}, bias={self.bias is not None}"
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         # `model.to(dtype)` must not touch what is stored: scales are part of the codes' meaning
-        self._grid = self._dense = None
-        stored = self._stored()
+        self._forget()
+        stored = {name: getattr(self, name) for name in self.frozen}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in stored.items():
             moved = getattr(self, name)
@@ -128,37 +76,18 @@ class PackedLinear(nn.Module):
                 setattr(self, name, tensor.to(moved.device))
         return self
 
-    def _stored(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in gptq.PARTS}
-
-    def _zero_scale_group(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Zeros [G, N] uint8, scales [G, N] float32, groups [K] int32: what the kernels read, unpacked once."""
-        if self._grid is None:
-            zero = unpack_on_device(self.qzeros.T, self.bits, self.out_features).T
-            if self.version == 1:
-                zero = (zero + 1) & (self.scheme.levels - 1)
-            self._grid = (
-                zero.to(torch.uint8).contiguous(),
-                self.scales.float().contiguous(),
-                self.g_idx.to(torch.int32).contiguous(),
-            )
-        return self._grid
+    def _forget(self) -> None:
+        """Drops what was derived from the buffers."""
+        self._dense = None
 
     def _transposed(self, start: int, stop: int) -> Tensor:
         """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
-        zero, scale, group = self._zero_scale_group()
-        if _runs_kernels(self.qweight):
-            return dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
-        codes = unpack_on_device(self.qweight[:, start:stop], self.bits, self.in_features)
-        index = group.long()
-        return (codes.float() - zero[index, start:stop].float()) * scale[index, start:stop]
+        raise NotImplementedError
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """[M, K] to [M, N], both in the dtype that the device computes in."""
         if self.cache:
             return rows @ self._cached(rows.dtype)
-        if _runs_kernels(rows) and rows.shape[0] <= _FEW_ROWS:
-            return multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
         blocks = self._blocks()
         if len(blocks) == 1:
             return rows @ self._transposed(0, self.out_features).to(rows.dtype)
@@ -186,40 +115,120 @@ class PackedLinear(nn.Module):
         return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
 
 
-def _checked_shape(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
-    """(N, K) of one linear, once its tensors are known to fit together: kernels do not check bounds."""
-    for name in ("qweight", "qzeros", "scales"):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise InputError(f"{name} is missing or has not 2 axes")
-    qweight, qzeros, scales, given = (tensors.get(name) for name in gptq.PARTS)
-    assert qweight is not None and qzeros is not None and scales is not None
-    groups, rows = scales.shape
-    columns = len(qweight) * 32 // scheme.bits if given is None else given.numel()
-    checks = (
-        ("qweight", qweight, (packed_words(columns, scheme.bits), rows)),
-        ("qzeros", qzeros, (scheme.group_count(columns), packed_words(rows, scheme.bits))),
-        ("scales", scales, (scheme.group_count(columns), rows)),
-    )
-    for name, tensor, shape in checks:
-        if tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(shape)} for {scheme.bits} bits, "
-                f"group size {scheme.group_size}, {rows} outputs and {columns} inputs"
+class PackedLinear(QuantizedLinear):
+    """A linear in the layout of GPTQ checkpoints."""
+
+    frozen = gptq.PARTS
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        scheme: Scheme,
+        *,
+        bias: Tensor | None = None,
+        version: int = 1,
+        cache: bool = False,
+    ):
+        """Takes over the tensors of a GPTQ checkpoint as they are stored.
+
+        Args:
+            tensors: qweight, qzeros, scales and, optionally, g_idx; see `formats.gptq`.
+            scheme: Their grid.
+            bias: [N], any float dtype.
+            version: 1 where qzeros holds zero - 1, 2 where it holds the zero.
+            cache: Keep the float weight once it was computed: fast over long inputs, at the memory of a float model.
+
+        Raises:
+            InputError: the shapes do not fit together.
+        """
+        super().__init__(*gptq.check(tensors, scheme), bias, cache)
+        self.scheme, self.version = scheme, version
+        for name in ("qweight", "qzeros", "scales"):
+            self.register_buffer(name, tensors[name].contiguous())
+        given = tensors.get("g_idx")
+        group = group_index(self.in_features, scheme, tensors["qweight"].device) if given is None else given
+        self.register_buffer("g_idx", group)
+        self._grid: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_quantized(
+        cls, tensor: QuantizedTensor, *, bias: Tensor | None = None, cache: bool = False
+    ) -> "PackedLinear":
+        """Packs a tensor in the v2 layout, which holds every zero point."""
+        if tensor.has_float_zeros:
+            raise AssertionError("packed layers hold whole zero points")
+        bits = tensor.scheme.bits
+        tensors = {
+            "qweight": pack_rows(tensor.codes.T, bits),
+            "qzeros": pack_rows(tensor.zero, bits).T.contiguous(),
+            "scales": tensor.scale.T.contiguous(),
+            "g_idx": tensor.group,
+        }
+        return cls(tensors, tensor.scheme, bias=bias, version=2, cache=cache)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 is all of them."""
+        return self.scheme.group_size
+
+    def quantized(self) -> QuantizedTensor:
+        """The codes, scales and zeros, unpacked."""
+        return gptq.unpack({name: getattr(self, name) for name in gptq.PARTS}, self.scheme, self.version)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, symmetric={self.scheme.symmetric}, bias={self.bias is not None}"
+        )
+
+    def _zero_scale_group(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros [G, N] uint8, scales [G, N] float32, groups [K] int32: what the kernels read, unpacked once."""
+        if self._grid is None:
+            zero = unpack_on_device(self.qzeros.T, self.bits, self.out_features).T
+            if self.version == 1:
+                zero = (zero + 1) & (self.scheme.levels - 1)
+            self._grid = (
+                zero.to(torch.uint8).contiguous(),
+                self.scales.float().contiguous(),
+                self.g_idx.to(torch.int32).contiguous(),
             )
-    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
-        raise InputError(f"qweight and qzeros are {qweight.dtype} and {qzeros.dtype}, expected torch.int32")
-    if not (scales.is_floating_point() and bool(torch.isfinite(scales).all())):
-        raise InputError(f"scales ({scales.dtype}) are not finite numbers")
-    if given is not None and not 0 <= int(given.min()) <= int(given.max()) < groups:
-        raise InputError(f"g_idx names groups {int(given.min())} to {int(given.max())}, there are {groups}")
-    return rows, columns
+        return self._grid
+
+    def _transposed(self, start: int, stop: int) -> Tensor:
+        """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
+        zero, scale, group = self._zero_scale_group()
+        if _runs_kernels(self.qweight):
+            return dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
+        codes = unpack_on_device(self.qweight[:, start:stop], self.bits, self.in_features)
+        index = group.long()
+        return (codes.float() - zero[index, start:stop].float()) * scale[index, start:stop]
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        if not self.cache and _runs_kernels(rows) and rows.shape[0] <= _FEW_ROWS:
+            return multiply(rows, self.qweight, *self._zero_scale_group(), self.bits)
+        return super()._multiply(rows)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._grid = None
 
 
 class _PackedProduct(torch.autograd.Function):
     """Keeps the codes, not the float weight, for the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         rows = x.reshape(-1, layer.in_features)
         out = layer._multiply(rows.to(_compute_dtype(x)))

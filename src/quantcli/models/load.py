@@ -1,6 +1,7 @@
-"""Opens a checkpoint folder as a transformers model that runs: float, GPTQ (v1, v2) or AWQ (gemm), ours or others'.
+"""Opens a checkpoint folder as a transformers model that runs: float or quantized, ours or others'.
 
-Quantized linears stay packed (`models.linear`); no package beside torch and transformers takes part.
+`models.readers` lists the formats. Quantized linears stay packed (`models.linear`); no package beside torch and
+transformers takes part.
 """
 
 import re
@@ -16,17 +17,18 @@ from transformers.utils import logging
 
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import resolve_model_folder
-from quantcli.formats import awq, gptq
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import is_linear, weight_shape
-from quantcli.models.linear import PackedEmbedding, PackedLinear
+from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
+from quantcli.models.linear import PackedEmbedding, PackedLinear, QuantizedLinear
 from quantcli.models.machine import pick_device
+from quantcli.models.online import OnlineRotations, rotate_inputs
+from quantcli.models.readers import packed_names, reader_of
+from quantcli.models.simulate import simulate
 from quantcli.models.skeleton import build_skeleton, disk_name, load_config
-from quantcli.scheme import Scheme
+from quantcli.options import SimulationOptions
 
 __all__ = ["load", "read_packed"]
 
-_GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 # tensors that old checkpoints carry and that models compute themselves
 _LEGACY = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 
@@ -40,6 +42,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     cache_weights: bool = False,
+    simulation: SimulationOptions | None = None,
 ) -> Model:
     """Opens a model for inference.
 
@@ -51,76 +54,51 @@ def load(
         trust_remote_code: Run model code that the folder brings along.
         cache_weights: Keep dequantized weights after their first use: faster over long inputs, at the memory of a
             float model.
+        simulation: Activations and cache to round as the model runs; see `models.simulate`.
 
     Returns:
         A transformers model in evaluation mode, usable with `generate`.
 
     Raises:
         InputError: the folder is no model that we can read, or damaged.
-        UsageError: there is no such device or dtype.
+        UsageError: there is no such device or dtype, or the simulation does not fit the model.
     """
     path = resolve_model_folder(Path(folder))
     checkpoint = Checkpoint.open(path)
     place = pick_device(None if device is None else str(device))
     kind = _choose_dtype(dtype, checkpoint.config, place)
-    if checkpoint.config.get("quantization_config") is None:
-        model = _load_float(path, kind, trust_remote_code).to(place)
-    else:
-        model = _load_packed(checkpoint, place, kind, trust_remote_code, cache_weights)
-    return model.eval()
+    online = OnlineRotations.of(checkpoint.config)
+    simulates = simulation is not None and simulation.simulates
+    if checkpoint.config.get("quantization_config") is None and online is None and not simulates:
+        return _load_float(path, kind, trust_remote_code).to(place).eval()
+    model, layout = _load_piecewise(checkpoint, place, kind, trust_remote_code, cache_weights)
+    model.eval()
+    if online is not None:
+        rotate_inputs(model, layout.linears, online)
+    if simulation is not None and simulates:
+        simulate(model, layout, simulation, online)
+    return model
 
 
-def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> PackedLinear:
-    """One quantized linear (or embedding) of a GPTQ or AWQ checkpoint.
+def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> QuantizedLinear:
+    """One quantized linear (or embedding).
 
     Args:
         checkpoint: An opened folder whose config has a `quantization_config`.
-        name: Module name as in the tensor names, without `.qweight`.
-        cache: As in `PackedLinear`.
+        name: Module name as in the tensor names, without `.qweight` and the like.
+        cache: As in `load`.
 
     Raises:
         InputError: format, scheme or shapes are not what we read; the message names the linear.
     """
-    config = checkpoint.config["quantization_config"]
-    method = _quantization_method(checkpoint)
-    parts = (*gptq.PARTS, "bias")
+    reader = reader_of(checkpoint)
+    parts = (*reader.parts, "bias")
     tensors = {p: checkpoint.read(f"{name}.{p}") for p in parts if f"{name}.{p}" in checkpoint}
     bias = tensors.pop("bias", None)
     try:
-        if method == "awq":
-            return PackedLinear.from_quantized(awq.unpack(tensors, awq.scheme_of(config)), bias=bias, cache=cache)
-        scheme = _gptq_scheme(config, name)
-        return PackedLinear(tensors, scheme, bias=bias, version=_gptq_version(config), cache=cache)
+        return reader.read(checkpoint.config["quantization_config"], name, tensors, bias, cache)
     except (InputError, UsageError, KeyError) as error:
         raise InputError(f"{checkpoint.folder}: linear {name}: {error}") from error
-
-
-def _gptq_version(config: Mapping[str, Any]) -> int:
-    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if layout not in _GPTQ_VERSIONS:
-        raise InputError(f"GPTQ checkpoint of layout {layout!r}: {', '.join(_GPTQ_VERSIONS)} are read")
-    return _GPTQ_VERSIONS[layout]
-
-
-def _gptq_scheme(config: Mapping[str, Any], name: str) -> Scheme:
-    embedding = (config.get("quantcli") or {}).get("embedding")
-    if embedding is not None and embedding["name"] == name:
-        return Scheme(embedding["bits"], embedding["group_size"], embedding["sym"])
-    scheme = gptq.scheme_of(config, name)
-    if scheme is None:
-        raise InputError("it is packed, but quantization_config says that it stays float")
-    return scheme
-
-
-def _quantization_method(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config["quantization_config"]
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if method not in ("gptq", "awq"):
-        raise InputError(
-            f"{checkpoint.folder} is quantized with quant_method {method!r}: gptq (v1, v2) and awq (gemm) are read",
-            hint="give the float model that it was made from",
-        )
-    return str(method)
 
 
 def _choose_dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -176,23 +154,29 @@ def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Mo
     return model
 
 
-def _load_packed(
+def _load_piecewise(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool, cache: bool
-) -> Model:
-    _quantization_method(checkpoint)
-    packed = sorted(n.removesuffix(".qweight") for n in checkpoint.entries if n.endswith(".qweight"))
-    if not packed:
-        raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .qweight")
-    model = _skeleton(checkpoint, trust_remote_code)
+) -> tuple[Model, Layout]:
+    """Tensor by tensor into a skeleton, whose experts stand apart; the model and its parts."""
+    packed: list[str] = []
+    if checkpoint.config.get("quantization_config") is not None:
+        reader = reader_of(checkpoint)
+        packed = packed_names(checkpoint, reader)
+        if not packed:
+            raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .{reader.mark}")
+    model = _skeleton(checkpoint, packed, trust_remote_code)
+    layout = find_layout(model)
     model_names = _names_in_model(model, checkpoint.entries)
     done: set[str] = set()
     for name in packed:
         target = model_names(name)
         if target is None:
-            raise InputError(f"{checkpoint.folder}: unexpected tensor {name}.qweight, the model has no module {name}")
+            raise InputError(
+                f"{checkpoint.folder}: unexpected tensor {name}.{reader.mark}, the model has no module {name}"
+            )
         layer = read_packed(checkpoint, name, cache=cache).to(device)
         _replace(model, target, layer, dtype, f"{checkpoint.folder}: {name}")
-        done.update(f"{name}.{part}" for part in (*gptq.PARTS, "bias"))
+        done.update(f"{name}.{part}" for part in (*reader.parts, "bias"))
     _fill(model, checkpoint, [n for n in checkpoint.entries if n not in done], model_names, device, dtype)
     _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
@@ -200,15 +184,17 @@ def _load_packed(
     if (checkpoint.folder / "generation_config.json").is_file():
         with _explained(checkpoint.folder):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    return model.to(device)
+    return model.to(device), layout
 
 
-def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
+def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool) -> Model:
     """The model without weights, its head untied where the checkpoint brings one of its own."""
     config = load_config(checkpoint.folder, trust_remote_code)
-    # a head of its own stands at the top level: lm_head.qweight, embed_out.qweight
-    if any(n.count(".") == 1 and n.endswith(".qweight") for n in checkpoint.entries):
+    # a head of its own stands at the top level: lm_head, embed_out
+    if any("." not in name for name in packed):
         config.tie_word_embeddings = False
+    elif checkpoint.config["quantization_config"].get("tie_word_embeddings"):  # Olive says it there, and only there
+        config.tie_word_embeddings = True
     return build_skeleton(checkpoint.folder, config, trust_remote_code)
 
 
@@ -223,7 +209,7 @@ def _names_in_model(model: Model, stored: Iterable[str]) -> Callable[[str], str 
     return found.get
 
 
-def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, where: str) -> None:
+def _replace(model: Model, name: str, layer: QuantizedLinear, dtype: torch.dtype, where: str) -> None:
     """Puts a packed layer where the skeleton has a float one of the same shape."""
     old = model.get_submodule(name)
     shape = layer.out_features, layer.in_features
@@ -234,6 +220,8 @@ def _replace(model: Model, name: str, layer: PackedLinear, dtype: torch.dtype, w
         raise InputError(f"{where} holds {list(shape)} weights, the model expects {list(expected)}")
     new: nn.Module = layer
     if isinstance(old, nn.Embedding):
+        if not isinstance(layer, PackedLinear):
+            raise InputError(f"{where} is an embedding on a codebook, which is not read")
         new = PackedEmbedding(layer, dtype=dtype, embed_scale=getattr(old, "embed_scale", None))
     else:
         wants_bias = old.bias is not None

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["dequantize_columns", "multiply", "unpack_on_device"]
+__all__ = ["dequantize_columns", "multiply", "share_out", "unpack_on_device"]
 
 # Outputs that are worked on together: their partial sums and a row of words stay in the first-level cache.
 _TILE = 256
@@ -48,7 +48,7 @@ def multiply(x: Tensor, words: Tensor, zero: Tensor, scale: Tensor, group: Tenso
     by_words = len(x) <= _WHOLE_WORDS_ROWS and _groups_hold_whole_words(groups, bits)
     kernel = _whole_words_kernel(bits) if by_words else _multiply
     arrays = x.detach().contiguous().numpy(), words.numpy(), zero.numpy(), scale.numpy(), groups, bits, out.numpy()
-    _share_out(lambda start, stop: kernel(*arrays, start, stop), out.shape[1], x.shape[1])
+    share_out(lambda start, stop: kernel(*arrays, start, stop), out.shape[1], x.shape[1])
     return out
 
 
@@ -58,7 +58,7 @@ def dequantize_columns(
     """The transposed matrix for outputs [start, stop): [K, stop - start] float32; arguments as in `multiply`."""
     out = torch.empty(group.shape[0], stop - start, dtype=torch.float32)
     arrays = words.numpy(), zero.numpy(), scale.numpy(), group.numpy(), bits, start, out.numpy()
-    _share_out(lambda first, last: _dequantize(*arrays, first, last), stop - start, group.shape[0])
+    share_out(lambda first, last: _dequantize(*arrays, first, last), stop - start, group.shape[0])
     return out
 
 
@@ -84,7 +84,7 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _share_out(work: Callable[[int, int], Any], outputs: int, columns: int) -> None:
+def share_out(work: Callable[[int, int], Any], outputs: int, columns: int) -> None:
     """Calls `work(start, stop)` over stretches of outputs, on as many of torch's threads as the size is worth."""
     # a user who limits torch's threads means this process, not one library in it
     parts = max(1, min(torch.get_num_threads(), outputs * columns // _SHARE, -(-outputs // _TILE)))
@@ -107,7 +107,7 @@ def _groups_hold_whole_words(group: NDArray[np.int32], bits: int) -> bool:
 
 @cache
 def _whole_words_kernel(bits: int) -> Callable[..., None]:
-    """The product for 2, 4 or 8 bits: with constant shifts a word's codes are unrolled, which takes half the time."""
+    """The product for bits that divide 32: with constant shifts a word's codes are unrolled, in half the time."""
     per = 32 // bits
     mask = np.uint32((1 << bits) - 1)
 

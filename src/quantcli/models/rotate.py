@@ -15,6 +15,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout
+from quantcli.models.online import OnlineRotations, down_linears
 from quantcli.models.skeleton import disk_name
 from quantcli.tensors.hadamard import Rotation
 
@@ -48,6 +49,8 @@ class Part:
     """So many rows at the end are value heads."""
     value_columns: bool = False
     """Its columns are value heads."""
+    online: Rotation | None = None
+    """R4, through which its input comes at run time."""
     is_gain: bool = False
     """A norm's gain, which is multiplied in elsewhere."""
     source: str | None = None
@@ -105,6 +108,8 @@ class RotatedCheckpoint(Checkpoint):
             tensor[first:] = turned.to(tensor.dtype)
         if part.value_columns:
             tensor = _heads(self._heads[part.block], tensor).to(tensor.dtype)
+        if part.online is not None:
+            tensor = part.online.rows(tensor).to(tensor.dtype)
         return tensor.contiguous()
 
     def turned(self, stream: Rotation, heads: Sequence[Rotation]) -> "RotatedCheckpoint":
@@ -118,7 +123,12 @@ class RotatedCheckpoint(Checkpoint):
 
 
 def rotate(
-    checkpoint: Checkpoint, model: Any, layout: Layout, stream: Rotation, heads: Sequence[Rotation]
+    checkpoint: Checkpoint,
+    model: Any,
+    layout: Layout,
+    stream: Rotation,
+    heads: Sequence[Rotation],
+    online: OnlineRotations | None = None,
 ) -> RotatedCheckpoint:
     """The checkpoint through the rotations of residual stream and value heads.
 
@@ -128,6 +138,7 @@ def rotate(
         layout: Its parts.
         stream: Of the hidden size.
         heads: Of a value head's size, one per block.
+        online: R4 goes into the weights that its run-time part is in front of.
     """
     entries, kind = checkpoint.entries, model.config.model_type
     parts: dict[str, Part] = {}
@@ -145,7 +156,7 @@ def rotate(
     parts[final] = Part(is_gain=True)
     own = disk_name(f"{layout.head}.weight", model, entries)
     parts[own or f"{layout.head}.weight"] = Part(gain=final, rotate_columns=True, source=own or embedding)
-    values = _value_size(model)
+    values, turned = _value_size(model), set(down_linears(layout.linears))
     for number, path in enumerate(layout.blocks):
         norms = {norm: disk(f"{path}.{norm}.weight") for norm in (_BEFORE_ATTENTION, _BEFORE_MLP)}
         parts |= {norm: Part(is_gain=True) for norm in norms.values()}
@@ -161,7 +172,13 @@ def rotate(
                     gain=norms[_READERS[leaf]], rotate_columns=True, value_rows=value_rows, block=number
                 )
             else:
-                parts[weight] = Part(rotate_rows=True, value_columns=leaf == "o_proj", block=number)
+                expects = online if f"{path}.{name}" in turned else None
+                parts[weight] = Part(
+                    rotate_rows=True,
+                    value_columns=leaf == "o_proj",
+                    block=number,
+                    online=None if expects is None else expects.down(module.weight.shape[1]),
+                )
             if getattr(module, "bias", None) is not None:
                 parts[disk(f"{path}.{name}.bias")] = Part(
                     rotate_rows=leaf in _WRITERS, value_rows=value_rows, block=number

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import TensorEntry, read_config
 from quantcli.models.experts import unfuse_experts
+from quantcli.models.online import OnlineRotations
 
 __all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "load_config", "materialize"]
 
@@ -45,7 +46,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if "auto_map" not in raw and model_type not in _known_types():
         raise InputError(f"model type {model_type!r} is not known to the installed transformers")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if OnlineRotations.of(raw) is not None:  # the file names a type that transformers is not to know
+            config = AutoConfig.for_model(**raw)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of configurations raise whatever they like
         raise InputError(f"{folder / 'config.json'} cannot be used: {_reason(error)}") from error
     architectures = getattr(config, "architectures", None) or []

@@ -25,7 +25,14 @@ from quantcli.models.paused import END, Pass, Pause, Shelf, token_count
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
 
-__all__ = ["StageMoments", "embed_tokens", "run_block"]
+__all__ = ["StageMoments", "block_marks", "embed_tokens", "run_block"]
+
+_MARKS = ("attention_type", "layer_type", "is_sliding", "layer_idx", "is_linear_attn")
+
+
+def block_marks(block: nn.Module) -> dict[str, Any]:
+    """Attributes of a block by which models choose its mask: whatever stands in for it needs them too."""
+    return {name: getattr(block, name) for name in _MARKS if hasattr(block, name)}
 
 
 class _EnoughError(Exception):
@@ -38,9 +45,8 @@ class _Recorder(nn.Module):
     def __init__(self, original: nn.Module, calls: list[tuple[Tensor, BlockCall]], last: bool):
         super().__init__()
         self._calls, self._last = calls, last
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx", "is_linear_attn"):
-            if hasattr(original, name):  # models choose a block's mask by such marks
-                setattr(self, name, getattr(original, name))
+        for name, value in block_marks(original).items():
+            setattr(self, name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._calls.append((hidden_states, BlockCall(args, kwargs)))

@@ -35,6 +35,8 @@ from quantcli.graphs.files import check_external_data
 from quantcli.graphs.levels import change_accuracy_level, count_by_bits
 from quantcli.graphs.verify import verify_weights
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.online import refuse_online
+from quantcli.models.readers import reader_of
 from quantcli.models.source import locate_model
 from quantcli.options import CaptureOptions
 from quantcli.progress import Progress, Silent
@@ -87,7 +89,13 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     _check_options(options)
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
+    refuse_online(checkpoint.config, folder, "which no graph of ours computes")
     is_quantized = checkpoint.config.get("quantization_config") is not None
+    if is_quantized and not reader_of(checkpoint).uniform:
+        raise InputError(
+            f"{folder} holds nf4 or fp4 codes; MatMulNBits has evenly spaced levels, which cannot hold them exactly",
+            hint="quantize the original with -a gptq or kquant, or with --format float for a float graph",
+        )
     _check_input(options, is_quantized)
     tokenizer = read_tokenizer(folder, options.trust_remote_code)
     resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}

@@ -1,5 +1,6 @@
 """`quantcli evaluate`: how good a model is, how far from its reference, how large and how fast."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from quantcli.evaluate.language_model import LanguageModel, open_language_model
 from quantcli.evaluate.result import EvaluationResult
 from quantcli.evaluate.speed import measure_speed, peak_memory
 from quantcli.evaluate.text import open_tokenizer, read_windows, require_same_tokens
+from quantcli.models.checkpoint import read_config
+from quantcli.models.online import OnlineRotations
 from quantcli.models.source import locate_model
-from quantcli.options import EvaluateOptions
+from quantcli.options import EvaluateOptions, SimulationOptions
 from quantcli.pipelines.inspect import weight_records, weight_size_bytes
 from quantcli.progress import Progress, Silent
 from quantcli.tensors.inventory import quantized_bits_per_weight, total_bits_per_weight
@@ -34,21 +37,27 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
     progress = progress or Silent()
     model_folder = locate_model(options.model)
     reference_folder = None if options.reference is None else locate_model(options.reference)
+    simulation, timed = options.simulation, options.speed
+    if simulation.simulates:
+        progress.note(f"simulating {simulation.describe()}")
+        if timed:
+            progress.note("speed is not measured: the simulation takes the time that such a model would save")
+        timed = False
     windows, text = _windows(options, model_folder, reference_folder)
     records = weight_records(model_folder)
 
     speed = memory = reference = None
     with peak_memory() as watched:
-        model = open_language_model(model_folder, options.device, options.trust_remote_code)
+        model = open_language_model(model_folder, options.device, options.trust_remote_code, simulation)
         try:
             _check_length(model, model_folder, options)
-            if options.speed:
+            if timed:
                 progress.note("measuring speed")
                 speed = measure_speed(model, windows[0])
         except BaseException:
             model.close()
             raise
-    if options.speed:
+    if timed:
         memory = watched.above_start_bytes
     try:
         if reference_folder is not None:
@@ -86,10 +95,19 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
         size_bytes=weight_size_bytes(model_folder),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
+        simulated=_simulated(simulation, model_folder),
         **figures,
     )
     result.failures.extend(_failed_gates(options, result))
     return result
+
+
+def _simulated(simulation: SimulationOptions, folder: Path) -> dict[str, Any] | None:
+    if not simulation.simulates:
+        return None
+    online = OnlineRotations.of(read_config(folder))
+    rotations = None if online is None else asdict(online)
+    return simulation.resolved() | {"online_rotations": rotations, "description": simulation.describe()}
 
 
 def _windows(options: EvaluateOptions, model: Path, reference: Path | None) -> tuple[Tensor, str]:

@@ -156,7 +156,9 @@ def _describe(model: Path) -> tuple[str, str]:
         return "float checkpoint", f"safetensors, {', '.join(dtypes)}"
     method = str(config.get("quant_method"))
     layout = config.get("checkpoint_format") or config.get("format") or config.get("version")
-    details = [f"{k} {config[k]}" for k in ("bits", "group_size", "sym", "zero_point", "desc_act") if k in config]
+    layout = layout or config.get("bnb_4bit_quant_type")
+    keys = ("bits", "group_size", "sym", "zero_point", "desc_act", "bnb_4bit_use_double_quant")
+    details = [f"{k.removeprefix('bnb_4bit_')} {config[k]}" for k in keys if k in config]
     name = method if layout in (None, method) else f"{method} ({layout})"
     return f"{method.upper()} checkpoint", ", ".join(["safetensors", name, *details])
 

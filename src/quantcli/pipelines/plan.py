@@ -1,7 +1,8 @@
 """What a quantize run will do, decided before it begins: algorithm, scheme of every linear, size, memory, time."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,26 @@ from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Held
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
+from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.budget import Budget, Choice, make_budget
 from quantcli.pipelines.train_rotation import TrainingCost, training_cost
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.hadamard import Rotation
 
-__all__ = ["DTYPES", "EMBEDDING_SCHEME", "Plan", "Target", "make_plan"]
+__all__ = ["DTYPES", "EMBEDDING_SCHEME", "MEASURED_TOKENS", "Plan", "Target", "make_plan", "with_choice"]
 
 EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
 HELD_OUT_SHARE = 8
 """One row in so many is held out where candidates compete."""
+MEASURED_TOKENS = 1024
+"""On so many the sensitivity of the linears is measured where bits are mixed."""
 _PIECE = 128
 """Tokens that the model writes in one go where its text only judges."""
 _BEST = {"refit": "true", "sweeps": "2"}
@@ -77,6 +83,7 @@ class Plan:
     """The rounder."""
     settings: Any
     options: QuantizeOptions
+    """With the format that was chosen."""
     checkpoint: Checkpoint
     skeleton: Any
     layout: Layout
@@ -99,13 +106,20 @@ class Plan:
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
+    online: OnlineRotations | None = None
+    """Rotations that the result's weights expect at run time."""
+    budget: Budget | None = None
+    """What may be spent, where bits are mixed."""
+    choice: Choice | None = None
+    """How it is spent, once that has been measured."""
     training: TrainingCost | None = None
     """What training rotations will take, where there are some to train."""
 
     @property
     def codec(self) -> Codec:
         """How linears are stored."""
-        return CODECS["float" if self.algorithm is KEEP_FLOAT else self.options.format]
+        assert self.options.format is not None
+        return CODECS[self.options.format]
 
     def float_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What a float tensor of the input is written in."""
@@ -125,6 +139,19 @@ class Plan:
     def trained(self) -> Step | None:
         """The transform whose rotations are trained before blocks are quantized."""
         return next((step for step in self.transforms if _is_trained(step)), None)
+
+    @property
+    def measured_text(self) -> CalibrationOptions:
+        """The text on which sensitivities are measured where the algorithm itself reads none."""
+        calibration = self.options.calibration
+        given = calibration.data or (None if calibration.data_name else BUILTIN)
+        return replace(calibration, data=given, num_samples=self.measured_rows)
+
+    @property
+    def measured_rows(self) -> int:
+        """Rows of text on which sensitivities are measured."""
+        rows = max(1, MEASURED_TOKENS // self.options.calibration.seq_len)
+        return min(rows, self.options.calibration.num_samples)
 
     @property
     def holds_out(self) -> bool:
@@ -149,6 +176,7 @@ class Plan:
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
             *(("transform", _words(step)) for step in self.transforms),
+            *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             *self._training_rows(),
@@ -157,6 +185,8 @@ class Plan:
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
             ("estimated time", f"{self.seconds:.0f} s"),
         ]
+        if self.options.simulation.simulates:
+            rows.append(("evaluated with", self.options.simulation.describe()))
         return rows
 
     def _training_rows(self) -> list[tuple[str, str]]:
@@ -167,13 +197,23 @@ class Plan:
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
         scheme = self.default
+        bits = str(scheme.bits) if self.budget is None else ", ".join(map(str, self.budget.widths))
         group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        kind = scheme.codebook or ("sym" if scheme.symmetric else "asym")
         return [
             ("algorithm", _words(Step(self.algorithm, self.settings))),
-            ("scheme", f"{scheme.bits} bits, group size {group}, {'sym' if scheme.symmetric else 'asym'}"),
+            ("scheme", f"{bits} bits, group size {group}, {kind}"),
+            *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
             ("format", self.codec.name),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
         ]
+
+    def _mixed_words(self, budget: Budget) -> str:
+        text = "the calibration text"
+        if self.source is None:
+            text = self.measured_text.data or self.measured_text.data_name or ""
+            text = {BUILTIN: "Python's documentation", SELF: "text that the model writes"}.get(text, text)
+        return f"{budget.summary()}; which linear gets which is measured first, on {self.measured_rows} rows of {text}"
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -185,6 +225,8 @@ class Plan:
             "scheme": self.default.to_dict(),
             "linears": len(self.targets),
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "online_rotations": None if self.online is None else asdict(self.online),
+            "mixed_bits": None if self.budget is None else self.budget.to_dict(self.choice),
             "calibration": self.source,
             "device": str(self.device),
             "estimated_size_bytes": self.size_bytes,
@@ -196,7 +238,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("output", "force", "dry_run", "evaluate", "max_memory", "model"):
+        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model"):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 
@@ -217,6 +259,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     """
     *transforms, rounder = _resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
+    options = replace(options, format=_resolve_format(options.format, algorithm))
+    codec = CODECS[options.format or ""]
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     _refuse_quantized(checkpoint, folder)
@@ -228,14 +272,28 @@ def make_plan(options: QuantizeOptions) -> Plan:
         config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, options.trust_remote_code)
     layout = find_layout(skeleton)
+    online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
+        refuse_online(checkpoint.config, folder, "which cannot be taken in twice")
         refuse_unrotatable(skeleton)
-        checkpoint = _rotated(checkpoint, skeleton, layout, rotation)
+        if getattr(rotation.settings, "online", False):
+            online = OnlineRotations(rotation.settings.rotate_mode, rotation.settings.rotation_seed)
+        checkpoint = _rotated(checkpoint, skeleton, layout, rotation, online)
+    if online is not None:
+        rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
-    codec = CODECS[options.format]
-    default = Scheme(options.bits, options.group_size, options.symmetric, codec.lowest_zero)
+    default = Scheme(
+        options.bits,
+        options.group_size,
+        options.symmetric,
+        codec.lowest_zero,
+        algorithm.codebook,
+        getattr(settings, "double_quant", False),
+    )
     targets = _targets(options, skeleton, layout, checkpoint, default, algorithm)
-    _refuse_format(codec, options, targets, default, getattr(settings, "order", "") == "desc_act", layout)
+    settings = _with_zero_points(settings, codec, targets)
+    experts = {n for n in targets if isinstance(skeleton.get_submodule(n.rpartition(".")[0]), Expert)}
+    _refuse_format(codec, options, targets, default, Step(algorithm, settings), layout, experts)
     untie = tied and (layout.head in targets or rotation is not None)
     embedding = _embedding_target(options, skeleton, layout, checkpoint)
     device = pick_device(options.device)
@@ -245,14 +303,53 @@ def make_plan(options: QuantizeOptions) -> Plan:
     base = Plan(
         folder, tuple(transforms), algorithm, settings, options, checkpoint, skeleton, layout, default, targets,
         embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
-        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder),
+        size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder), online=online,
     )  # fmt: skip
     plan = _with_source(_with_training(base), config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
+    if options.mixes:
+        plan = _with_budget(plan)
     return _with_memory(plan)
 
 
-def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) -> RotatedCheckpoint:
+def _with_budget(plan: Plan) -> Plan:
+    """Checks the target; size and time are estimated anew."""
+    budget = make_budget(plan)
+    low, high = ({name: pick(sizes) for name, sizes in budget.sizes.items()} for pick in (min, max))
+    ends = [_size_bytes(_with_bits(plan, bits)) for bits in (low, high)]
+    spent = [budget.achieved(bits) for bits in (low, high)]
+    share = (min(budget.target, spent[1]) - spent[0]) / max(spent[1] - spent[0], 1e-9)
+    size = int(ends[0] + share * (ends[1] - ends[0]))
+    tokens = plan.measured_rows * plan.options.calibration.seq_len
+    weights = sum(t.rows * t.columns for t in plan.targets.values())
+    head = 2 * tokens * math.prod(plan.skeleton.get_submodule(plan.layout.embedding).weight.shape)
+    blocks = len(plan.layout.blocks)
+    flops = 2 * tokens * weights * (blocks / 2 + 7 + len(budget.widths)) + head * (blocks + 1)
+    rate = matmul_flops(plan.device, plan.dtype) * _EFFICIENCY
+    return replace(plan, budget=budget, size_bytes=size, seconds=plan.seconds + flops / rate + weights / 1e7)
+
+
+def with_choice(plan: Plan, choice: Choice) -> Plan:
+    """The plan with the bits that were chosen; the commonest width becomes that of the whole model."""
+    plan = _with_bits(plan, choice.bits)
+    commonest = max(choice.distribution(), key=lambda part: (part["linears"], part["bits"]))["bits"]
+    plan = replace(plan, choice=choice, default=replace(plan.default, bits=commonest))
+    return replace(plan, size_bytes=_size_bytes(plan))
+
+
+def _with_bits(plan: Plan, bits: Mapping[str, int]) -> Plan:
+    packed = plan.codec.packed_bytes
+    targets = {}
+    for name, target in plan.targets.items():
+        scheme = replace(target.scheme, bits=bits[name])
+        size = target.stored_bytes if packed is None else packed(target.rows, target.columns, scheme)
+        targets[name] = replace(target, scheme=scheme, stored_bytes=size)
+    return replace(plan, targets=targets)
+
+
+def _rotated(
+    checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
+) -> RotatedCheckpoint:
     """The checkpoint through the rotations of a step; through none as long as they are to be trained."""
     config = skeleton.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -260,7 +357,7 @@ def _rotated(checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step) 
         stream, head = Rotation.identity(config.hidden_size), Rotation.identity(head_dim)
     else:
         stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
-    return rotate(checkpoint, skeleton, layout, stream, [head] * len(layout.blocks))
+    return rotate(checkpoint, skeleton, layout, stream, [head] * len(layout.blocks), online)
 
 
 def _is_trained(step: Step) -> bool:
@@ -322,8 +419,10 @@ def _resolve_steps(options: QuantizeOptions) -> list[Step]:
             )
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
+    if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
+        raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
-    _refuse_idle_calibration(options.calibration, preset, chain)
+    _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
         raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
     return steps
@@ -331,18 +430,36 @@ def _resolve_steps(options: QuantizeOptions) -> list[Step]:
 
 def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
     """No flag without effect: how to round where nothing is rounded."""
-    for field in ("bits", "group_size", "symmetric", "quantize_lm_head", "quantize_embeddings", "exclude", "overrides"):
+    fields_of_rounding = (
+        "bits", "group_size", "symmetric", "target_bits", "target_size", "quantize_lm_head", "quantize_embeddings",
+        "exclude", "overrides",
+    )  # fmt: skip
+    for field in fields_of_rounding:
         if getattr(options, field) != getattr(QuantizeOptions, field):
             raise UsageError(
                 f"{name} alone writes a float model, {field} would have no effect",
                 hint=f"name a rounder, as in -a {name},gptq",
             )
-    if options.format == "awq":
+    if options.format not in (None, "float"):
         raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
 
 
-def _refuse_idle_calibration(calibration: CalibrationOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
+def _resolve_format(asked: str | None, algorithm: Algorithm) -> str:
+    """The format that was asked for, or the algorithm's own."""
+    if asked is None:
+        return algorithm.formats[0]
+    if asked not in algorithm.formats:
+        able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
+        raise UsageError(
+            f"format {asked} cannot hold what {algorithm.name} makes: {', '.join(algorithm.formats)} can",
+            hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
+        )
+    return asked
+
+
+def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
     """No flag without effect: text options where no text is read."""
+    calibration = options.calibration
     if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
         raise UsageError("--data-split is for --data-name", hint="leave it out")
     algorithm, needs = chain[-1], any(a.calibration == "required" for a in chain)
@@ -353,6 +470,8 @@ def _refuse_idle_calibration(calibration: CalibrationOptions, preset: str | None
     else:
         who = "preset fast" if preset == "fast" else algorithm.name
     changed = [f.name for f in fields(calibration) if getattr(calibration, f.name) != f.default]
+    if options.mixes:  # a few rows are read all the same
+        changed = [name for name in changed if name in ("num_samples", "batch_size")]
     if changed:
         raise UsageError(
             f"{who} uses no calibration text, --{changed[0].replace('_', '-')} would have no effect",
@@ -394,11 +513,10 @@ def _targets(
         if excluded:
             continue
         scheme = default
-        for override in options.overrides:
-            if re.search(override.pattern, name):
-                used.add(override.pattern)
-                changes = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(override, k)) is not None}
-                scheme = replace(scheme, **changes)
+        for override in options.matching(name):
+            used.add(override.pattern)
+            changes = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(override, k)) is not None}
+            scheme = replace(scheme, **changes)
         if scheme.bits not in algorithm.bits:
             raise UsageError(
                 f"{algorithm.name} makes {algorithm.bits} bits, not {scheme.bits} as overridden for {name}"
@@ -421,8 +539,21 @@ def _targets(
     return targets
 
 
+def _with_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]) -> Any:
+    """The rounder's settings, its zero points chosen by the format where it leaves them open."""
+    chosen = getattr(settings, "zero", None)
+    if chosen is None or not targets:
+        return settings
+    fixed = all(target.scheme.symmetric for target in targets.values())
+    if chosen == "float" and fixed:
+        raise UsageError("--sym fixes the zero points, zero=float would have no effect", hint="leave one of them out")
+    if chosen == "auto":
+        return replace(settings, zero="float" if codec.float_zeros and not fixed else "integer")
+    return settings
+
+
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
-    packed = CODECS[options.format].packed_bytes
+    packed = CODECS[options.format or ""].packed_bytes
     if packed is None:
         return rows * columns * DTYPES.get(options.dtype, stored).itemsize
     return packed(rows, columns, scheme)
@@ -433,22 +564,34 @@ def _refuse_format(
     options: QuantizeOptions,
     targets: Mapping[str, Target],
     default: Scheme,
-    desc_act: bool,
+    rounder: Step,
     layout: Layout,
+    experts: Set[str],
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
-    hint = f"use --format {' or '.join(n for n in CODECS if n != codec.name)}"
+    formats, settings = rounder.algorithm.formats, rounder.settings
+    desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
     for target in targets.values():
-        held = Held(target.rows, target.columns, target.scheme, target.scheme == default, not desc_act)
-        why = codec.refuse(held)
+        held = Held(
+            target.rows,
+            target.columns,
+            target.scheme,
+            target.scheme == default,
+            not desc_act,
+            fractions and not target.scheme.symmetric,
+            target.transposed,
+            target.name in experts,
+        )
+        why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"
         if why is not None:
-            others = [n for n, c in CODECS.items() if c.refuse(held) is None and n != codec.name]
+            others = [n for n in formats if n != codec.name and CODECS[n].why_not(held) is None]
             raise UsageError(
                 f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )
     if options.quantize_embeddings and codec.name != "gptq":
+        hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
         raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 
 
@@ -549,7 +692,8 @@ def _gathers(plan: Plan) -> bool:
     used = [plan.algorithm.calibration, *(s.algorithm.calibration for s in plan.transforms if not _is_trained(s))]
     if "required" in used:
         return True
-    return "optional" in used and bool(plan.options.calibration.data or plan.options.calibration.data_name)
+    named = bool(plan.options.calibration.data or plan.options.calibration.data_name)
+    return "optional" in used and named and plan.options.preset != "fast"
 
 
 def _size_bytes(plan: Plan) -> int:
@@ -579,9 +723,10 @@ def _with_memory(plan: Plan) -> Plan:
         or next(iter(plan.checkpoint.entries))
     ].size_bytes
     largest = max(t.rows * t.columns for t in plan.targets.values())
+    measuring = _measuring_bytes(plan, block, outside)
     if not plan.calibrates:
         # one matrix in float32, its importance, codes and the shard under way
-        peak = max(block + 16 * largest, 2 * outside)
+        peak = max(block + 16 * largest, 2 * outside, measuring)
         return _checked(replace(plan, peak_bytes=int(peak) + 200_000_000), budget)
     calibration = plan.options.calibration
     streams = 2 if plan.options.correct_earlier else 1
@@ -602,7 +747,24 @@ def _with_memory(plan: Plan) -> Plan:
     keep = peak <= 0.8 * budget
     if not keep:
         peak = fixed
+    peak = max(peak, measuring)
     return _checked(replace(plan, peak_bytes=int(peak) + 200_000_000, keep_paused=keep), budget)
+
+
+def _measuring_bytes(plan: Plan, block: int, outside: int) -> int:
+    """What measuring sensitivities holds: a stream per block; a block, rounded too; then embedding, head and logits."""
+    if plan.budget is None:
+        return 0
+    tokens = plan.measured_rows * plan.options.calibration.seq_len
+    hidden = plan.skeleton.config.get_text_config().hidden_size
+    streams = (len(plan.layout.blocks) + 3) * tokens * hidden * plan.dtype.itemsize
+    vocabulary = plan.skeleton.get_submodule(plan.layout.embedding).weight.shape[0]
+    widest = max(t.columns for t in plan.targets.values())
+    largest = max(t.rows * t.columns for t in plan.targets.values())
+    float_size = plan.dtype.itemsize
+    inside = 2 * block + 16 * largest + 8 * tokens * (widest + 4 * hidden)
+    logits = 3 * outside * float_size // 2 + 12 * plan.options.calibration.seq_len * vocabulary
+    return int(streams + max(inside, logits))
 
 
 def _checked(plan: Plan, budget: int) -> Plan:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,23 @@ from quantcli.formats.codec import Codec, Described
 from quantcli.models.block import BlockCall, block_stages
 from quantcli.models.checkpoint import CheckpointWriter, copy_companions, write_tensors
 from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
-from quantcli.models.layout import is_transposed
+from quantcli.models.layout import is_linear, is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.rotate import RotatedCheckpoint
-from quantcli.models.skeleton import disk_name, materialize
+from quantcli.models.skeleton import disk_name
 from quantcli.models.walk import StageMoments, embed_tokens, run_block
-from quantcli.options import QuantizeOptions
+from quantcli.options import CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.loading import load_block, outside_loaded
+from quantcli.pipelines.mixed import mix_bits
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.pipelines.train_rotation import RotationReport, see_through, train_rotations
 from quantcli.progress import Progress, Silent, Task
-from quantcli.tensors import affine
+from quantcli.tensors import grids
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Statistics
-from quantcli.tensors.quantized import QuantizedTensor
+from quantcli.tensors.quantized import NestedScale, QuantizedTensor
 
 __all__ = ["QuantizeResult", "run"]
 
@@ -83,6 +85,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
     progress = progress or Silent()
     started = time.perf_counter()
     plan = make_plan(options)
+    options = plan.options
     if options.dry_run:
         return plan
     if not plan.layout.known:
@@ -98,6 +101,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
         progress.plan("Plan", plan.rows())
         work = _Run(plan, partial, progress)
         work.train()
+        plan = work.mix_bits()
         work.blocks()
         work.outside()
         companions = copy_companions(plan.folder, partial.model)
@@ -146,7 +150,11 @@ def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
 
     return evaluate.run(
         EvaluateOptions(
-            str(options.output), options.model, device=options.device, trust_remote_code=options.trust_remote_code
+            str(options.output),
+            options.model,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            simulation=options.simulation,
         ),
         progress,
     )
@@ -219,6 +227,8 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
+                float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
+                dtype=self._float_dtype(next(iter(targets.values()))) if targets else plan.dtype,
             )
         )
         if plan.embedding is not None and quantization is not None:
@@ -238,7 +248,21 @@ class _Run:
         if plan.options.dtype != "keep":
             config.pop("torch_dtype", None)
             config["dtype"] = plan.options.dtype
-        return config
+        return config if plan.online is None else plan.online.mark(config)
+
+    def mix_bits(self) -> Plan:
+        """Chooses the bits of each linear where a target asks for it; the plan as it is then."""
+        if self.plan.budget is not None:
+            self.plan = mix_bits(self.plan, self.partial.state, self._measured_tokens, self.progress)
+            self._heap.settle()
+        return self.plan
+
+    def _measured_tokens(self) -> Tensor:
+        """A few rows of calibration text, or, where the algorithm reads none, of text for this alone."""
+        plan = self.plan
+        if plan.source is not None:
+            return self._saved_tokens()["rows"][: plan.measured_rows]
+        return self._read_rows(plan.measured_text)
 
     # -- rotations ----------------------------------------------------------------------------------------------------
 
@@ -304,26 +328,10 @@ class _Run:
         saved = self._saved_tokens()
         tokens, batch = torch.cat([saved["rows"], saved["judges"]]), plan.options.calibration.batch_size
         self._held = self._held_out(len(saved["rows"]), len(tokens), batch)
-        skeleton = plan.skeleton
-        inside = tuple(path + "." for path in plan.layout.blocks)
-        names = {
-            name: disk
-            for name in skeleton.state_dict()
-            if not name.startswith(inside)
-            and (disk := disk_name(name, skeleton, plan.checkpoint.entries))
-            and name != f"{plan.layout.head}.weight"
-        }
-        tensors = {name: self._float_tensor(disk) for name, disk in names.items()}
-        self._norm = deepcopy(skeleton.get_submodule(plan.layout.final_norm)) if plan.layout.final_norm else None
-        materialize(skeleton, tensors)
-        if self._norm is not None:
-            prefix = f"{plan.layout.final_norm}."
-            materialize(self._norm, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        _move_buffers(skeleton, plan.device)
-        hidden, calls = embed_tokens(skeleton, plan.layout, tokens.to(plan.device), batch)
-        for name in names:  # give the embedding's memory back
-            module, _, leaf = name.rpartition(".")
-            setattr(skeleton.get_submodule(module), leaf, torch.nn.Parameter(tensors[name].to("meta"), False))
+        with outside_loaded(plan):
+            norm = plan.layout.final_norm
+            self._norm = deepcopy(plan.skeleton.get_submodule(norm)) if norm else None
+            hidden, calls = embed_tokens(plan.skeleton, plan.layout, tokens.to(plan.device), batch)
         if self.done:
             kept = load_file(state / f"hidden-{self.done}.safetensors")
             hidden = [kept[f"hidden.{i}"].to(plan.device) for i in range(len(hidden))]
@@ -335,31 +343,37 @@ class _Run:
         return calls
 
     def _saved_tokens(self) -> dict[str, Tensor]:
-        """`_tokens`, or those of the interrupted run."""
-        file = self.partial.state / "tokens.safetensors"
-        if file.is_file():
-            saved: dict[str, Tensor] = load_file(file)
+        """What `_tokens` gave this run or the interrupted one."""
+        state = self.partial.state
+        tokens_file = state / "tokens.safetensors"
+        if tokens_file.is_file():
+            saved: dict[str, Tensor] = load_file(tokens_file)
             return saved
         saved = self._tokens()
-        write_tensors(saved, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        write_tensors(saved, state / "tokens.tmp")
+        (state / "tokens.tmp").replace(tokens_file)
         return saved
 
     def _tokens(self) -> dict[str, Tensor]:
         """Calibration rows, and rows that only judge: with `best` on other text, a little of the model's own."""
-        plan, options = self.plan, self.plan.options
-        common: dict[str, Any] = {
-            "model_digest": plan.model_digest,
-            "progress": self.progress,
-            "device": plan.device,
-            "trust_remote_code": options.trust_remote_code,
-        }
-        rows = calibration_rows(options.calibration, plan.folder, source=plan.source, **common).tokens
+        plan, calibration = self.plan, self.plan.options.calibration
+        rows = self._read_rows(calibration)
         judges = rows[:0]
         if plan.judges:
-            written = calibration_rows(plan.judge_text, plan.folder, **common).tokens
-            judges = written.reshape(plan.judges, options.calibration.seq_len)
+            judges = self._read_rows(plan.judge_text).reshape(plan.judges, calibration.seq_len)
         return {"rows": rows, "judges": judges}
+
+    def _read_rows(self, text: CalibrationOptions) -> Tensor:
+        plan = self.plan
+        return calibration_rows(
+            text,
+            plan.folder,
+            source=plan.source,
+            model_digest=plan.model_digest,
+            progress=self.progress,
+            device=plan.device,
+            trust_remote_code=plan.options.trust_remote_code,
+        ).tokens
 
     def _held_out(self, rows: int, total: int, batch: int) -> set[int]:
         """Micro-batches that only judge: one in `HELD_OUT_SHARE` of the rows, and all text of the model's own."""
@@ -369,28 +383,10 @@ class _Run:
         step = max(2, min(HELD_OUT_SHARE, whole))
         return set(range(step - 1, whole, step)) | set(range(-(-rows // batch), batches))
 
-    def _float_tensor(self, disk: str) -> Tensor:
-        """A tensor of the file in the dtype that blocks run in."""
-        tensor = self.plan.checkpoint.read(disk)
-        if tensor.is_floating_point():
-            if not all_finite(tensor):
-                raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
-            tensor = tensor.to(self.plan.dtype)
-        return tensor.to(self.plan.device)
-
     def _calibrated_block(self, number: int, calls: dict[int, BlockCall], task: Task) -> dict[str, QuantizedTensor]:
         plan = self.plan
         path = plan.layout.blocks[number]
-        block = deepcopy(plan.skeleton.get_submodule(path))
-        tensors = {}
-        for name in block.state_dict():
-            disk = disk_name(f"{path}.{name}", plan.skeleton, plan.checkpoint.entries)
-            if disk is None:
-                raise InputError(f"tensor {path}.{name} is missing from {plan.folder}")
-            tensors[name] = self._float_tensor(disk)
-        materialize(block, tensors)
-        _move_buffers(block, plan.device)
-        del tensors
+        block = load_block(plan, number)
         reference = deepcopy(block) if plan.options.correct_earlier else None
         linears = [t.name.removeprefix(path + ".") for t in plan.targets.values() if self._in_block(t, number)]
         if self._shelf is None:
@@ -502,7 +498,7 @@ class _Run:
             gain, found = folded_norm(self._stored(f"{producer}.weight").to(found.device), found, fold.offset)
             self._edited[self._disk(f"{producer}.weight")] = gain.cpu()
         elif producer in results:
-            results[producer] = affine.divide_rows(results[producer], rows, found)
+            results[producer] = grids.divide_rows(results[producer], rows, found)
         else:
             target = self._stored(f"{producer}.weight")
             transposed = is_transposed(self.plan.skeleton.get_submodule(producer))
@@ -618,12 +614,15 @@ class _Run:
 
     def _packed(self, target: Target, result: QuantizedTensor) -> dict[str, Tensor]:
         """What is stored of one linear, by the last part of the name."""
-        packed = self._codec(target).pack(result.to("cpu"))
-        if "weight" in packed:
-            stored = self.plan.checkpoint.entries[self._source_of(target)].dtype
-            weight = packed["weight"].to(self.plan.float_dtype(stored))
-            packed["weight"] = weight.T.contiguous() if target.transposed else weight
+        codec = self._codec(target)
+        packed = codec.pack(result.to("cpu"), *([self._float_dtype(target)] if codec.takes_dtype else []))
+        if codec.unpack is None and target.transposed:
+            packed["weight"] = packed["weight"].T.contiguous()
         return packed
+
+    def _float_dtype(self, target: Target) -> torch.dtype:
+        """What a target would be written in if it stayed float."""
+        return self.plan.float_dtype(self.plan.checkpoint.entries[self._source_of(target)].dtype)
 
     def _remember(self, done: int) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
@@ -642,17 +641,13 @@ class _Run:
 
 
 def _same(read: QuantizedTensor, computed: QuantizedTensor) -> bool:
-    return (
-        torch.equal(read.codes, computed.codes)
-        and torch.equal(read.zero, computed.zero)
-        and torch.equal(read.scale, computed.scale)
-        and torch.equal(read.group, computed.group)
-        and all_finite(read.scale)
-    )
+    parts = ("codes", "zero", "scale", "group", "codebook", "nested")
+    return all(_equal(getattr(read, p), getattr(computed, p)) for p in parts) and all_finite(read.scale)
 
 
-def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
-    for child in module.modules():
-        for name, buffer in child._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                child._buffers[name] = buffer.to(device)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, NestedScale) and isinstance(b, NestedScale):
+        return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return bool(a == b)

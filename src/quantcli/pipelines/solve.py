@@ -88,13 +88,14 @@ def solve_linears(
     Returns:
         The quantized tensors and a report on each, by module path in the order of `targets`.
     """
-    by_scheme: dict[Scheme, list[Target]] = defaultdict(list)
-    for target in targets:
-        by_scheme[target.scheme].append(target)
+    by_scheme: dict[tuple[Scheme, int], list[Target]] = defaultdict(list)
+    for number, target in enumerate(targets):
+        # nested scales run over the rows of a matrix: those of two matrices must not mix
+        by_scheme[target.scheme, number if target.scheme.double_quant else 0].append(target)
     results: dict[str, QuantizedTensor] = {}
     reports: dict[str, LayerReport] = {}
     seen = statistics.scaled(scale) if statistics is not None and scale is not None else statistics
-    for scheme, members in by_scheme.items():
+    for (scheme, _), members in by_scheme.items():
         begun = time.perf_counter()
         stacked = torch.cat([weights[t.name] for t in members]) if len(members) > 1 else weights[members[0].name]
         try:

@@ -14,6 +14,9 @@ def evaluation_rows(result: EvaluationResult) -> list[tuple[str, str]]:
         ("text", f"{result.text}, {result.windows} windows, {result.tokens} tokens scored"),
         ("perplexity", f"{result.perplexity:.3f}"),
     ]
+    if result.simulated is not None:
+        rotated = "R3 and R4 at run time" if result.simulated["online_rotations"] else "no rotations at run time"
+        rows.append(("simulated", f"{result.simulated['description']}; {rotated}"))
     if result.reference_perplexity is not None:
         change = 100 * (result.perplexity_increase or 0)
         rows.append(("reference perplexity", f"{result.reference_perplexity:.3f} ({change:+.1f}%)"))

@@ -19,6 +19,7 @@ __all__ = [
     "LARGEST_SCALE",
     "SCALE_DTYPE",
     "divide_rows",
+    "grouped",
     "minmax_grid",
     "round_to_grid",
     "searched_grid",
@@ -41,7 +42,7 @@ def minmax_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
     Symmetric grids are full-range signed: the weight of largest magnitude sits on code 0.
     """
-    groups = _grouped(weight, scheme)
+    groups = grouped(weight, scheme)
     top = scheme.levels - 1
     if scheme.symmetric:
         at = groups.abs().argmax(2, keepdim=True)
@@ -94,17 +95,30 @@ def searched_grid(
     return _search_on_device(weight, scheme, importance, factors.tolist(), refine)
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedTensor:
-    """Rounds every weight to the nearest code of its group's grid."""
+def round_to_grid(
+    weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, *, float_zeros: bool = False
+) -> QuantizedTensor:
+    """Rounds every weight to the nearest code of its group's grid.
+
+    Args:
+        weight: W [N, K] float32 or float64.
+        scale: S [N, G].
+        zero: Z [N, G], whole numbers unless `float_zeros`.
+        scheme: Their grid.
+        float_zeros: Zero points are any float16, and stored as such: code = round(w / s + z).
+    """
     group = group_index(weight.shape[1], scheme, weight.device)
     if weight.device.type == "cpu":
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         arrays = (weight, scale.to(weight.dtype), zero.to(weight.dtype), group)
-        kernels.round_nearest(*(a.contiguous().numpy() for a in arrays), scheme.levels - 1, codes.numpy())
+        kernels.round_nearest(*(a.contiguous().numpy() for a in arrays), scheme.levels - 1, float_zeros, codes.numpy())
     else:
         at = group.long()
-        codes = ((weight / scale[:, at]).round() + zero[:, at]).clamp(0, scheme.levels - 1).to(torch.uint8)
-    return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
+        steps, shift = weight / scale[:, at], zero[:, at]
+        codes = (steps + shift).round() if float_zeros else steps.round() + shift
+        codes = codes.clamp(0, scheme.levels - 1).to(torch.uint8)
+    stored = zero.to(SCALE_DTYPE if float_zeros else torch.uint8)
+    return QuantizedTensor(codes, scale.to(SCALE_DTYPE), stored, scheme, group)
 
 
 def divide_rows(tensor: QuantizedTensor, rows: Tensor, divisor: Tensor) -> QuantizedTensor:
@@ -114,8 +128,8 @@ def divide_rows(tensor: QuantizedTensor, rows: Tensor, divisor: Tensor) -> Quant
     return replace(tensor, scale=scale.to(SCALE_DTYPE))
 
 
-def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
-    """[N, G, g]; a shorter last group is filled up with zeros, which lie in every grid."""
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """W [N, K] as [N, G, g]; a shorter last group is filled up with zeros, which lie in every grid."""
     size = scheme.columns_per_group(weight.shape[1])
     short = -weight.shape[1] % size
     return pad(weight, (0, short)).view(weight.shape[0], -1, size)
@@ -125,8 +139,8 @@ def _search_on_device(
     weight: Tensor, scheme: Scheme, importance: Tensor, factors: list[float], refine: int
 ) -> tuple[Tensor, Tensor]:
     """The search as whole-tensor operations, for accelerators; equal to the kernel up to rounding of sums."""
-    groups, top = _grouped(weight, scheme), scheme.levels - 1
-    weights = _grouped(importance.to(weight.dtype).expand_as(weight), scheme)
+    groups, top = grouped(weight, scheme), scheme.levels - 1
+    weights = grouped(importance.to(weight.dtype).expand_as(weight), scheme)
     best = torch.full(groups.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)
     scale, zero = torch.ones_like(best), torch.zeros_like(best)
 

@@ -21,9 +21,9 @@ class Rotation:
     """Q = diag(signs) (A x B x ...), orthogonal, kept by its Kronecker factors."""
 
     factors: tuple[Tensor, ...]
-    """Orthogonal float64 matrices."""
+    """Orthogonal matrices, float64 unless cast by `to`."""
     signs: Tensor
-    """[size] float64 of +1 and -1."""
+    """[size] of +1 and -1, of the same dtype."""
 
     @classmethod
     def identity(cls, size: int) -> "Rotation":
@@ -35,9 +35,13 @@ class Rotation:
         """Order of Q."""
         return len(self.signs)
 
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Rotation":
+        """The same rotation, computed in another dtype: where a model runs, float64 is not wanted."""
+        return Rotation(tuple(f.to(device, dtype) for f in self.factors), self.signs.to(device, dtype))
+
     def rows(self, x: Tensor) -> Tensor:
-        """X Q for x [..., size]; float64."""
-        out = x.double() * self.signs.to(x.device)
+        """X Q for x [..., size]; in the rotation's dtype."""
+        out = x.to(self.signs.dtype) * self.signs.to(x.device)
         shape, after = out.shape, self.size
         for factor in self.factors:
             after //= len(factor)
@@ -46,11 +50,11 @@ class Rotation:
         return out.reshape(shape)
 
     def columns(self, x: Tensor) -> Tensor:
-        """Q^T x for x [size, ...]; float64."""
+        """Q^T x for x [size, ...]; in the rotation's dtype."""
         return self.rows(x.movedim(0, -1)).movedim(-1, 0)
 
     def matrix(self) -> Tensor:
-        """Q [size, size] float64."""
+        """Q [size, size] in the rotation's dtype."""
         return self.rows(torch.eye(self.size, dtype=torch.float64))
 
 

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["descend_block", "expand", "round_block", "round_nearest", "search_grid"]
+__all__ = ["as_float16", "descend_block", "expand", "expand_codebook", "round_block", "round_nearest", "search_grid"]
 
 Floats = NDArray[np.floating]
 
@@ -21,7 +21,7 @@ _LANES = 64  # rows that go through a block together: each operation then is a f
 
 
 @numba.njit(cache=True)
-def _as_float16(value: Any) -> Any:
+def as_float16(value: Any) -> Any:
     """The nearest float16, as a wider float; zero becomes the smallest positive float16."""
     if value == 0.0:
         return 2.0**-24
@@ -87,14 +87,14 @@ def search_grid(
             best, best_scale, best_zero = as_float(np.inf), as_float(1.0), as_float(0.0)
             for f in range(factors.size):
                 if middle >= 0:
-                    scale = as_float(_as_float16(-extreme * factors[f] / as_float(middle)))
+                    scale = as_float(as_float16(-extreme * factors[f] / as_float(middle)))
                     error = _grid_error(w, h, scale, as_float(middle), as_float(top))
                     if error < best:
                         best, best_scale, best_zero = error, scale, as_float(middle)
                 else:
                     span = (high - low) * factors[f] / as_float(top)
                     position = -low * factors[f] / max(span, as_float(2.0**-24))
-                    scale = as_float(_as_float16(span))
+                    scale = as_float(as_float16(span))
                     for side in range(2):
                         zero = np.floor(position) if side == 0 else np.ceil(position)
                         zero = min(max(as_float(zero), as_float(lowest_zero)), as_float(top))
@@ -102,7 +102,7 @@ def search_grid(
                         if error < best:
                             best, best_scale, best_zero = error, scale, zero
             for _ in range(refine):
-                scale = as_float(_as_float16(_best_scale(w, h, best_scale, best_zero, as_float(top))))
+                scale = as_float(as_float16(_best_scale(w, h, best_scale, best_zero, as_float(top))))
                 error = _grid_error(w, h, scale, best_zero, as_float(top))
                 if not error < best:
                     break
@@ -113,25 +113,40 @@ def search_grid(
 
 @numba.njit(cache=True, parallel=True)
 def round_nearest(
-    weight: Floats, scale: Floats, zero: Floats, group: NDArray[np.int32], top: int, codes: NDArray[np.uint8]
+    weight: Floats,
+    scale: Floats,
+    zero: Floats,
+    group: NDArray[np.int32],
+    top: int,
+    float_zeros: bool,
+    codes: NDArray[np.uint8],
 ) -> None:
     """Fills `codes` [N, K] with the nearest code of each weight; scale and zero are [N, G], group [K]."""
     for r in numba.prange(weight.shape[0]):
         for k in range(weight.shape[1]):
             z = zero[r, group[k]]
-            code = np.rint(weight[r, k] / scale[r, group[k]]) + z
+            steps = weight[r, k] / scale[r, group[k]]
+            code = np.rint(steps + z) if float_zeros else np.rint(steps) + z
             codes[r, k] = np.uint8(min(max(code, z - z), z - z + top))
 
 
 @numba.njit(cache=True, parallel=True)
-def expand(
-    codes: NDArray[np.uint8], scale: Floats, zero: NDArray[np.uint8], group: NDArray[np.int32], out: Floats
-) -> None:
-    """Fills `out` [N, K] with (code - zero) * scale; scale [N, G] is of `out`'s dtype."""
+def expand(codes: NDArray[np.uint8], scale: Floats, zero: NDArray[Any], group: NDArray[np.int32], out: Floats) -> None:
+    """Fills `out` [N, K] with (code - zero) * scale; scale [N, G] is of `out`'s dtype, zero uint8 or float32."""
     for r in numba.prange(codes.shape[0]):
         for k in range(codes.shape[1]):
             g = group[k]
-            out[r, k] = np.float32(np.int32(codes[r, k]) - np.int32(zero[r, g])) * scale[r, g]
+            out[r, k] = (np.float32(codes[r, k]) - np.float32(zero[r, g])) * scale[r, g]
+
+
+@numba.njit(cache=True, parallel=True)
+def expand_codebook(
+    codes: NDArray[np.uint8], scale: Floats, codebook: Floats, group: NDArray[np.int32], out: Floats
+) -> None:
+    """Fills `out` [N, K] with codebook[code] * scale; scale [N, G] and codebook [levels] are of `out`'s dtype."""
+    for r in numba.prange(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            out[r, k] = codebook[codes[r, k]] * scale[r, group[k]]
 
 
 @numba.njit(cache=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantcli.scheme import Scheme
 from quantcli.tensors import kernels
 
-__all__ = ["QuantizedTensor", "concatenate_rows", "group_index"]
+__all__ = ["NestedScale", "QuantizedTensor", "concatenate_rows", "group_index"]
 
 
 def group_index(columns: int, scheme: Scheme, device: torch.device | str = "cpu") -> Tensor:
@@ -20,23 +20,62 @@ def group_index(columns: int, scheme: Scheme, device: torch.device | str = "cpu"
 
 
 @dataclass(frozen=True)
+class NestedScale:
+    """Scales as 8-bit codes: scale = code_map[codes] * absmax of their run of `size` + offset, runs over all rows."""
+
+    codes: Tensor
+    """[N, G] uint8."""
+    absmax: Tensor
+    """[ceil(N G / size)] float32, of runs of the flattened codes."""
+    code_map: Tensor
+    """[256] float32, rising."""
+    offset: float
+    """A float32 value: the mean of the scales."""
+    size: int = 256
+    """Scales of a run."""
+
+    def expand(self) -> Tensor:
+        """The scales [N, G] float32 that readers compute."""
+        runs = self.absmax.float().repeat_interleave(self.size)[: self.codes.numel()].view(self.codes.shape)
+        return self.code_map[self.codes.long()] * runs + self.offset
+
+    def to(self, device: torch.device | str) -> "NestedScale":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "absmax", "code_map")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized [N, K] matrix: dequantized[n, k] = (codes[n, k] - zero[n, g]) * scale[n, g], g = group[k]."""
+    """A quantized [N, K] matrix: dequantized[n, k] = (codes[n, k] - zero[n, g]) * scale[n, g], g = group[k].
+
+    With a codebook it is codebook[codes[n, k]] * scale[n, g].
+    """
 
     codes: Tensor
     """[N, K] uint8 in [0, scheme.levels)."""
     scale: Tensor
-    """[N, G] in the dtype that is stored (float16); may be negative where the grid is symmetric."""
+    """[N, G] in the dtype that is stored (float16; float32 with a codebook); negative only on symmetric grids."""
     zero: Tensor
-    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels)."""
+    """[N, G] uint8 in [scheme.lowest_zero, scheme.levels), or float16 of any value where the format holds fractions;
+    zeros, and unused, with a codebook."""
     scheme: Scheme
     group: Tensor
     """[K] int32 in [0, G): the group of each column; arange(K) // group_size unless act-order is `desc_act`."""
+    codebook: Tensor | None = None
+    """[scheme.levels] float32: the value of each code, before its scale; None on uniform grids."""
+    nested: NestedScale | None = None
+    """How `scale` is stored where it is codes itself (`scheme.double_quant`); `scale` is what they expand to."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def has_float_zeros(self) -> bool:
+        """Whether zero points are fractions of a step, which few formats hold."""
+        return self.zero.is_floating_point()
 
     @property
     def ordered(self) -> bool:
@@ -47,16 +86,29 @@ class QuantizedTensor:
         """The [N, K] matrix that a loader sees; computed in float32, then cast to `dtype`."""
         if self.codes.device.type == "cpu":
             out = torch.empty(self.codes.shape, dtype=torch.float32)
-            arrays = (self.codes, self.scale.float(), self.zero, self.group)
-            kernels.expand(*(a.contiguous().numpy() for a in arrays), out.numpy())
+            kernel, values = (
+                (kernels.expand_codebook, self.codebook)
+                if self.codebook is not None
+                else (kernels.expand, self.zero.float() if self.has_float_zeros else self.zero)
+            )
+            arrays = (self.codes, self.scale.float(), values, self.group)
+            kernel(*(a.contiguous().numpy() for a in arrays), out.numpy())
             return out.to(dtype)
         group = self.group.long()
-        zero, scale = self.zero.float()[:, group], self.scale.float()[:, group]
-        return ((self.codes.float() - zero) * scale).to(dtype)
+        scale = self.scale.float()[:, group]
+        if self.codebook is not None:
+            return (self.codebook[self.codes.long()] * scale).to(dtype)
+        return ((self.codes.float() - self.zero.float()[:, group]) * scale).to(dtype)
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
-        """The quantized rows [start, stop): how one solve over q, k and v is taken apart again."""
-        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])
+        """The quantized rows [start, stop): how one solve over q, k and v is taken apart again.
+
+        Nested scales run over all rows: a part has the scales that they expand to, stored as they are.
+        """
+        if (start, stop) == (0, len(self.codes)):
+            return self
+        plain = self._with_plain_scales()
+        return replace(plain, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
@@ -66,13 +118,20 @@ class QuantizedTensor:
             scale=self.scale.to(device),
             zero=self.zero.to(device),
             group=self.group.to(device),
+            codebook=None if self.codebook is None else self.codebook.to(device),
+            nested=None if self.nested is None else self.nested.to(device),
         )
+
+    def _with_plain_scales(self) -> "QuantizedTensor":
+        if self.nested is None:
+            return self
+        return replace(self, nested=None, scheme=replace(self.scheme, double_quant=False))
 
 
 def concatenate_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Stacks tensors of one scheme and one column grouping along the rows."""
+    """Stacks tensors of one scheme and one column grouping along the rows; nested scales become plain ones."""
     return replace(
-        parts[0],
+        parts[0] if len(parts) == 1 else parts[0]._with_plain_scales(),
         codes=torch.cat([p.codes for p in parts]),
         scale=torch.cat([p.scale for p in parts]),
         zero=torch.cat([p.zero for p in parts]),

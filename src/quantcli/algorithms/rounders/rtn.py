@@ -41,4 +41,5 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=RtnOptions,
     run=quantize,
+    beats_rtn=False,
 )

@@ -134,10 +134,10 @@ def _normalized(scale: Tensor) -> Tensor:
 
 def _error(weight: Tensor, scheme: Scheme, scale: Tensor | None, hessian: Tensor) -> float:
     """tr(E H E^T) for rounding to nearest in the scaled domain."""
-    from quantcli.tensors.affine import minmax_grid, round_to_grid
+    from quantcli.tensors.grids import round_nearest
 
     scaled = weight if scale is None else weight * scale
-    rounded = round_to_grid(scaled, *minmax_grid(scaled, scheme), scheme).dequantize()
+    rounded = round_nearest(scaled, scheme).dequantize()
     difference = weight - (rounded if scale is None else rounded / scale)
     return float(((difference @ hessian) * difference).sum())
 

@@ -5,8 +5,11 @@ taken in, and every linear that writes it Q^T W; an RMS norm without gain does n
 alike, v by R2 and o by its inverse. The float function stays; weights and activations lose their outliers, so that
 rounding to few bits hurts less. Q and R2 are Hadamard matrices after random signs, or random rotations.
 
-Left out: the rotations that would have to be computed at run time (R3 on queries and keys, R4 before down_proj), which
-matter to quantized activations and not to weights.
+With `online`, the weights of down_proj also take R4, whose other half is computed in front of it at run time
+(`models.online`), where nothing linear could take it in. That spreads the outliers of the gated product, which matter
+to quantized activations. R3 on queries and keys is no weight's business: `models.simulate` computes it.
+
+Left out: the rotation across heads in front of o_proj, which would have to run online too.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ class QuarotOptions:
     """hadamard: entries of one size, after random signs; random: uniform over all rotations."""
     rotation_seed: int = 0
     """Seed of signs and rotations."""
+    online: bool = False
+    """Rotate the input of every down_proj as the model runs (R4), and queries and keys where keys are rounded (R3): for
+    quantized activations and caches. Such a folder runs in quantcli's loader only; others refuse it."""
 
 
 def rotations(hidden_size: int, head_dim: int, options: QuarotOptions) -> tuple[Rotation, Rotation]:

@@ -1,0 +1,129 @@
+"""The results of quality.py as Markdown: per model, what each method keeps of it and what that costs."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+__all__ = ["write_page"]
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+_TITLES = {
+    "demo": "The demo model",
+    "folded": "The demo model with its norms folded",
+}
+_HEAD = f"""# Quality
+
+Written by `benchmarks/quality.py`; what stands between the two marks is replaced by each run.
+
+{BEGIN}
+{END}
+"""
+_LEGEND = """\
+KL is the mean divergence of the float model's distribution from the quantized model's in nats per token, ± its standard
+error clustered by window; in brackets the perplexity. Cost is the size of the weight files (embedding and norms stay
+float), the seconds of `quantcli quantize` from checkpoint to verified checkpoint, and its peak memory above what the
+process held when it began. `best` is `--preset best`; after a rotation, `--set refit=true --set sweeps=2`. awq is
+followed by kquant where no rounder is named. In an order, ≈ joins methods whose KL differs by less than the larger
+standard error."""
+
+
+def write_page(path: Path, found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str]) -> None:
+    """Writes the measured part of the page, and leaves what people wrote around it."""
+    text = path.read_text() if path.is_file() else _HEAD
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{path} has no lines {BEGIN} and {END} to write between")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{BEGIN}\n{_measured(found, methods, schemes)}\n{END}{after}")
+
+
+def _measured(found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str]) -> str:
+    parts = [_circumstances(found), _LEGEND]
+    for model, title in _TITLES.items():
+        own = {name.split("/", 1)[1]: cell for name, cell in found["cells"].items() if name.startswith(f"{model}/")}
+        if not own:
+            continue
+        done = [cell for cell in own.values() if "failed" not in cell]
+        if done:
+            title += f" (perplexity {done[0]['reference_perplexity']:.2f})"
+        rows = [m for m in methods if any(f"{m}/{s}" in own for s in schemes)]
+        parts.append(f"## {title}")
+        if rows:
+            parts.append(_matrix("KL (perplexity)", own, rows, schemes, _quality))
+            parts += [line for s in schemes if (line := _order(own, rows, s))]
+            parts.append(_matrix("cost", own, rows, schemes, _cost))
+        mixed = {name.split("/", 1)[1]: cell for name, cell in own.items() if name.startswith("mixed/")}
+        if mixed:
+            parts.append(_mixed(mixed, own.get("gptq/3b g64", {}), own.get("gptq/4b g64 asym", {})))
+    return "\n\n".join(parts)
+
+
+def _circumstances(found: Mapping[str, Any]) -> str:
+    machine, settings = found["machine"], found["settings"]
+    dates = sorted({cell["date"] for cell in found["cells"].values()}) or ["no date yet"]
+    versions = sorted({cell["version"] for cell in found["cells"].values()})
+    codes = {cell["code"] for cell in found["cells"].values()}
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    words = (
+        f"{when}, {'; '.join(versions)}; {machine['cores']} cores of {machine['processor']}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, Python {machine['python']}. Model {settings['model']}, "
+        f"{settings['rows']} x {settings['seq_len']} tokens to calibrate, {settings['samples']} x "
+        f"{settings['seq_len']} tokens of other articles to judge."
+    )
+    if len(codes) > 1:
+        words += f" The code changed between cells ({len(codes)} versions)."
+    busy = max((cell["load"] for cell in found["cells"].values()), default=0)
+    if busy > 1.5 * machine["cores"]:
+        words += f" The machine was busy (load {busy:.0f}): seconds mislead."
+    return fill(words, 120, break_on_hyphens=False)
+
+
+def _matrix(title: str, own: Mapping[str, Any], rows: Sequence[str], columns: Sequence[str], show: Any) -> str:
+    lines = [f"| {title} | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    for row in rows:
+        cells = [own.get(f"{row}/{column}") for column in columns]
+        shown = ["" if c is None else "failed" if "failed" in c else show(c) for c in cells]
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _quality(cell: Mapping[str, Any]) -> str:
+    return f"{cell['kl_mean']:.4f} ± {cell['kl_standard_error'] or 0:.4f} ({cell['perplexity']:.2f})"
+
+
+def _cost(cell: Mapping[str, Any]) -> str:
+    size = "float" if cell["float_result"] else f"{cell['size_bytes'] / 1e6:.0f} MB"
+    return f"{size}, {cell['seconds']:.0f} s, {cell['peak_bytes'] / 1e9:.2f} GB"
+
+
+def _order(own: Mapping[str, Any], methods: Sequence[str], scheme: str) -> str:
+    """Methods by KL, joined by ≈ where they differ by less than the larger standard error."""
+    found = [(m, own[f"{m}/{scheme}"]) for m in methods if "kl_mean" in own.get(f"{m}/{scheme}", {})]
+    found.sort(key=lambda pair: pair[1]["kl_mean"])
+    if len(found) < 2:
+        return ""
+    words = found[0][0]
+    for (_, last), (name, cell) in pairwise(found):
+        error = max(last["kl_standard_error"] or 0, cell["kl_standard_error"] or 0)
+        words += f" {'≈' if cell['kl_mean'] - last['kl_mean'] < error else '<'} {name}"
+    return f"{scheme}: {words}"
+
+
+def _mixed(mixed: Mapping[str, Any], three: Mapping[str, Any], four: Mapping[str, Any]) -> str:
+    """Bits per layer between gptq's uniform 3 and 4 bits, and what the straight line between those says."""
+    known = "kl_mean" in three and "kl_mean" in four
+    lines = ["| gptq, g64 | bits per weight | KL (perplexity) | KL on the line from 3 to 4 | cost |", "|" + "---|" * 5]
+    for name, cell in {"uniform 3": three, **mixed, "uniform 4": four}.items():
+        if "kl_mean" not in cell:
+            lines.append(f"| {name} | | {'failed' if cell else ''} | | |")
+            continue
+        line = ""
+        if known and name in mixed:
+            low, high = three["bits_per_weight"], four["bits_per_weight"]
+            share = (cell["bits_per_weight"] - low) / (high - low)
+            line = f"{three['kl_mean'] + share * (four['kl_mean'] - three['kl_mean']):.4f}"
+        lines.append(f"| {name} | {cell['bits_per_weight']:.2f} | {_quality(cell)} | {line} | {_cost(cell)} |")
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""How the linears of each `quant_method` are found and read: one table, which `load` and `inspect` go by."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.formats import awq, bnb, compressed_tensors, gptq, olive
+from quantcli.formats.bitpack import packed_words
+from quantcli.models.checkpoint import Checkpoint, TensorEntry
+from quantcli.models.codebook_linear import CodebookLinear
+from quantcli.models.linear import PackedLinear, QuantizedLinear
+from quantcli.scheme import Scheme
+
+__all__ = ["READERS", "Reader", "packed_names", "reader_of"]
+
+_GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One `quant_method`: its tensors are named MODULE.PART."""
+
+    what: str
+    """What of it is read, in words."""
+    mark: str
+    """The part that every packed module has and no other."""
+    parts: tuple[str, ...]
+    """All parts that it may have, `bias` aside."""
+    read: Callable[[Mapping[str, Any], str, dict[str, Tensor], Tensor | None, bool], QuantizedLinear]
+    """(quantization_config, module name, tensors by part, bias, cache) -> layer."""
+    weights: Callable[[Mapping[str, Any], str, Mapping[str, TensorEntry]], tuple[int, int]]
+    """(quantization_config, module name, headers by part) -> bits of a weight, number of weights."""
+    uncounted: tuple[str, ...] = ()
+    """Parts that are left out of the stored size: column indexes repeat their order."""
+    refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """What of a quantization_config is not read, in words; None where all is."""
+    uniform: bool = True
+    """Whether the levels are evenly spaced, as ONNX's nodes for quantized weights need."""
+
+
+def reader_of(checkpoint: Checkpoint) -> Reader:
+    """The reader of a quantized checkpoint.
+
+    Raises:
+        InputError: its method is none that we read.
+    """
+    config = checkpoint.config["quantization_config"]
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in READERS:
+        *most, last = (reader.what for reader in READERS.values())
+        raise InputError(
+            f"{checkpoint.folder} is quantized with quant_method {method!r}: {', '.join(most)} and {last} are read",
+            hint="give the float model that it was made from",
+        )
+    reader = READERS[str(method)]
+    why = reader.refuse(config)
+    if why is not None:
+        raise InputError(f"{checkpoint.folder}: {why}", hint="give the float model that it was made from")
+    return reader
+
+
+def packed_names(checkpoint: Checkpoint, reader: Reader) -> list[str]:
+    """The modules that are packed, by name."""
+    return sorted(n.removesuffix(f".{reader.mark}") for n in checkpoint.entries if n.endswith(f".{reader.mark}"))
+
+
+def _read_gptq(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if layout not in _GPTQ_VERSIONS:
+        raise InputError(f"GPTQ checkpoint of layout {layout!r}: {', '.join(_GPTQ_VERSIONS)} are read")
+    scheme = _gptq_scheme(config, name)
+    return PackedLinear(tensors, scheme, bias=bias, version=_GPTQ_VERSIONS[layout], cache=cache)
+
+
+def _gptq_scheme(config: Mapping[str, Any], name: str) -> Scheme:
+    embedding = (config.get("quantcli") or {}).get("embedding")
+    if embedding is not None and embedding["name"] == name:
+        return Scheme(embedding["bits"], embedding["group_size"], embedding["sym"])
+    scheme = gptq.scheme_of(config, name)
+    if scheme is None:
+        raise InputError("it is packed, but quantization_config says that it stays float")
+    return scheme
+
+
+def _gptq_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    embedding = (config.get("quantcli") or {}).get("embedding")
+    if embedding is not None and embedding["name"] == name:
+        bits = int(embedding["bits"])
+    else:
+        scheme = gptq.scheme_of(config, name)
+        bits = int(config.get("bits", 4)) if scheme is None else scheme.bits
+    words, rows = entries["qweight"].shape
+    index = entries.get("g_idx")
+    columns = index.shape[0] if index is not None else words * 32 // bits
+    if packed_words(columns, bits) != words:
+        columns = words * 32 // bits
+    return bits, columns * rows
+
+
+def _read_awq(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    return PackedLinear.from_quantized(awq.unpack(tensors, awq.scheme_of(config)), bias=bias, cache=cache)
+
+
+def _awq_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    bits = awq.scheme_of(config).bits
+    columns, words = entries["qweight"].shape
+    return bits, columns * words * (32 // bits)
+
+
+def _read_bnb(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> CodebookLinear:
+    return CodebookLinear(tensors, bias=bias, cache=cache)
+
+
+def _bnb_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    return 4, 2 * entries["weight"].size_bytes
+
+
+def _refuse_bnb(config: Mapping[str, Any]) -> str | None:
+    if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
+        return "bitsandbytes checkpoint of 8 bits: nf4 and fp4 are read"
+    return None
+
+
+def _read_compressed_tensors(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    tensor = compressed_tensors.unpack(tensors, compressed_tensors.scheme_of(config, name))
+    return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
+
+
+def _compressed_tensors_weights(
+    config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]
+) -> tuple[int, int]:
+    bits, index = compressed_tensors.scheme_of(config, name).bits, entries.get("weight_g_idx")
+    rows, words = entries["weight_packed"].shape
+    return bits, rows * (words * 32 // bits if index is None else index.shape[0])
+
+
+def _read_olive(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    tensor = olive.unpack(tensors, olive.scheme_of(config, name))
+    return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
+
+
+def _olive_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    bits = olive.scheme_of(config, name).bits
+    rows, stored = entries["qweight"].shape
+    return bits, rows * stored * 8 // bits
+
+
+READERS: Mapping[str, Reader] = {
+    "gptq": Reader("gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_weights, uncounted=("g_idx",)),
+    "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_weights),
+    compressed_tensors.METHOD: Reader(
+        "compressed-tensors (pack-quantized)",
+        "weight_packed",
+        compressed_tensors.PARTS,
+        _read_compressed_tensors,
+        _compressed_tensors_weights,
+        uncounted=("weight_g_idx", "weight_shape"),
+    ),
+    olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_weights),
+    "bitsandbytes": Reader(
+        "bitsandbytes (nf4, fp4)",
+        "weight.absmax",
+        bnb.PARTS,
+        _read_bnb,
+        _bnb_weights,
+        refuse=_refuse_bnb,
+        uniform=False,
+    ),
+}
+"""By `quant_method`."""

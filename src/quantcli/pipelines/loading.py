@@ -1,0 +1,84 @@
+"""The parts of the float model that a run needs in memory: one block, or what stands outside the blocks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import InputError
+from quantcli.models.skeleton import disk_name, materialize
+from quantcli.pipelines.plan import Plan
+from quantcli.tensors.finite import all_finite
+
+__all__ = ["load_block", "outside_loaded", "read_float"]
+
+
+def read_float(plan: Plan, disk: str) -> Tensor:
+    """A tensor of the file in the dtype and on the device that blocks run in.
+
+    Raises:
+        InputError: it holds NaN or infinity.
+    """
+    tensor = plan.checkpoint.read(disk)
+    if tensor.is_floating_point():
+        if not all_finite(tensor):
+            raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+        tensor = tensor.to(plan.dtype)
+    return tensor.to(plan.device)
+
+
+def load_block(plan: Plan, number: int) -> Any:
+    """A block with its float weights.
+
+    Raises:
+        InputError: the files lack a tensor of it.
+    """
+    path = plan.layout.blocks[number]
+    block = deepcopy(plan.skeleton.get_submodule(path))
+    tensors = {}
+    for name in block.state_dict():
+        disk = disk_name(f"{path}.{name}", plan.skeleton, plan.checkpoint.entries)
+        if disk is None:
+            raise InputError(f"tensor {path}.{name} is missing from {plan.folder}")
+        tensors[name] = read_float(plan, disk)
+    materialize(block, tensors)
+    _move_buffers(block, plan.device)
+    return block
+
+
+@contextmanager
+def outside_loaded(plan: Plan, *, head: bool = False) -> Iterator[None]:
+    """The skeleton with the tensors outside its blocks in place, the output head's only where asked.
+
+    Their memory is given back afterwards.
+    """
+    skeleton, layout = plan.skeleton, plan.layout
+    inside = tuple(path + "." for path in layout.blocks)
+    head_weight = f"{layout.head}.weight"
+    tensors = {
+        name: read_float(plan, disk)
+        for name in skeleton.state_dict()
+        if not name.startswith(inside)
+        and (disk := disk_name(name, skeleton, plan.checkpoint.entries))
+        and (head or name != head_weight)
+    }
+    if head and layout.head is not None and head_weight not in tensors:  # tied
+        tensors[head_weight] = tensors[f"{layout.embedding}.weight"]
+    materialize(skeleton, tensors)
+    _move_buffers(skeleton, plan.device)
+    try:
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(skeleton.get_submodule(module), leaf, nn.Parameter(tensor.to("meta"), False))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)

@@ -1,0 +1,82 @@
+"""Mixed bits: measures what each linear costs at each width, solves for the target, and gives the plan its schemes.
+
+What was measured and chosen is kept beside the run's other state, so that a run that was interrupted goes on with the
+same choice.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.errors import UsageError
+from quantcli.folder import write_json
+from quantcli.pipelines.allocation import choose_bits
+from quantcli.pipelines.budget import Budget, Choice
+from quantcli.pipelines.plan import Plan, with_choice
+from quantcli.pipelines.sensitivity import measure
+from quantcli.progress import Progress
+
+__all__ = ["mix_bits"]
+
+
+def mix_bits(plan: Plan, state: Path, tokens: Callable[[], Tensor], progress: Progress) -> Plan:
+    """The plan with the bits of each linear chosen for its target.
+
+    Args:
+        plan: With a budget.
+        state: Where an interrupted run keeps what it needs.
+        tokens: Gives text to measure on, [rows, T] int64.
+        progress: Told of the measurement and of what was chosen.
+
+    Raises:
+        UsageError: overrides and shared inputs leave no choice within the target.
+    """
+    assert plan.budget is not None
+    file = state / "bits.json"
+    if file.is_file():
+        choice = _read(json.loads(file.read_text()), plan)
+    else:
+        choice = _choose(plan, plan.budget, tokens(), progress)
+        write_json(file, _written(choice))
+    progress.plan("Bits", plan.budget.choice_rows(choice))
+    return with_choice(plan, choice)
+
+
+def _choose(plan: Plan, budget: Budget, tokens: Tensor, progress: Progress) -> Choice:
+    begun = time.perf_counter()
+    measured = measure(plan, {name: tuple(sizes) for name, sizes in budget.sizes.items()}, tokens, progress)
+    fixed = set(budget.fixed)
+    groups = [free for names in measured.groups if (free := [n for n in names if n not in fixed])]
+    groups += [[name] for name in budget.sizes if name in fixed]
+    given = measured.costs, budget.sizes, groups, budget.limit
+    bits = choose_bits(*given)
+    if bits is None:  # the range was checked: only rounding is left
+        raise UsageError("no choice of bits meets the target", hint="raise it a little")
+    if sum(budget.sizes[name][b] for name, b in bits.items()) < budget.lowest:
+        # the best choice leaves more than the tolerance: a few large linears, or effects that hardly differ
+        bits = choose_bits(*given, lowest=budget.lowest) or bits
+    seconds = time.perf_counter() - begun
+    return Choice(bits, measured.costs, groups, _counts(plan), measured.tokens, seconds)
+
+
+def _counts(plan: Plan) -> dict[str, int]:
+    return {name: target.rows * target.columns for name, target in plan.targets.items()}
+
+
+def _written(choice: Choice) -> dict[str, Any]:
+    return {
+        "bits": choice.bits,
+        "costs": choice.costs,
+        "groups": choice.groups,
+        "tokens": choice.tokens,
+        "seconds": choice.seconds,
+    }
+
+
+def _read(values: Mapping[str, Any], plan: Plan) -> Choice:
+    costs = {name: {int(bits): cost for bits, cost in found.items()} for name, found in values["costs"].items()}
+    return Choice(values["bits"], costs, values["groups"], _counts(plan), values["tokens"], values["seconds"])
