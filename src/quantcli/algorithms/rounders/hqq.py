@@ -7,7 +7,8 @@ norm, round-to-nearest's own among them.
 
 The paper moves the zero point and leaves the scale as it is. With whole zero points nothing moves then: the zero that
 round-to-nearest has is the one that its codes ask for. There the scale is fitted instead, by the same least squares.
-With float zeros a fitted scale lowers the error of most weights but clips the largest, so it is left as it is. Each group stops for itself, where the paper looks at the whole matrix.
+With float zeros a fitted scale lowers the error of most weights but clips the largest, so it is left as it is. Each
+group stops for itself, where the paper looks at the whole matrix.
 
 Left out: groups along the output axis, and quantized scales and zero points.
 """
