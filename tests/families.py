@@ -82,6 +82,18 @@ def save(model: torch.nn.Module, folder: Path, **settings) -> Path:
     return folder
 
 
+def norms_in_float64(model: torch.nn.Module) -> None:
+    """Models compute their norms in float32, whatever they are given; this one no longer does."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm64, module, float(type(module).__name__.startswith("Gemma")))
+
+
+def _norm64(module: torch.nn.Module, offset: float, hidden: torch.Tensor) -> torch.Tensor:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return (offset + module.weight) * hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
     """Random words: enough text for a few short rows."""
     letters = torch.randint(0, 26, (words, 4), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -295,3 +295,16 @@ def nested(S, table):
             x = value / largest if largest else 0.0
             out[start + i] = min(table, key=lambda v: abs(v - x)) * largest + mean
     return out.reshape(S.shape)
+
+
+def cayley_step(X, G, M, learning_rate, beta):
+    """Algorithm 1 of https://arxiv.org/abs/2002.01113 with q = 0.5, its fixed-point iteration run until it stands."""
+    M = beta * M - G
+    W = M @ X.T - 0.5 * X @ (X.T @ M @ X.T)
+    W = W - W.T
+    M = W @ X
+    alpha = min(learning_rate, 2 * 0.5 / (np.sqrt((W**2).sum()) + 1e-8))
+    Y = X + alpha * M
+    for _ in range(100):
+        Y = X + alpha / 2 * W @ (X + Y)
+    return Y, M

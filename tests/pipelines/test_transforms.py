@@ -1,6 +1,5 @@
 """`quantize` with a transform in front: the function is kept, and what is written is what ran."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,17 +171,9 @@ def logits(folder, dtype):
     model = quantcli.load(folder, dtype=dtype)
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # grouped products know no float64
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(norm64, module, float(type(module).__name__.startswith("Gemma")))
+        families.norms_in_float64(model)
     with torch.no_grad():
         return model(torch.arange(3, 40)[None]).logits
-
-
-def norm64(module, offset, hidden):
-    """Models compute their norms in float32, whatever they are given."""
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return (offset + module.weight) * hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 @pytest.mark.parametrize("mode", ["hadamard", "random"])

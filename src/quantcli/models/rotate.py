@@ -5,7 +5,7 @@ subtracts the mean, and a norm between a linear and the residual stream (Gemma 2
 rotate along.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from quantcli.models.online import OnlineRotations, down_linears
 from quantcli.models.skeleton import disk_name
 from quantcli.tensors.hadamard import Rotation
 
-__all__ = ["RotatedCheckpoint", "refuse_unrotatable", "rotate"]
+__all__ = ["Part", "RotatedCheckpoint", "refuse_unrotatable", "rotate"]
 
 _BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
 # last part of the name of a linear: the norm whose output it reads
@@ -36,7 +36,7 @@ _OFFSET = ("gemma",)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What happens to one tensor."""
 
     gain: str | None = None
@@ -55,6 +55,8 @@ class _Part:
     """A norm's gain, which is multiplied in elsewhere."""
     source: str | None = None
     """The tensor that it is made from, where that has another name."""
+    block: int = 0
+    """Number of its block, which may have a rotation of value heads of its own."""
 
 
 def refuse_unrotatable(model: Any) -> None:
@@ -75,18 +77,20 @@ def refuse_unrotatable(model: Any) -> None:
 class RotatedCheckpoint(Checkpoint):
     """The tensors of a checkpoint, rotated as they are read; in the dtypes that they are stored in."""
 
-    def __init__(self, base: Checkpoint, parts: Mapping[str, _Part], stream: Rotation, head: Rotation, offset: bool):
+    def __init__(
+        self, base: Checkpoint, parts: Mapping[str, Part], stream: Rotation, heads: Sequence[Rotation], offset: bool
+    ):
         """Use `rotate`."""
         entries = dict(base.entries)
         for name, part in parts.items():
             if part.source is not None and name not in entries:
                 entries[name] = entries[part.source]
         super().__init__(base.folder, base.config, entries)
-        self._base, self._parts, self._stream, self._head, self._offset = base, parts, stream, head, offset
+        self._base, self.parts, self._stream, self._heads, self._offset = base, parts, stream, heads, offset
 
     def read(self, name: str) -> Tensor:
         """One rotated tensor; products in float64."""
-        part = self._parts.get(name)
+        part = self.parts.get(name)
         if part is None:
             return super().read(name)
         tensor = super().read(part.source or name)
@@ -100,13 +104,17 @@ class RotatedCheckpoint(Checkpoint):
             tensor = self._stream.columns(tensor).to(tensor.dtype)
         if part.value_rows:
             first = len(tensor) - part.value_rows
-            turned = _heads(self._head, tensor[first:].movedim(0, -1)).movedim(-1, 0)
+            turned = _heads(self._heads[part.block], tensor[first:].movedim(0, -1)).movedim(-1, 0)
             tensor[first:] = turned.to(tensor.dtype)
         if part.value_columns:
-            tensor = _heads(self._head, tensor).to(tensor.dtype)
+            tensor = _heads(self._heads[part.block], tensor).to(tensor.dtype)
         if part.online is not None:
             tensor = part.online.rows(tensor).to(tensor.dtype)
         return tensor.contiguous()
+
+    def turned(self, stream: Rotation, heads: Sequence[Rotation]) -> "RotatedCheckpoint":
+        """The same original through other rotations; of value heads, one per block."""
+        return RotatedCheckpoint(self._base, self.parts, stream, heads, self._offset)
 
     @property
     def size_bytes(self) -> int:
@@ -119,7 +127,7 @@ def rotate(
     model: Any,
     layout: Layout,
     stream: Rotation,
-    head: Rotation,
+    heads: Sequence[Rotation],
     online: OnlineRotations | None = None,
 ) -> RotatedCheckpoint:
     """The checkpoint through the rotations of residual stream and value heads.
@@ -129,11 +137,11 @@ def rotate(
         model: Its skeleton, whose head is not tied: the head takes in the last norm's gain, the embedding does not.
         layout: Its parts.
         stream: Of the hidden size.
-        head: Of a value head's size.
+        heads: Of a value head's size, one per block.
         online: R4 goes into the weights that its run-time part is in front of.
     """
     entries, kind = checkpoint.entries, model.config.model_type
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Part] = {}
 
     def disk(name: str) -> str:
         found = disk_name(name, model, entries)
@@ -142,16 +150,16 @@ def rotate(
         return found
 
     embedding = disk(f"{layout.embedding}.weight")
-    parts[embedding] = _Part(rotate_columns=True)
+    parts[embedding] = Part(rotate_columns=True)
     assert layout.head is not None and layout.final_norm is not None
     final = disk(f"{layout.final_norm}.weight")
-    parts[final] = _Part(is_gain=True)
+    parts[final] = Part(is_gain=True)
     own = disk_name(f"{layout.head}.weight", model, entries)
-    parts[own or f"{layout.head}.weight"] = _Part(gain=final, rotate_columns=True, source=own or embedding)
+    parts[own or f"{layout.head}.weight"] = Part(gain=final, rotate_columns=True, source=own or embedding)
     values, turned = _value_size(model), set(down_linears(layout.linears))
-    for path in layout.blocks:
+    for number, path in enumerate(layout.blocks):
         norms = {norm: disk(f"{path}.{norm}.weight") for norm in (_BEFORE_ATTENTION, _BEFORE_MLP)}
-        parts |= {norm: _Part(is_gain=True) for norm in norms.values()}
+        parts |= {norm: Part(is_gain=True) for norm in norms.values()}
         for name, module in model.get_submodule(path).named_modules():
             if getattr(module, "weight", None) is None or module.weight.ndim != 2:
                 continue
@@ -160,17 +168,22 @@ def rotate(
                 raise InputError(f"{kind} cannot be rotated: the part of {path}.{name} is not known")
             weight, value_rows = disk(f"{path}.{name}.weight"), values if leaf in ("v_proj", "qkv_proj") else 0
             if leaf in _READERS:
-                parts[weight] = _Part(gain=norms[_READERS[leaf]], rotate_columns=True, value_rows=value_rows)
+                parts[weight] = Part(
+                    gain=norms[_READERS[leaf]], rotate_columns=True, value_rows=value_rows, block=number
+                )
             else:
                 expects = online if f"{path}.{name}" in turned else None
-                parts[weight] = _Part(
+                parts[weight] = Part(
                     rotate_rows=True,
                     value_columns=leaf == "o_proj",
+                    block=number,
                     online=None if expects is None else expects.down(module.weight.shape[1]),
                 )
             if getattr(module, "bias", None) is not None:
-                parts[disk(f"{path}.{name}.bias")] = _Part(rotate_rows=leaf in _WRITERS, value_rows=value_rows)
-    return RotatedCheckpoint(checkpoint, parts, stream, head, kind in _OFFSET)
+                parts[disk(f"{path}.{name}.bias")] = Part(
+                    rotate_rows=leaf in _WRITERS, value_rows=value_rows, block=number
+                )
+    return RotatedCheckpoint(checkpoint, parts, stream, heads, kind in _OFFSET)
 
 
 def _value_size(model: Any) -> int:

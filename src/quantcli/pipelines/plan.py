@@ -21,12 +21,14 @@ from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
 from quantcli.models.machine import compute_dtype, free_bytes, matmul_flops, pick_device
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
-from quantcli.models.rotate import refuse_unrotatable, rotate
+from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.budget import Budget, Choice, held_as, make_budget
+from quantcli.pipelines.train_rotation import TrainingCost, training_cost
 from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.tensors.hadamard import Rotation
 
 __all__ = ["DTYPES", "EMBEDDING_SCHEME", "MEASURED_TOKENS", "Plan", "Target", "make_plan", "with_choice"]
 
@@ -110,6 +112,8 @@ class Plan:
     """What may be spent, where bits are mixed."""
     choice: Choice | None = None
     """How it is spent, once that has been measured."""
+    training: TrainingCost | None = None
+    """What training rotations will take, where there are some to train."""
 
     @property
     def codec(self) -> Codec:
@@ -129,7 +133,12 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether statistics are gathered."""
-        return self.source is not None
+        return self.source is not None and _gathers(self)
+
+    @property
+    def trained(self) -> Step | None:
+        """The transform whose rotations are trained before blocks are quantized."""
+        return next((step for step in self.transforms if _is_trained(step)), None)
 
     @property
     def measured_text(self) -> CalibrationOptions:
@@ -159,7 +168,7 @@ class Plan:
         """For people."""
         calibration = self.options.calibration
         text = "none"
-        if self.calibrates:
+        if self.source is not None:
             named = {"self": "text that the model writes itself", "builtin": "Python's documentation"}
             text = named.get(self.source or "", calibration.data or calibration.data_name or "")
             text += f", {calibration.num_samples} rows of {calibration.seq_len} tokens{self.why_source}"
@@ -170,6 +179,7 @@ class Plan:
             *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
+            *self._training_rows(),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
@@ -178,6 +188,12 @@ class Plan:
         if self.options.simulation.simulates:
             rows.append(("evaluated with", self.options.simulation.describe()))
         return rows
+
+    def _training_rows(self) -> list[tuple[str, str]]:
+        if self.training is None:
+            return []
+        cost = self.training
+        return [("training", f"about {cost.seconds:.0f} s and {cost.peak_bytes / 1e9:.2f} GB, the whole float model")]
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
         scheme = self.default
@@ -216,6 +232,7 @@ class Plan:
             "estimated_size_bytes": self.size_bytes,
             "estimated_peak_bytes": self.peak_bytes,
             "estimated_seconds": round(self.seconds, 1),
+            "training": None if self.training is None else asdict(self.training),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -288,7 +305,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         embedding, untie, source=None, device=device, dtype=dtype, keep_paused=True,
         size_bytes=0, peak_bytes=0, seconds=0.0, model_digest=fingerprint(folder), online=online,
     )  # fmt: skip
-    plan = _with_source(base, config)
+    plan = _with_source(_with_training(base), config)
     plan = replace(plan, size_bytes=_size_bytes(plan))
     if options.mixes:
         plan = _with_budget(plan)
@@ -332,11 +349,45 @@ def _with_bits(plan: Plan, bits: Mapping[str, int]) -> Plan:
 
 def _rotated(
     checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
-) -> Checkpoint:
+) -> RotatedCheckpoint:
+    """The checkpoint through the rotations of a step; through none as long as they are to be trained."""
     config = skeleton.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
-    return rotate(checkpoint, skeleton, layout, stream, head, online)
+    if _is_trained(step):
+        stream, head = Rotation.identity(config.hidden_size), Rotation.identity(head_dim)
+    else:
+        stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
+    return rotate(checkpoint, skeleton, layout, stream, [head] * len(layout.blocks), online)
+
+
+def _is_trained(step: Step) -> bool:
+    return step.algorithm.scope == "model" and step.algorithm.calibration == "required"
+
+
+def _with_training(plan: Plan) -> Plan:
+    """Estimates what training rotations takes, and refuses what cannot fit.
+
+    Raises:
+        ResourceError: the float model does not fit in memory.
+    """
+    if plan.trained is None:
+        return plan
+    calibration = plan.options.calibration
+    if calibration.num_samples < 2:
+        raise UsageError(
+            f"{plan.trained.algorithm.name} takes two calibration rows or more, one of them to judge, got 1",
+            hint="raise --num-samples",
+        )
+    rate = matmul_flops(plan.device)
+    cost = training_cost(plan.skeleton, plan.layout, plan.trained.settings, calibration.seq_len, rate)
+    budget = plan.options.max_memory or free_bytes(plan.device)
+    if cost.peak_bytes > budget:
+        raise ResourceError(
+            f"training rotations needs about {cost.peak_bytes / 1e9:.2f} GB of memory for the whole float model, "
+            f"{budget / 1e9:.2f} GB are free",
+            hint="use quarot, whose rotations need no training",
+        )
+    return replace(plan, training=cost)
 
 
 def _words(step: Step) -> str:
@@ -570,10 +621,13 @@ def _flops(plan: Plan) -> float:
 def _with_source(plan: Plan, config: Any) -> Plan:
     """Chooses the calibration text and estimates the time."""
     weights = sum(t.rows * t.columns for t in plan.targets.values())
-    if not plan.targets or not _wants_data(plan):
-        return replace(plan, source=None, seconds=2 + weights / 2.5e7)
+    training = plan.training.seconds if plan.training is not None else 0.0
+    solving = 2 + weights / 2.5e7 + training
+    if not _wants_data(plan):
+        return replace(plan, source=None, seconds=solving)
     rate = matmul_flops(plan.device, plan.dtype)
-    solving = 3 + weights / 2e7 + _flops(plan) / (rate * _EFFICIENCY)
+    if _gathers(plan):
+        solving = 3 + weights / 2e7 + _flops(plan) / (rate * _EFFICIENCY) + training
     calibration = plan.options.calibration
     given = calibration.data or calibration.data_name
     named = BUILTIN if given == BUILTIN else "data"
@@ -617,8 +671,15 @@ def _judge_text(calibration: CalibrationOptions, rows: int) -> CalibrationOption
 
 
 def _wants_data(plan: Plan) -> bool:
-    """Whether statistics are gathered; kquant uses them only where text was named."""
-    used = [plan.algorithm.calibration, *(step.algorithm.calibration for step in plan.transforms)]
+    """Whether text is read."""
+    return plan.trained is not None or _gathers(plan)
+
+
+def _gathers(plan: Plan) -> bool:
+    """Whether statistics are gathered block by block; kquant uses them only where text was named."""
+    if not plan.targets:
+        return False
+    used = [plan.algorithm.calibration, *(s.algorithm.calibration for s in plan.transforms if not _is_trained(s))]
     if "required" in used:
         return True
     named = bool(plan.options.calibration.data or plan.options.calibration.data_name)
@@ -697,6 +758,8 @@ def _measuring_bytes(plan: Plan, block: int, outside: int) -> int:
 
 
 def _checked(plan: Plan, budget: int) -> Plan:
+    if plan.training is not None:  # which comes first and fits, or it would have been refused
+        plan = replace(plan, peak_bytes=max(plan.peak_bytes, plan.training.peak_bytes))
     if plan.peak_bytes > budget:
         raise ResourceError(
             f"the run needs about {plan.peak_bytes / 1e9:.2f} GB of memory, {budget / 1e9:.2f} GB are free",

@@ -26,6 +26,7 @@ from quantcli.models.folds import Fold, divide_rows, find_folds, folded_norm
 from quantcli.models.layout import is_linear, is_transposed
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
+from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.models.skeleton import disk_name
 from quantcli.models.walk import StageMoments, embed_tokens, run_block
 from quantcli.options import CalibrationOptions, QuantizeOptions
@@ -33,6 +34,7 @@ from quantcli.pipelines.loading import load_block, outside_loaded
 from quantcli.pipelines.mixed import mix_bits
 from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
+from quantcli.pipelines.train_rotation import RotationReport, see_through, train_rotations
 from quantcli.progress import Progress, Silent, Task
 from quantcli.tensors import grids
 from quantcli.tensors.finite import all_finite
@@ -58,15 +60,18 @@ class QuantizeResult:
     bits_per_weight: float
     """Stored bits per quantized weight, scales and zeros included."""
     plan: dict[str, Any]
+    training: RotationReport | None = None
+    """How rotations were trained, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output")}
+        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output", "training")}
         return {
             "output": str(self.output),
             **values,
             "layers": [asdict(layer) for layer in self.layers],
+            "training": asdict(self.training) if self.training is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
 
@@ -95,6 +100,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
     ):
         progress.plan("Plan", plan.rows())
         work = _Run(plan, partial, progress)
+        work.train()
         plan = work.mix_bits()
         work.blocks()
         work.outside()
@@ -123,6 +129,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> "Quantize
             parent_size_bytes=plan.checkpoint.size_bytes,
             bits_per_weight=bits,
             plan=plan.to_dict(),
+            training=work.training,
         )
         write_json(partial.root / "report.json", result.to_dict())
         metrics = {
@@ -162,6 +169,7 @@ class _Run:
         self.progress = progress
         self.writer = CheckpointWriter(partial.model)
         self.reports: list[LayerReport] = []
+        self.training: RotationReport | None = None
         self.hidden: list[Tensor] = []
         self.float_hidden: list[Tensor] | None = None
         self.done = 0
@@ -219,6 +227,7 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
+                quantized=list(targets),
                 float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
                 dtype=self._float_dtype(next(iter(targets.values()))) if targets else plan.dtype,
             )
@@ -255,6 +264,33 @@ class _Run:
         if plan.source is not None:
             return self._saved_tokens()["rows"][: plan.measured_rows]
         return self._read_rows(plan.measured_text)
+
+    # -- rotations ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains rotations where the plan has some to train, or takes those that an interrupted run has trained."""
+        plan, checkpoint = self.plan, self.plan.checkpoint
+        if plan.trained is None:
+            return
+        assert isinstance(checkpoint, RotatedCheckpoint)
+        file, log = (self.partial.state / f"rotations.{suffix}" for suffix in ("safetensors", "json"))
+        if file.is_file():
+            saved = load_file(file)
+            matrices = [saved[str(i)] for i in range(len(saved))]
+            self.training = RotationReport(**json.loads(log.read_text()))
+            if not self.done:
+                self.progress.note("continuing with the rotations that the interrupted run has trained")
+                self.seconds_before = self.training.seconds
+        else:
+            rows = self._saved_tokens()["rows"]
+            matrices, self.training = train_rotations(
+                checkpoint, plan.skeleton, plan.layout, rows, plan.trained, plan.device, self.progress
+            )
+            write_json(log, asdict(self.training))
+            write_tensors({str(i): m.cpu().clone() for i, m in enumerate(matrices)}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
+        self.plan = replace(plan, checkpoint=see_through(checkpoint, matrices))
+        self._heap.settle()
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,11 @@ class Rotation:
     signs: Tensor
     """[size] of +1 and -1, of the same dtype."""
 
+    @classmethod
+    def identity(cls, size: int) -> "Rotation":
+        """The rotation that does nothing."""
+        return cls((), torch.ones(size, dtype=torch.float64))
+
     @property
     def size(self) -> int:
         """Order of Q."""
