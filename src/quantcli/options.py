@@ -156,7 +156,7 @@ class SimulationOptions:
                 flag = {"a_symmetric": "--a-asym", "kv_symmetric": "--kv-sym"}.get(
                     spec.name, "--" + spec.name.replace("_", "-")
                 )
-                raise UsageError(f"{flag} would have no effect without {needed}", hint=f"add {needed} 4")
+                raise UsageError(f"{flag} would have no effect without {needed}", hint=f"add {needed.split()[0]} 4")
 
 
 def _clip_ratio(given: float | None, bits: int, few: float) -> float:

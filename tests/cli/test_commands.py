@@ -97,6 +97,19 @@ def test_dry_run_prints_the_plan_and_writes_nothing(model, capsys):
     assert not list(model.parent.glob("never*"))
 
 
+def test_mixed_bits_show_their_distribution(model, text, capsys):
+    given = ["quantize", "-m", str(model), "-a", "rtn", "--group-size", "32", "--data", str(text), "--seq-len", "32"]
+    assert app.run([*given, "-o", str(model.parent / "mixed"), "--target-bits", "4.5", "--mixed-bits", "3,4,8"]) == 0
+    out, err = capsys.readouterr()
+    lines = err[err.index("\nBits\n") :].splitlines()[2:]
+    shown = [line.split()[0] for line in lines if "linears," in line]
+    assert set(shown) <= {"3", "4", "8"} and len(shown) > 1
+    assert any(line.split()[0] == "together" for line in lines)
+    assert 4.3 < float(out.splitlines()[-1].split(" bits per weight")[0].split()[-1]) <= 4.5
+    assert app.run([*given, "-o", str(model.parent / "none"), "--target-bits", "2"]) == 2
+    assert "--target-bits 2.000 stored bits per weight is out of reach" in capsys.readouterr().err
+
+
 def test_the_other_spelling_does_the_same(model, quantized, capsys):
     target = model.parent / "theirs"
     words = (

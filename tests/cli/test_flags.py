@@ -48,6 +48,9 @@ GIVEN = {
         "settings": (["--set", "refit=true", "--set", "grid-steps=9"], {"refit": "true", "grid_steps": "9"}),
         "bits": (["--bits", "3"], 3),
         "group_size": (["--group-size", "-1"], -1),
+        "target_bits": (["--target-bits", "3.5"], 3.5),
+        "target_size": (["--target-size", "60MB"], 60_000_000),
+        "mixed_bits": (["--target-bits", "3.5", "--mixed-bits", "2,4", "--mixed-bits", "8"], (2, 4, 8)),
         "symmetric": (["--sym"], True),
         "quantize_lm_head": (["--quantize-lm-head"], True),
         "quantize_embeddings": (["--quantize-embeddings"], True),
@@ -177,6 +180,11 @@ def test_every_command_can_speak_json_quietly_or_at_length(name):
     assert request(name, *BASE[name], "-v").talk.verbose
     with pytest.raises(UsageError, match="--quiet and --verbose exclude each other"):
         parse([name, *BASE[name], "-q", "-v"])
+
+
+def test_bits_to_mix_are_whole_numbers():
+    with pytest.raises(UsageError, match=r"--mixed-bits '3,four' are not whole numbers"):
+        parse(["quantize", "-m", "M", "-o", "O", "--target-bits", "3.5", "--mixed-bits", "3,four"])
 
 
 def test_shorthands_are_settings():

@@ -11,6 +11,7 @@ from quantcli.formats import CODECS, awq
 from quantcli.formats.codec import Described, Held
 from quantcli.options import FORMATS
 from quantcli.scheme import Scheme
+from quantcli.tensors.codebook import codebook
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
 PACKED = [c for c in CODECS.values() if c.unpack is not None]
@@ -18,6 +19,11 @@ BITS = range(1, 9)
 # outputs and inputs: one word, many, a multiple of neither the group nor the pack word, odd, a single one
 SHAPES = [(8, 32), (64, 128), (64, 96), (24, 72), (9, 50), (33, 35), (40, 1), (1, 160)]
 GROUPS = [16, 24, 32, -1]
+
+
+def scheme_for(codec, bits, group, symmetric):
+    """The scheme in the codec's own kind of levels, where it has one of that width."""
+    return Scheme(bits, group, symmetric, codec.lowest_zero, "nf4" if codec.codebooks and bits == 4 else None)
 
 
 def random_tensor(rows, columns, scheme, seed=0, shuffled=False):
@@ -30,12 +36,17 @@ def random_tensor(rows, columns, scheme, seed=0, shuffled=False):
     )
     sign = rng.choice([-1, 1], (rows, groups)) if scheme.symmetric else 1
     group = group_index(columns, scheme)
+    if scheme.codebook is not None:
+        zero = np.zeros_like(zero)
     return QuantizedTensor(
         codes=torch.from_numpy(rng.integers(0, scheme.levels, (rows, columns)).astype(np.uint8)),
-        scale=torch.from_numpy((sign * (0.01 + rng.random((rows, groups)))).astype(np.float16)),
+        scale=torch.from_numpy((sign * (0.01 + rng.random((rows, groups)))).astype(np.float16)).to(
+            torch.float16 if scheme.codebook is None else torch.float32
+        ),
         zero=torch.from_numpy(zero.astype(np.uint8)),
         scheme=scheme,
         group=group[torch.from_numpy(rng.permutation(columns))] if shuffled else group,
+        codebook=None if scheme.codebook is None else codebook(scheme.codebook),
     )
 
 
@@ -72,7 +83,7 @@ def test_every_width_and_awkward_shape_round_trips_or_is_refused(codec, shuffled
                 for symmetric in (False, True):
                     if 1 << bits <= codec.lowest_zero:
                         continue
-                    scheme = Scheme(bits, group, symmetric, codec.lowest_zero)
+                    scheme = scheme_for(codec, bits, group, symmetric)
                     tensor = random_tensor(rows, columns, scheme, bits, shuffled)
                     if holds(codec, tensor):
                         check_round_trip(codec, tensor)
@@ -87,7 +98,7 @@ def test_every_width_and_awkward_shape_round_trips_or_is_refused(codec, shuffled
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_round_trip_or_refusal(codec, bits, rows, columns, group, symmetric, shuffled, seed):
-    scheme = Scheme(bits, group, symmetric, codec.lowest_zero)
+    scheme = scheme_for(codec, bits, group, symmetric)
     tensor = random_tensor(rows, columns, scheme, seed, shuffled)
     if holds(codec, tensor):
         check_round_trip(codec, tensor)
@@ -116,7 +127,7 @@ def damages(tensor):
 @pytest.mark.parametrize("codec", PACKED, ids=lambda c: c.name)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_damaged_tensors_are_input_errors(codec, symmetric):
-    tensor = random_tensor(24, 64, Scheme(4, 32, symmetric, codec.lowest_zero))
+    tensor = random_tensor(24, 64, scheme_for(codec, 4, 32, symmetric))
     assert holds(codec, tensor)
     stored = codec.pack(tensor)
     refused = set()
@@ -135,7 +146,7 @@ def test_damaged_tensors_are_input_errors(codec, symmetric):
 
 @pytest.mark.parametrize("codec", PACKED, ids=lambda c: c.name)
 def test_bits_that_the_config_gets_wrong(codec):
-    tensor = random_tensor(24, 64, Scheme(4, 32, False, codec.lowest_zero))
+    tensor = random_tensor(24, 64, scheme_for(codec, 4, 32, False))
     stored = codec.pack(tensor)
     for scheme in (Scheme(4, 16), Scheme(4, -1)):
         with pytest.raises(InputError):
@@ -165,6 +176,9 @@ def test_float_is_the_dequantized_weight():
         ("compressed-tensors", Held(9, 64, Scheme(4, 32), True, True, transposed=True), "Conv1D"),
         ("compressed-tensors", Held(9, 35, Scheme(3, -1), False, True), None),
         ("compressed-tensors", Held(9, 64, Scheme(1, 32), False, True), None),
+        ("compressed-tensors", Held(9, 64, Scheme(4, 32, codebook="nf4"), False, True), "not a codebook"),
+        ("gptq", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), "not a codebook"),
+        ("float", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), None),
     ],
 )
 def test_what_a_format_cannot_hold(codec, held, why):
@@ -197,6 +211,13 @@ def test_awq_golden_words():
 
 def test_awq_config_reads_back():
     scheme = Scheme(4, 128)
-    config = awq.CODEC.config(Described(scheme, {}, ["lm_head"], desc_act=False, lm_head=False, producer="p"))
+    kept = ["m.0.attn.o", "m.1.attn.o", "m.0.mlp.up", "m.1.mlp.gate"]
+    quantized = ["m.1.mlp.up", "m.0.mlp.gate_x"]
+    config = awq.CODEC.config(Described(scheme, {}, kept, False, False, "p", quantized=quantized))
     assert awq.scheme_of(config) == scheme
-    assert config["modules_to_not_convert"] == ["lm_head"]
+    # the name within a block where it says enough: not where another block has it quantized, nor as part of a name
+    assert config["modules_to_not_convert"] == ["attn.o", "m.0.mlp.up", "m.1.mlp.gate"]
+    assert [p.replace("\\", "") for p in config["dynamic"]] == [f"-:^{name}$" for name in kept]
+    config = awq.CODEC.config(Described(scheme, {}, [], False, False, "p"))
+    assert config["modules_to_not_convert"] is None
+    assert "dynamic" not in config

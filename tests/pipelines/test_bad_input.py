@@ -13,6 +13,7 @@ import transformers
 
 import tiny
 from quantcli.cli import app
+from quantcli.formats import CODECS
 from quantcli.models.checkpoint import INDEX
 
 USAGE, INPUT, RESOURCE = 2, 3, 4
@@ -197,6 +198,24 @@ def test_already_quantized(refused, model, tmp_path, capsys):
     assert "original" in end.hint
     tiny.edit_json(tmp_path / "Q" / "model" / "config.json", quantization_config=None)
     assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
+
+
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack is not None])
+def test_already_quantized_in_each_format(refused, model, tmp_path, name):
+    algorithm = "nf4" if CODECS[name].codebooks else "rtn"
+    args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "--group-size", "32", "-q"]
+    assert app.run(["quantize", *args]) == 0
+    method = json.loads((tmp_path / "Q" / "model" / "config.json").read_text())["quantization_config"]["quant_method"]
+    end = refused(tmp_path / "Q")
+    assert end.code == INPUT and f"is already quantized ({method})" in end.error
+    tiny.edit_json(tmp_path / "Q" / "model" / "config.json", quantization_config=None)
+    assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
+
+
+@pytest.mark.parametrize("method", ["olive", "hqq", "quark"])
+def test_already_quantized_by_another_tool(refused, model, method):
+    tiny.edit_json(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    assert f"is already quantized ({method})" in refused(model).error
 
 
 # -- damaged or hostile weights ---------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from transformers import (
 
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import read_manifest
-from quantcli.formats import gptq
-from quantcli.formats.codec import Described
+from quantcli.formats import CODECS, gptq
+from quantcli.formats.codec import Codec, Described
 from quantcli.graphs.levels import count_by_bits
 from quantcli.models.load import load
 from quantcli.options import CaptureOptions
@@ -118,7 +118,7 @@ def random_codes(rows: int, columns: int, scheme: Scheme, desc_act: bool, seed: 
     return QuantizedTensor(codes, scale.to(torch.float16), zero, scheme, group)
 
 
-def write_quantized(folder: Path, source: Path, plan: Plan) -> Path:
+def write_quantized(folder: Path, source: Path, plan: Plan, codec: Codec = gptq.CODEC) -> Path:
     """Replaces the linears of a float checkpoint by random codes."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -139,9 +139,9 @@ def write_quantized(folder: Path, source: Path, plan: Plan) -> Path:
         # q, k and v see one order of columns, as every solver that shares their Hessian gives them
         order = 7 if module.endswith(("q_proj", "k_proj", "v_proj")) else seed
         codes = random_codes(*old.shape, scheme, plan.desc_act and module not in ("lm_head", embedding), order)
-        tensors.update({f"{module}.{part}": t for part, t in gptq.pack(codes).items()})
+        tensors.update({f"{module}.{part}": t for part, t in codec.pack(codes).items()})
     exceptions = {n: s for n, s in plan.exceptions.items()} | ({"lm_head": plan.head} if plan.head else {})
-    config["quantization_config"] = gptq.config_for(
+    config["quantization_config"] = codec.config(
         Described(
             plan.scheme,
             exceptions,
@@ -149,6 +149,7 @@ def write_quantized(folder: Path, source: Path, plan: Plan) -> Path:
             desc_act=plan.desc_act,
             lm_head=plan.head is not None,
             producer="test",
+            float_linears=[*plan.excluded, *([] if plan.head else ["lm_head"])],
         )
     )
     if plan.embedding is not None:
@@ -231,6 +232,23 @@ def test_quantized_checkpoint_keeps_its_codes(name, llama, tmp_path):
     assert result.accuracy_level == 0 and result.sample is not None
     assert_same_function(checkpoint, tmp_path / "o" / "model")
     assert not list(tmp_path.glob("o.partial*"))
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_every_format_of_the_same_codes_is_captured_alike(llama, tmp_path, symmetric):
+    plan = Plan(Scheme(4, 32, symmetric), excluded=("model.layers.0.self_attn.o_proj",))
+    uniform = [c for c in CODECS.values() if c.unpack is not None and not c.codebooks]
+    tokens = torch.randint(2, VOCAB - 2, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = {}
+    for codec in uniform:
+        checkpoint = write_quantized(tmp_path / codec.name, llama, plan, codec)
+        capture(checkpoint, tmp_path / f"{codec.name}-onnx", accuracy_level=0)
+        found[codec.name] = onnx_logits(tmp_path / f"{codec.name}-onnx" / "model", tokens, 13)
+        if codec is not gptq.CODEC:
+            assert_same_function(checkpoint, tmp_path / f"{codec.name}-onnx" / "model")
+    assert {"gptq", "awq", "compressed-tensors"} <= set(found)
+    for name, logits in found.items():
+        np.testing.assert_array_equal(logits, found["gptq"], err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from quantcli.errors import InputError
 from quantcli.folder import Manifest, create_output, describe_parent, fingerprint, resolve_model_folder
 from quantcli.formats import gptq
 from quantcli.formats.codec import Described
-from quantcli.pipelines import inspect
+from quantcli.options import EvaluateOptions, QuantizeOptions
+from quantcli.pipelines import evaluate, inspect, quantize
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -240,3 +242,28 @@ def test_what_is_no_model(tmp_path):
     (graph / "genai_config.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         inspect.run(graph)
+
+
+def test_compressed_tensors_and_olive(tmp_path):
+    source = tiny.checkpoint(tmp_path / "f")
+    options = {"algorithm": "rtn", "bits": 3, "group_size": 32, "format": "compressed-tensors", "device": "cpu"}
+    quantize.run(QuantizeOptions(str(source), tmp_path / "q", **options))
+    found = inspect.run(tmp_path / "q")
+    assert found.what == "COMPRESSED-TENSORS checkpoint"
+    assert "compressed-tensors (pack-quantized)" in found.format
+    three = next(row for row in found.histogram if row.label == "3-bit")
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3)
+    assert (three.tensors, three.parameters) == (14, linears)
+    assert found.quantized_bits_per_weight == pytest.approx(3 + 19 / 32, rel=0.01)
+    assert evaluate.run(EvaluateOptions(str(tmp_path / "q"), str(source), seq_len=16, num_samples=2, speed=False))
+
+    config = {"quant_method": "olive", "bits": 4, "group_size": 16, "symmetric": True, "overrides": {"b": {"bits": 8}}}
+    folder = float_folder(tmp_path / "o")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    byte, half = torch.uint8, torch.float16
+    tensors = {"a.qweight": torch.zeros(8, 16, dtype=byte), "a.scales": torch.ones(8, 2, dtype=half)}
+    tensors |= {"b.qweight": torch.zeros(8, 16, dtype=byte), "b.scales": torch.ones(8, 1, dtype=half)}
+    save_file(tensors, folder / "model.safetensors")
+    found = inspect.run(folder)
+    assert found.what == "OLIVE checkpoint"
+    assert histogram(found) == {"4-bit": (1, 8 * 32), "8-bit": (1, 8 * 16)}

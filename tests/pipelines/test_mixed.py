@@ -226,7 +226,7 @@ def test_a_block_that_matters_more_gets_more_bits(uneven, text, tmp_path):
     assert second > 1.5 * first
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "kquant", "gptq", "awq"])
+@pytest.mark.parametrize("algorithm", ["rtn", "kquant", "hqq", "gptq", "awq", "quarot,rtn"])
 def test_mixed_is_closer_than_uniform_of_the_same_size(algorithm, uneven, text, tmp_path):
     given = text if algorithm in ("gptq", "awq") else None
     uniform = quantize.run(options(uneven, tmp_path / "uniform", given, bits=3, algorithm=algorithm))
@@ -326,6 +326,7 @@ def test_a_dry_run_measures_nothing(models, text, tmp_path, monkeypatch):
         ({"target_size": 1000}, "--target-size 0.001 MB is out of reach"),
         ({"target_size": 10**9}, "out of reach"),
         ({"target_bits": 3.0, "format": "awq"}, "widths cannot be mixed: format awq"),
+        ({"target_bits": 4.0, "algorithm": "nf4"}, "widths cannot be mixed: nf4 makes 4 bits"),
         ({"target_size": 10**6, "format": "float"}, "does not depend on the bits"),
         ({"target_bits": 4.0, "mixed_bits": (4, 5)}, "5 bits cannot be mixed in: gptq makes 2, 3, 4, 8 bits"),
         ({"target_bits": 4.0, "overrides": (Override(".", bits=4),)}, "has nothing to choose"),
@@ -333,7 +334,7 @@ def test_a_dry_run_measures_nothing(models, text, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_is_refused(values, message, models, text, tmp_path):
     with pytest.raises(UsageError, match=message):
-        quantize.run(options(models("llama"), tmp_path / "q", text, **values))
+        quantize.run(options(models("llama"), tmp_path / "q", None if "algorithm" in values else text, **values))
     assert not list(tmp_path.iterdir())
 
 

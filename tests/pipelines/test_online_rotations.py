@@ -12,7 +12,14 @@ from quantcli.cli import app
 from quantcli.errors import InputError, UsageError
 from quantcli.models.checkpoint import Checkpoint, read_config
 from quantcli.models.online import OnlineRotations
-from quantcli.options import CalibrationOptions, CaptureOptions, EvaluateOptions, QuantizeOptions, SimulationOptions
+from quantcli.options import (
+    FORMATS,
+    CalibrationOptions,
+    CaptureOptions,
+    EvaluateOptions,
+    QuantizeOptions,
+    SimulationOptions,
+)
 from quantcli.pipelines import capture, evaluate, quantize
 from quantcli.pipelines.inspect import run as inspect_run
 from quantcli.pipelines.plan import make_plan
@@ -130,12 +137,15 @@ def test_quantizing_the_rotated_folder_is_the_same_as_both_at_once(correct, sour
     assert OnlineRotations.of(once.config) == OnlineRotations.of(twice.config) == OnlineRotations("hadamard", 0)
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq", "float"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_every_format_keeps_the_mark(format, source, tmp_path):
-    plan = {"bits": 4, "group_size": 32, "format": format, "settings": ONLINE}
-    quantize.run(QuantizeOptions(str(source), tmp_path / "q", "quarot,rtn", **plan))
+    rounder = "nf4" if format == "bnb" else "rtn"
+    plan = {"group_size": 32, "format": format, "settings": ONLINE}
+    quantize.run(QuantizeOptions(str(source), tmp_path / "q", f"quarot,{rounder}", **plan))
     wanted, found = logits(source), logits(tmp_path / "q")
     assert (found - wanted).square().mean() < 0.3 * wanted.square().mean()
+    run = EvaluateOptions(str(tmp_path / "q"), num_samples=1, seq_len=16, speed=False, simulation=W4A4KV4)
+    assert evaluate.run(run).simulated["online_rotations"] == {"mode": "hadamard", "seed": 0}
 
 
 def loud(folder):

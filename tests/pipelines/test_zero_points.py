@@ -5,10 +5,14 @@ import torch
 
 import families
 import quantcli
+from quantcli.algorithms.rounders.hqq import HqqOptions
+from quantcli.algorithms.rounders.hqq import quantize as quantize_weight
 from quantcli.errors import UsageError
+from quantcli.formats import CODECS
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import Override, QuantizeOptions
 from quantcli.pipelines import quantize
+from quantcli.scheme import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def words(plan, label):
     return dict(plan.rows())[label]
 
 
-@pytest.mark.parametrize(("format", "zero"), [("gptq", "integer"), ("awq", "integer"), ("float", "float")])
+@pytest.mark.parametrize(("format", "zero"), [(n, "float" if c.float_zeros else "integer") for n, c in CODECS.items()])
 def test_the_format_chooses_and_the_plan_says_so(model, tmp_path, format, zero):
     plan = run(model, tmp_path / "q", format=format, dry_run=True)
     assert f"zero={zero}" in words(plan, "algorithm")
@@ -44,7 +48,7 @@ def test_a_symmetric_grid_has_no_fractions(model, tmp_path):
     assert "zero=float" in words(plan, "algorithm")
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq"])
+@pytest.mark.parametrize("format", [n for n, c in CODECS.items() if not c.float_zeros])
 def test_fractions_asked_for_are_refused_with_the_formats_that_hold_them(model, tmp_path, format):
     with pytest.raises(UsageError, match=f"format {format} cannot hold .*: it holds whole zero points only") as caught:
         run(model, tmp_path / "q", format=format, settings={"zero": "float"})
@@ -55,7 +59,7 @@ def test_fractions_asked_for_are_refused_with_the_formats_that_hold_them(model, 
 def test_one_bit(model, tmp_path):
     with pytest.raises(UsageError, match="it holds 2 to 8 bits, not 1") as caught:
         run(model, tmp_path / "q", bits=1)
-    assert caught.value.hint == "use --format float"
+    assert caught.value.hint.endswith("float") and "awq" not in caught.value.hint
     with pytest.raises(UsageError, match="rtn makes 2, 3, 4, 5, 6, 7, 8 bits, not 1"):
         run(model, tmp_path / "q", bits=1, algorithm="rtn", format="float")
     result = run(model, tmp_path / "q", bits=1, format="float")
@@ -64,19 +68,17 @@ def test_one_bit(model, tmp_path):
     assert all(len(torch.unique(group)) <= 2 for row in weight for group in row.split(32))
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq", "float"])
+@pytest.mark.parametrize("format", CODECS)
 def test_every_format_reads_back(model, tmp_path, format):
     """`quantize` itself compares what it wrote with what was computed; the float weights tell where zeros lie."""
     result = run(model, tmp_path / "q", format=format)
     assert all(0 < layer.relative_error < 0.02 for layer in result.layers)
     assert torch.isfinite(quantcli.load(tmp_path / "q")(torch.arange(3, 40)[None]).logits).all()
     if format == "float":
-        weight = Checkpoint.open(tmp_path / "q" / "model").read(f"{result.layers[0].name}.weight")
-        fractions = 0
-        for group in weight[0].split(32):
-            steps = group.unique().diff()
-            fractions += bool(((group / steps[steps > 0].min()).frac().abs() - 0.5).abs().min() < 0.49)
-        assert fractions > 0
+        name = f"{result.layers[0].name}.weight"
+        computed = quantize_weight(Checkpoint.open(model).read(name), Scheme(4, 32), HqqOptions(), None)
+        assert (computed.zero.float().frac() != 0).any()
+        assert torch.equal(Checkpoint.open(tmp_path / "q" / "model").read(name), computed.dequantize())
 
 
 def test_overrides_of_one_bit_meet_the_format(model, tmp_path):

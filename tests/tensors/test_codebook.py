@@ -7,8 +7,16 @@ import torch
 import literal
 from quantcli.errors import UsageError
 from quantcli.scheme import CODEBOOKS, Scheme
-from quantcli.tensors.codebook import VALUES, codebook, dynamic_map, nest_scale, round_to_codebook, with_scale
-from quantcli.tensors.grids import divide_rows
+from quantcli.tensors.codebook import (
+    VALUES,
+    _round_on_device,
+    codebook,
+    dynamic_map,
+    nest_scale,
+    round_to_codebook,
+    with_scale,
+)
+from quantcli.tensors.grids import divide_rows, round_nearest
 from quantcli.tensors.quantized import concatenate_rows
 
 NAMES = pytest.mark.parametrize("name", CODEBOOKS)
@@ -31,6 +39,31 @@ def test_codes_and_scales_equal_the_literal_ones(name, size):
     assert np.array_equal(result.scale.numpy(), scale)
     expected = np.array(VALUES[name], np.float32)[codes] * literal.expand(scale, scheme.columns_per_group(160), 160)
     assert np.array_equal(result.dequantize().numpy(), expected)
+
+
+@NAMES
+@pytest.mark.parametrize("size", [32, 48, -1])
+def test_the_device_path_gives_the_same(name, size):
+    W, scheme = weights(), Scheme(4, size, codebook=name)
+    result = round_to_codebook(W, scheme)
+    scale, codes = _round_on_device(W, scheme.columns_per_group(160), codebook(name))
+    assert torch.equal(scale, result.scale) and torch.equal(codes, result.codes)
+
+
+def test_nf4_has_less_error_than_grids_without_zero_points():
+    """And than those with, on heavy tails; fp4 has more."""
+    rng = np.random.default_rng(0)
+    normal, heavy = (
+        torch.from_numpy(0.02 * w).float() for w in (rng.normal(size=(64, 512)), rng.standard_t(5, (64, 512)))
+    )
+
+    def error(weight, scheme):
+        return float((round_nearest(weight, scheme).dequantize() - weight).square().sum())
+
+    for size, share in ((64, 0.96), (128, 0.9)):
+        assert error(normal, Scheme(4, size, codebook="nf4")) < share * error(normal, Scheme(4, size, True))
+        assert error(heavy, Scheme(4, size, codebook="nf4")) < 0.92 * error(heavy, Scheme(4, size))
+        assert error(heavy, Scheme(4, size, codebook="fp4")) > error(heavy, Scheme(4, size))
 
 
 @NAMES

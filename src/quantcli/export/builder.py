@@ -93,12 +93,11 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
             from onnxruntime_genai.models import builder
 
             settings = [*_SETTINGS, *(["hf_remote=true"] if trust_remote_code else [])]
-            options = builder.parse_extra_options(
-                None, str(folder), str(target), precision, provider, str(scratch), settings
-            )
+            with _as_float(builder):
+                options = builder.parse_extra_options(
+                    None, str(folder), str(target), precision, provider, str(scratch), settings
+                )
             config = options["hf_details"]["hf_config"]
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
             _say_plainly(config)
             builder.create_model(None, str(folder), str(target), precision, provider, str(scratch), **options)
     except NotImplementedError as error:
@@ -111,6 +110,27 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
     finally:
         if scratch.is_dir() and not any(scratch.iterdir()):
             scratch.rmdir()
+
+
+@contextmanager
+def _as_float(builder: Any) -> Iterator[None]:
+    """Takes the quantization_config out of every configuration that the builder reads.
+
+    It knows some methods and refuses others at sight; ours is a float graph that the rewrite fills.
+    """
+    original = builder.get_hf_details
+
+    def get_hf_details(*args: Any, **kwargs: Any) -> Any:
+        details = original(*args, **kwargs)
+        if hasattr(details["hf_config"], "quantization_config"):
+            del details["hf_config"].quantization_config
+        return details
+
+    builder.get_hf_details = get_hf_details
+    try:
+        yield
+    finally:
+        builder.get_hf_details = original
 
 
 @contextmanager

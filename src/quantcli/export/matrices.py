@@ -13,6 +13,7 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import is_transposed
 from quantcli.models.linear import PackedEmbedding, PackedLinear
 from quantcli.models.load import load
+from quantcli.models.readers import packed_names, reader_of
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
 from quantcli.tensors.quantized import QuantizedTensor
@@ -160,6 +161,10 @@ def _matrix_of(module: nn.Module) -> PackedLinear | Tensor | None:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The one dtype of all float tensors that are values rather than scales, or float32 where there are several."""
-    found = {e.dtype for n, e in checkpoint.entries.items() if e.dtype.is_floating_point and not n.endswith(".scales")}
+    """The one dtype of all float tensors that are no part of a packed matrix, or float32 where there are several."""
+    parts: set[str] = set()
+    if checkpoint.config.get("quantization_config") is not None:
+        reader = reader_of(checkpoint)
+        parts = {f"{name}.{part}" for name in packed_names(checkpoint, reader) for part in reader.parts}
+    found = {e.dtype for n, e in checkpoint.entries.items() if e.dtype.is_floating_point and n not in parts}
     return found.pop() if len(found) == 1 and next(iter(found)) in _FLOATS else torch.float32

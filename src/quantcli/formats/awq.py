@@ -10,6 +10,7 @@ Groups are runs of neighbouring columns and divide K; one scheme holds for all l
 qzeros: the zero is 8. We always write qzeros, which readers of either kind take.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,15 +110,27 @@ def _refuse(held: Held) -> str | None:
 
 def _config(described: Described) -> dict[str, Any]:
     scheme = described.default
-    return {
+    config = {
         "quant_method": "awq",
         "version": "gemm",
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "zero_point": True,
-        "modules_to_not_convert": list(described.excluded) or None,
+        "modules_to_not_convert": _kept_names(described) or None,
         "meta": {"quantizer": [described.producer]},
     }
+    if described.excluded:  # gptqmodel looks for the float ones here, also in this format
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in described.excluded}
+    return config
+
+
+def _kept_names(described: Described) -> list[str]:
+    """Names of what stays float: within a block, where that says it, since AutoAWQ compares no more of a name."""
+    kept: dict[str, None] = {}
+    for name in described.excluded:
+        short = re.sub(r"^.*?\.\d+\.", "", name)
+        kept[name if any(short in other for other in described.quantized) else short] = None
+    return list(kept)
 
 
 def _packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:

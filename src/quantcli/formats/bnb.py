@@ -76,12 +76,6 @@ def pack(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> dict[st
     codes = tensor.codes.reshape(-1)
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_zeros(1)])
-    state: dict[str, Any] = {
-        "quant_type": name,
-        "blocksize": tensor.scheme.columns_per_group(columns),
-        "dtype": _dtype_name(dtype),
-        "shape": [rows, columns],
-    }
     parts = {"weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_map": tensor.codebook.clone()}
     nested = tensor.nested
     if nested is None:
@@ -90,8 +84,8 @@ def pack(tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> dict[st
         parts["weight.absmax"] = nested.codes.reshape(-1).contiguous()
         parts["weight.nested_absmax"] = nested.absmax
         parts["weight.nested_quant_map"] = nested.code_map.clone()  # one object for all linears; files share nothing
-        state |= {"nested_blocksize": nested.size, "nested_dtype": "float32", "nested_offset": nested.offset}
-    parts[_STATES[name]] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    state = _state(tensor.scheme, rows, columns, dtype, None if nested is None else nested.offset)
+    parts[_STATES[name]] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
     return parts
 
 
@@ -144,12 +138,14 @@ def read_state(tensors: Mapping[str, Tensor]) -> State:
     values = _parse(tensors[_STATES[name]])
     shape, block_size = values.get("shape"), values.get("blocksize")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-        raise InputError(f"quant_state says shape {shape!r}, expected [outputs, inputs]")
+        raise InputError(f"weight.quant_state says shape {shape!r}, expected [outputs, inputs]")
     if block_size not in BLOCK_SIZES:
-        raise InputError(f"quant_state says blocksize {block_size!r}: {', '.join(map(str, BLOCK_SIZES))} are read")
+        raise InputError(
+            f"weight.quant_state says blocksize {block_size!r}: {', '.join(map(str, BLOCK_SIZES))} are read"
+        )
     assert isinstance(block_size, int)
     if values.get("quant_type", name) != name:
-        raise InputError(f"quant_state says quant_type {values['quant_type']!r}, its name says {name}")
+        raise InputError(f"weight.quant_state says quant_type {values['quant_type']!r}, its name says {name}")
     count, stored = shape[0] * shape[1], tensors["weight"].numel() * tensors["weight"].element_size()
     if stored != -(-count // 2):
         raise InputError(f"weight has {stored} bytes, expected {-(-count // 2)} for {shape}")
@@ -167,16 +163,29 @@ def read_state(tensors: Mapping[str, Tensor]) -> State:
     return State(name, (shape[0], shape[1]), block_size, table, absmax, nested)
 
 
+def _state(scheme: Scheme, rows: int, columns: int, dtype: torch.dtype, offset: float | None) -> bytes:
+    """The JSON of one linear, its keys in bitsandbytes' order."""
+    values: dict[str, Any] = {
+        "quant_type": scheme.codebook,
+        "blocksize": scheme.columns_per_group(columns),
+        "dtype": _dtype_name(dtype),
+        "shape": [rows, columns],
+    }
+    if offset is not None:
+        values |= {"nested_blocksize": NestedScale.size, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(values).encode()
+
+
 def _read_nested(tensors: Mapping[str, Tensor], values: Mapping[str, Any], blocks: int) -> NestedScale:
     codes, size, offset = tensors["weight.absmax"], values.get("nested_blocksize"), values.get("nested_offset")
     if codes.dtype != torch.uint8 or "weight.nested_quant_map" not in tensors:
         raise InputError(f"weight.nested_absmax is there, but absmax is {codes.dtype} or nested_quant_map is missing")
     if type(size) is not int or size < 1:
-        raise InputError(f"quant_state says nested_blocksize {size!r}, expected a positive number")
+        raise InputError(f"weight.quant_state says nested_blocksize {size!r}, expected a positive number")
     if not isinstance(offset, int | float) or not math.isfinite(offset):
-        raise InputError(f"quant_state says nested_offset {offset!r}, expected a number")
+        raise InputError(f"weight.quant_state says nested_offset {offset!r}, expected a number")
     if values.get("nested_dtype", "float32") != "float32":
-        raise InputError(f"quant_state says nested_dtype {values['nested_dtype']!r}: float32 is read")
+        raise InputError(f"weight.quant_state says nested_dtype {values['nested_dtype']!r}: float32 is read")
     runs = _finite("weight.nested_absmax", tensors["weight.nested_absmax"], -(-blocks // size))
     code_map = _finite("weight.nested_quant_map", tensors["weight.nested_quant_map"], 256)
     return NestedScale(codes.reshape(1, -1), runs, code_map, float(offset), size)
@@ -184,11 +193,11 @@ def _read_nested(tensors: Mapping[str, Tensor], values: Mapping[str, Any], block
 
 def _parse(state: Tensor) -> dict[str, Any]:
     try:
-        values = json.loads(bytes(state.to(torch.uint8).tolist()).decode())
+        values = json.loads(bytes(state.reshape(-1).to(torch.uint8).tolist()).decode())
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"quant_state is not JSON ({type(error).__name__})") from error
+        raise InputError(f"weight.quant_state is not JSON ({type(error).__name__})") from error
     if not isinstance(values, dict):
-        raise InputError(f"quant_state holds a {type(values).__name__}, expected an object")
+        raise InputError(f"weight.quant_state holds a {type(values).__name__}, expected an object")
     return values
 
 
@@ -241,17 +250,18 @@ def _config(described: Described) -> dict[str, Any]:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    """As it is written; bitsandbytes knows no wider float than float32."""
+    # bitsandbytes knows no wider float than float32
     return str(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32).removeprefix("torch.")
 
 
 def _packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
-    """Without the JSON, whose length depends on the numbers in it."""
+    """Exact in float32 without double quantization; else the JSON may be a few bytes longer or shorter."""
     blocks = rows * scheme.group_count(columns)
     scales = 4 * blocks
     if scheme.double_quant:
         scales = blocks + 4 * -(-blocks // NestedScale.size) + 4 * 256
-    return -(-rows * columns // 2) + scales + 4 * 16
+    state = _state(scheme, rows, columns, torch.float32, 0.01234567890123456 if scheme.double_quant else None)
+    return -(-rows * columns // 2) + scales + 4 * 16 + len(state)
 
 
 CODEC = Codec(
@@ -263,4 +273,5 @@ CODEC = Codec(
     config=_config,
     packed_bytes=_packed_bytes,
     takes_dtype=True,
+    codebooks=True,
 )

@@ -51,6 +51,8 @@ class Described:
     """Name and version of the tool."""
     damp_percent: float | None = None
     """Damping that the solver began with, if any."""
+    quantized: Sequence[str] = ()
+    """Linears that are quantized, by module name."""
     float_linears: Sequence[str] = ()
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
     dtype: torch.dtype = torch.float32
@@ -79,11 +81,15 @@ class Codec:
     """Whether `pack` takes a second argument: the dtype that the weight would have as a float tensor."""
     float_zeros: bool = False
     """Whether it holds zero points that are no whole numbers."""
+    codebooks: bool = False
+    """Whether it holds codes of a codebook."""
 
     def why_not(self, held: Held) -> str | None:
         """Why it cannot hold a linear exactly; None where it can."""
         if held.float_zeros and not self.float_zeros:
             return "it holds whole zero points only"
+        if held.scheme.codebook is not None and not self.codebooks:
+            return "it holds uniform grids, not a codebook"
         return self.refuse(held)
 
 

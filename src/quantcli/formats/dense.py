@@ -28,4 +28,5 @@ CODEC = Codec(
     packed_bytes=None,
     float_zeros=True,
     takes_dtype=True,
+    codebooks=True,
 )

@@ -193,7 +193,9 @@ def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool
     # a head of its own stands at the top level: lm_head, embed_out
     if any("." not in name for name in packed):
         config.tie_word_embeddings = False
-    elif checkpoint.config["quantization_config"].get("tie_word_embeddings"):  # Olive says it there, and only there
+    elif (checkpoint.config.get("quantization_config") or {}).get(
+        "tie_word_embeddings"
+    ):  # Olive says it there, and only there
         config.tie_word_embeddings = True
     return build_skeleton(checkpoint.folder, config, trust_remote_code)
 

@@ -12,7 +12,7 @@ from quantcli.formats.bitpack import packed_words
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.codebook_linear import CodebookLinear
 from quantcli.models.linear import PackedLinear, QuantizedLinear
-from quantcli.scheme import Scheme
+from quantcli.scheme import PER_CHANNEL, Scheme
 
 __all__ = ["READERS", "Reader", "packed_names", "reader_of"]
 
@@ -140,9 +140,11 @@ def _read_compressed_tensors(
 def _compressed_tensors_weights(
     config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]
 ) -> tuple[int, int]:
-    bits, index = compressed_tensors.scheme_of(config, name).bits, entries.get("weight_g_idx")
+    scheme, scales = compressed_tensors.scheme_of(config, name), entries.get("weight_scale")
     rows, words = entries["weight_packed"].shape
-    return bits, rows * (words * 32 // bits if index is None else index.shape[0])
+    if scheme.group_size == PER_CHANNEL or scales is None:  # to the word: weight_shape is no header
+        return scheme.bits, rows * (words * 32 // scheme.bits)
+    return scheme.bits, rows * scales.shape[1] * scheme.group_size
 
 
 def _read_olive(

@@ -13,6 +13,7 @@ import torch
 from quantcli.errors import UsageError
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Held
+from quantcli.models.experts import Expert
 from quantcli.options import MIXED_BITS
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
@@ -20,7 +21,7 @@ from quantcli.tensors.affine import minmax_grid, round_to_grid
 if TYPE_CHECKING:
     from quantcli.pipelines.plan import Plan, Target
 
-__all__ = ["TOLERANCE", "Budget", "Choice", "make_budget"]
+__all__ = ["TOLERANCE", "Budget", "Choice", "held_as", "make_budget"]
 
 TOLERANCE = 0.01
 """How far below the target a result may end."""
@@ -158,6 +159,27 @@ class Choice:
         ]
 
 
+def held_as(target: "Target", settings: Any, *, default: bool, expert: bool) -> Held:
+    """What a format is asked to hold of a linear.
+
+    Args:
+        target: The linear.
+        settings: The rounder's options.
+        default: Whether its scheme is that of the whole model.
+        expert: Whether it is one of many experts.
+    """
+    return Held(
+        target.rows,
+        target.columns,
+        target.scheme,
+        is_default=default,
+        ordered=getattr(settings, "order", "") != "desc_act",
+        float_zeros=getattr(settings, "zero", "") == "float" and not target.scheme.symmetric,
+        transposed=target.transposed,
+        expert=expert,
+    )
+
+
 def make_budget(plan: "Plan") -> Budget:
     """Checks a target against what algorithm and format can do.
 
@@ -231,19 +253,10 @@ def _refusal(plan: "Plan", bits: int) -> str | None:
     for algorithm in (*(step.algorithm for step in plan.transforms), plan.algorithm):
         if bits not in algorithm.bits:
             return f"{algorithm.name} makes {', '.join(map(str, algorithm.bits))} bits"
-    settings = plan.settings
-    ordered, fractions = getattr(settings, "order", "") != "desc_act", getattr(settings, "zero", "") == "float"
     for target in plan.targets.values():
-        scheme = replace(target.scheme, bits=bits)
-        held = Held(
-            target.rows,
-            target.columns,
-            scheme,
-            is_default=False,
-            ordered=ordered,
-            float_zeros=fractions and not scheme.symmetric,
-            transposed=target.transposed,
-        )
+        expert = isinstance(plan.skeleton.get_submodule(target.name.rpartition(".")[0]), Expert)
+        other = replace(target, scheme=replace(target.scheme, bits=bits))
+        held = held_as(other, plan.settings, default=False, expert=expert)
         if (reason := plan.codec.why_not(held)) is not None:
             return f"format {plan.codec.name} cannot hold {target.name}: {reason}"
     return None

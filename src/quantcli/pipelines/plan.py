@@ -15,7 +15,7 @@ from quantcli.data.sampling import SamplingKey, estimate_sampling
 from quantcli.errors import InputError, ResourceError, UsageError
 from quantcli.folder import fingerprint, require_free_bytes
 from quantcli.formats import CODECS, gptq
-from quantcli.formats.codec import Codec, Held
+from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.experts import Expert
 from quantcli.models.layout import Layout, find_layout, is_transposed, weight_shape
@@ -25,7 +25,7 @@ from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
-from quantcli.pipelines.budget import Budget, Choice, make_budget
+from quantcli.pipelines.budget import Budget, Choice, held_as, make_budget
 from quantcli.pipelines.train_rotation import TrainingCost, training_cost
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.hadamard import Rotation
@@ -569,19 +569,9 @@ def _refuse_format(
     experts: Set[str],
 ) -> None:
     """What the format cannot hold exactly, with the formats that can."""
-    formats, settings = rounder.algorithm.formats, rounder.settings
-    desc_act, fractions = getattr(settings, "order", "") == "desc_act", getattr(settings, "zero", "") == "float"
+    formats = rounder.algorithm.formats
     for target in targets.values():
-        held = Held(
-            target.rows,
-            target.columns,
-            target.scheme,
-            target.scheme == default,
-            not desc_act,
-            fractions and not target.scheme.symmetric,
-            target.transposed,
-            target.name in experts,
-        )
+        held = held_as(target, rounder.settings, default=target.scheme == default, expert=target.name in experts)
         why = codec.why_not(held)
         if why is None and target.name == layout.head and codec.name == "awq":
             why = "readers of it expect a float output head"

@@ -227,6 +227,7 @@ class _Run:
                 lm_head=plan.layout.head in targets,
                 producer=f"quantcli:{__version__}",
                 damp_percent=damp,
+                quantized=list(targets),
                 float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
                 dtype=self._float_dtype(next(iter(targets.values()))) if targets else plan.dtype,
             )

@@ -88,13 +88,15 @@ def measure(plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, p
         for number, path in enumerate(layout.blocks):
             block, call = load_block(plan, number), calls[len(rows)][number]
             streams = [forward(block, stream, call) for stream in streams]
-            tuples = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+            if number == count - 1:
+                tuples = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
             targets = {n.removeprefix(path + "."): t for n, t in plan.targets.items() if n.startswith(path + ".")}
-            output = forward(block, hidden, call)
             if targets:
-                found, rounded = _try_block(block, targets, widths, hidden, call, output)
+                found, output, rounded = _try_block(block, targets, widths, hidden, call)
                 groups.append(found)
                 streams.append(rounded)
+            else:
+                output = forward(block, hidden, call)
             hidden = output
             task.advance(number + _TRIALS)
             del block
@@ -130,9 +132,8 @@ def _try_block(
     widths: Mapping[str, tuple[int, ...]],
     hidden: Tensor,
     call: BlockCall,
-    output: Tensor,
-) -> tuple[list[_Group], Tensor]:
-    """The groups of a block, and its output where all of them are rounded; the block's weights stay as they were."""
+) -> tuple[list[_Group], Tensor, Tensor]:
+    """The groups of a block, its output, and its output where all of them are rounded; it stays as it was."""
     stages = block_stages(block, list(targets), hidden, call)
     inputs: dict[int, Tensor] = {}
 
@@ -143,7 +144,7 @@ def _try_block(
         return hook
 
     with stage_hooks(block, stages, make):
-        forward(block, hidden, call)
+        output = forward(block, hidden, call)
     merged: dict[tuple[str, ...], _Group] = {}
     rounded: dict[str, Tensor] = {}
     for stage, names in enumerate(stages):
@@ -166,7 +167,7 @@ def _try_block(
     _replace(block, rounded)
     perturbed = forward(block, hidden, call)
     _replace(block, originals)
-    return list(merged.values()), perturbed
+    return list(merged.values()), output, perturbed
 
 
 def _replace(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

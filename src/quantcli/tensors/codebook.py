@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantcli.scheme import Scheme
+from quantcli.tensors import kernels
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor, group_index
 
 __all__ = ["VALUES", "codebook", "dynamic_map", "nest_scale", "round_to_codebook", "with_scale"]
@@ -53,13 +54,19 @@ def round_to_codebook(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     assert scheme.codebook is not None
     table = codebook(scheme.codebook, weight.device)
     size, columns = scheme.columns_per_group(weight.shape[1]), weight.shape[1]
-    blocks = pad(weight.float(), (0, -columns % size)).view(weight.shape[0], -1, size)
-    absmax = blocks.abs().amax(2)
-    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[..., None]).clamp(-1, 1).view(weight.shape[0], -1)[:, :columns]
-    codes = _nearest(scaled.contiguous(), table)
+    weight = weight.float()
+    if weight.device.type == "cpu":
+        order, bounds = _bounds(table)
+        absmax = torch.empty(len(weight), scheme.group_count(columns), dtype=torch.float32)
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        arrays = (weight.contiguous(), bounds, order.to(torch.uint8), absmax, codes)
+        w, *others = (a.numpy() for a in arrays)
+        kernels.round_codebook(w, size, *others)
+    else:
+        absmax, codes = _round_on_device(weight, size, table)
     nested = nest_scale(absmax) if scheme.double_quant else None
     return QuantizedTensor(
-        codes=codes.to(torch.uint8),
+        codes=codes,
         scale=absmax if nested is None else nested.expand(),
         zero=torch.zeros(absmax.shape, dtype=torch.uint8, device=weight.device),
         scheme=scheme,
@@ -81,7 +88,7 @@ def nest_scale(scale: Tensor) -> NestedScale:
     runs = pad(flat, (0, -flat.numel() % size)).view(-1, size)
     absmax = runs.abs().amax(1)
     scaled = (runs * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp(-1, 1).view(-1)[: flat.numel()]
-    codes = _nearest(scaled.contiguous(), table).to(torch.uint8).view(scale.shape)
+    codes = _nearest(scaled.contiguous(), table).view(scale.shape)
     return NestedScale(codes, absmax, table, float(offset), size)
 
 
@@ -102,8 +109,23 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
+def _round_on_device(weight: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and codes as whole-tensor operations, for accelerators; equal to the kernel's."""
+    rows, columns = weight.shape
+    blocks = pad(weight, (0, -columns % size)).view(rows, -1, size)
+    absmax = blocks.abs().amax(2)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[..., None]).clamp(-1, 1).view(rows, -1)[:, :columns]
+    return absmax, _nearest(scaled.contiguous(), table)
+
+
 def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
-    """The code of the nearest value, the lower one at a tie; int64 in the shape of `scaled`."""
+    """The code of the nearest value, the lower value at a tie; uint8 in the shape of `scaled`."""
+    order, bounds = _bounds(table)
+    return order.to(torch.uint8)[torch.bucketize(scaled, bounds, out_int32=True)]
+
+
+def _bounds(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes in the order of their values [levels], and the middles between neighbours [levels - 1]."""
     order = torch.argsort(table, stable=True)
     rising = table[order]
-    return order[torch.bucketize(scaled, (rising[:-1] + rising[1:]) / 2)]
+    return order, (rising[:-1] + rising[1:]) / 2

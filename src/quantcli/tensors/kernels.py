@@ -10,7 +10,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_float16", "descend_block", "expand", "expand_codebook", "round_block", "round_nearest", "search_grid"]
+__all__ = [
+    "as_float16",
+    "descend_block",
+    "expand",
+    "expand_codebook",
+    "round_block",
+    "round_codebook",
+    "round_nearest",
+    "search_grid",
+]
 
 Floats = NDArray[np.floating]
 
@@ -147,6 +156,37 @@ def expand_codebook(
     for r in numba.prange(codes.shape[0]):
         for k in range(codes.shape[1]):
             out[r, k] = codebook[codes[r, k]] * scale[r, group[k]]
+
+
+@numba.njit(cache=True, parallel=True)
+def round_codebook(
+    weight: Floats, size: int, bounds: Floats, order: NDArray[np.uint8], scale: Floats, codes: NDArray[np.uint8]
+) -> None:
+    """Fills `scale` [N, G] with the largest |w| of each block of `size` columns and `codes` [N, K] by it.
+
+    Args:
+        weight: [N, K] float32.
+        size: Columns of a block.
+        bounds: [levels - 1] float32, rising: the middles between neighbouring values of the codebook.
+        order: [levels] the codes in the order of their values.
+        scale: Out.
+        codes: Out: a weight over its scale that lies above i bounds gets order[i].
+    """
+    columns = weight.shape[1]
+    one, tiny = np.float32(1.0), np.float32(1e-38)  # a block of zeros is divided by something
+    for r in numba.prange(weight.shape[0]):
+        for g in range(scale.shape[1]):
+            first, last = g * size, min((g + 1) * size, columns)
+            largest = np.float32(0.0)
+            for k in range(first, last):
+                largest = max(largest, abs(weight[r, k]))
+            scale[r, g] = largest
+            inverse = one / max(largest, tiny)
+            for k in range(first, last):
+                value, above = min(max(weight[r, k] * inverse, -one), one), 0
+                for i in range(bounds.size):
+                    above += bounds[i] < value
+                codes[r, k] = order[above]
 
 
 @numba.njit(cache=True)
