@@ -9,7 +9,7 @@ unlike cross entropy, has no gradient where nothing is rounded). Its gradient by
 rounding errors of all layers meet in it, and it takes far more text than a CPU can read in minutes. objective=local
 descends what that loss is in expectation, for rounding errors that know nothing of each other: the sum over inputs x
 of linears of |Q(x R) - x R|^2 |g|^2, with g the gradient by x of the log-probability of a token drawn from the float
-model. x and g are gathered once, by one pass forwards and backwards; each step draws from them.
+model, averaged over tokens. x and g are gathered once, by one pass forwards and backwards; each step draws from them.
 
 Left out: R3 and R4, which would have to be computed at run time, and rounding of keys and values.
 """
