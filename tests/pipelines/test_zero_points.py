@@ -5,14 +5,16 @@ import torch
 
 import families
 import quantcli
-from quantcli.algorithms.rounders.hqq import HqqOptions
+from quantcli.algorithms.rounders.hqq import ALGORITHM, HqqOptions
 from quantcli.algorithms.rounders.hqq import quantize as quantize_weight
 from quantcli.errors import UsageError
-from quantcli.formats import CODECS
+from quantcli.formats import CODECS as EVERY_CODEC
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import Override, QuantizeOptions
 from quantcli.pipelines import quantize
 from quantcli.scheme import Scheme
+
+CODECS = {name: EVERY_CODEC[name] for name in ALGORITHM.formats}
 
 
 @pytest.fixture(scope="module")
