@@ -18,6 +18,7 @@ __all__ = [
     "CalibrationOptions",
     "CaptureOptions",
     "EvaluateOptions",
+    "GenerateOptions",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
@@ -367,6 +368,48 @@ class EvaluateOptions:
         for name in ("max_kl", "max_perplexity_increase"):
             if getattr(self, name) is not None and self.reference is None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `quantcli generate` was asked to do."""
+
+    model: str
+    """Folder to run: float, quantized or ONNX GenAI."""
+    prompt: str
+    """Text to continue."""
+    adapter: str | None = None
+    """Adapter to run with: NAME of a NAME.onnx_adapter in the folder, or such a file."""
+    use_chat_template: bool = False
+    """Render the prompt as a user's message by the model's chat template."""
+    max_new_tokens: int = 128
+    """Tokens to write at most; fewer where the model ends its answer or its positions are used up."""
+    temperature: float = 0.0
+    """Sample with this temperature; 0 always takes the likeliest token."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability. Default: from all."""
+    seed: int | None = None
+    """Seed of the samples (default 0)."""
+    device: str | None = None
+    """cpu, cuda or cuda:N, for checkpoints. Default: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("--prompt is empty", hint="write -p 'Once upon a time'")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature must be 0 or more, got {self.temperature:g}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p must be above 0 and at most 1, got {self.top_p:g}")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed must be 0 to {2**31 - 1}, got {self.seed}")
+        for name in ("top_p", "seed"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} would have no effect without --temperature", hint="add --temperature 0.8")
 
 
 def compile_regex(pattern: str, flag: str) -> str:

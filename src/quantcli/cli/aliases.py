@@ -141,6 +141,12 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--max_seq_len": Rename("--seq-len"),
         "--max_samples": Rename("--num-samples"),
     },
+    "generate": {
+        **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
+        "--adapter_name": Rename("--adapter"),
+        "--max_length": Refused("it counts the prompt too", "use --max-new-tokens"),
+    },
     "inspect": dict(_EVERYWHERE),
     "algorithms": dict(_EVERYWHERE),
 }
