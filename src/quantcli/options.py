@@ -18,6 +18,7 @@ __all__ = [
     "CalibrationOptions",
     "CaptureOptions",
     "EvaluateOptions",
+    "GenerateAdapterOptions",
     "GenerateOptions",
     "Override",
     "QuantizeOptions",
@@ -26,6 +27,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
+ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
@@ -410,6 +412,45 @@ class GenerateOptions:
             if getattr(self, name) is not None and self.temperature == 0:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} would have no effect without --temperature", hint="add --temperature 0.8")
+
+
+@dataclass(frozen=True)
+class GenerateAdapterOptions:
+    """What `quantcli generate-adapter` was asked to do."""
+
+    model: str
+    """Base model: a checkpoint, float or quantized, a captured ONNX folder, or an output folder of finetune."""
+    output: Path
+    """Folder to write."""
+    adapters: tuple[str, ...] = ()
+    """Adapter folder that peft saved, as FOLDER or NAME=FOLDER; may be given several times. Default: the adapter of
+    finetune's output folder."""
+    adapter_format: str = "onnx_adapter"
+    """File format of the adapters: onnx_adapter, which ONNX Runtime loads, safetensors or npz."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    force: bool = False
+    """Replace an output folder of ours."""
+
+    def __post_init__(self) -> None:
+        if self.adapter_format not in ADAPTER_FORMATS:
+            raise UsageError(
+                f"unknown --adapter-format {self.adapter_format!r}, {nearest(self.adapter_format, ADAPTER_FORMATS)}"
+            )
+
+    def named(self) -> dict[str, Path]:
+        """The adapters by name: what stands before `=`, else the folder's own."""
+        found: dict[str, Path] = {}
+        for word in self.adapters:
+            name, equals, folder = word.partition("=")
+            path = Path(folder if equals else word)
+            name = name if equals else path.resolve().name
+            if not re.fullmatch(r"[\w.-]+", name) or not str(path):
+                raise UsageError(f"--adapter-path {word!r} is not of the form NAME=FOLDER")
+            if name in found:
+                raise UsageError(f"two adapters are named {name!r}", hint="name them: --adapter-path NAME=FOLDER")
+            found[name] = path
+        return found
 
 
 def compile_regex(pattern: str, flag: str) -> str:

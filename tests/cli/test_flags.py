@@ -14,6 +14,8 @@ from quantcli.options import (
     CalibrationOptions,
     CaptureOptions,
     EvaluateOptions,
+    GenerateAdapterOptions,
+    GenerateOptions,
     Override,
     QuantizeOptions,
     SimulationOptions,
@@ -23,10 +25,12 @@ BASE = {
     "quantize": ["-m", "M", "-o", "O"],
     "capture-onnx-graph": ["-m", "M"],
     "evaluate": ["-m", "M"],
+    "generate": ["-m", "M", "-p", "P"],
+    "generate-adapter": ["-m", "M", "-o", "O"],
     "inspect": ["F"],
     "algorithms": [],
 }
-COMMAND_OPTIONS = (QuantizeOptions, CaptureOptions, EvaluateOptions)
+COMMAND_OPTIONS = (QuantizeOptions, CaptureOptions, EvaluateOptions, GenerateOptions, GenerateAdapterOptions)
 NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions}
 SIMULATION = {
     "simulation.a_bits": (["--a-bits", "4"], 4),
@@ -105,6 +109,26 @@ GIVEN = {
         "device": (["--device", "cuda:1"], "cuda:1"),
         **SIMULATION,
         "trust_remote_code": (["--trust-remote-code"], True),
+    },
+    "generate": {
+        "model": (["--model", "other"], "other"),
+        "prompt": (["--prompt", "hello"], "hello"),
+        "adapter": (["--adapter", "tone"], "tone"),
+        "use_chat_template": (["--use-chat-template"], True),
+        "max_new_tokens": (["--max-new-tokens", "7"], 7),
+        "temperature": (["--temperature", "0.5"], 0.5),
+        "top_p": (["--temperature", "1", "--top-p", "0.9"], 0.9),
+        "seed": (["--temperature", "1", "--seed", "5"], 5),
+        "device": (["--device", "cpu"], "cpu"),
+        "trust_remote_code": (["--trust-remote-code"], True),
+    },
+    "generate-adapter": {
+        "model": (["--model", "other"], "other"),
+        "output": (["--output", "there"], Path("there")),
+        "adapters": (["--adapter-path", "a=A", "--adapter-path", "B"], ("a=A", "B")),
+        "adapter_format": (["--adapter-format", "npz"], "npz"),
+        "trust_remote_code": (["--trust-remote-code"], True),
+        "force": (["--force"], True),
     },
     "inspect": {"folder": ([], Path("F"))},
     "algorithms": {"name": (["gptq"], "gptq")},
