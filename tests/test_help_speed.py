@@ -9,7 +9,16 @@ import time
 import pytest
 
 HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "safetensors", "numba", "rich", "pydantic"]
-COMMANDS = ["quantize", "capture-onnx-graph", "evaluate", "generate", "generate-adapter", "inspect", "algorithms"]
+COMMANDS = [
+    "quantize",
+    "capture-onnx-graph",
+    "evaluate",
+    "generate",
+    "generate-adapter",
+    "convert-adapter",
+    "inspect",
+    "algorithms",
+]
 SCRIPT = """
 import sys, json
 from quantcli.cli.app import run

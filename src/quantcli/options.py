@@ -17,6 +17,7 @@ __all__ = [
     "PRESETS",
     "CalibrationOptions",
     "CaptureOptions",
+    "ConvertAdapterOptions",
     "EvaluateOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
@@ -415,6 +416,25 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class ConvertAdapterOptions:
+    """What `quantcli convert-adapter` was asked to do."""
+
+    model: str
+    """Base that it is for: a folder that generate-adapter wrote."""
+    adapter: Path
+    """Adapter folder that peft saved."""
+    output: Path
+    """File to write; without an ending it gets that of the format."""
+    adapter_format: str = "onnx_adapter"
+    """File format: onnx_adapter, which ONNX Runtime loads, safetensors or npz."""
+    force: bool = False
+    """Replace an existing file."""
+
+    def __post_init__(self) -> None:
+        _check_adapter_format(self.adapter_format)
+
+
+@dataclass(frozen=True)
 class GenerateAdapterOptions:
     """What `quantcli generate-adapter` was asked to do."""
 
@@ -433,10 +453,7 @@ class GenerateAdapterOptions:
     """Replace an output folder of ours."""
 
     def __post_init__(self) -> None:
-        if self.adapter_format not in ADAPTER_FORMATS:
-            raise UsageError(
-                f"unknown --adapter-format {self.adapter_format!r}, {nearest(self.adapter_format, ADAPTER_FORMATS)}"
-            )
+        _check_adapter_format(self.adapter_format)
 
     def named(self) -> dict[str, Path]:
         """The adapters by name: what stands before `=`, else the folder's own."""
@@ -451,6 +468,11 @@ class GenerateAdapterOptions:
                 raise UsageError(f"two adapters are named {name!r}", hint="name them: --adapter-path NAME=FOLDER")
             found[name] = path
         return found
+
+
+def _check_adapter_format(name: str) -> None:
+    if name not in ADAPTER_FORMATS:
+        raise UsageError(f"unknown --adapter-format {name!r}, {nearest(name, ADAPTER_FORMATS)}")
 
 
 def compile_regex(pattern: str, flag: str) -> str:

@@ -13,6 +13,7 @@ from quantcli.errors import UsageError
 from quantcli.options import (
     CalibrationOptions,
     CaptureOptions,
+    ConvertAdapterOptions,
     EvaluateOptions,
     GenerateAdapterOptions,
     GenerateOptions,
@@ -25,12 +26,20 @@ BASE = {
     "quantize": ["-m", "M", "-o", "O"],
     "capture-onnx-graph": ["-m", "M"],
     "evaluate": ["-m", "M"],
+    "convert-adapter": ["-m", "M", "-o", "O", "--adapter-path", "P"],
     "generate": ["-m", "M", "-p", "P"],
     "generate-adapter": ["-m", "M", "-o", "O"],
     "inspect": ["F"],
     "algorithms": [],
 }
-COMMAND_OPTIONS = (QuantizeOptions, CaptureOptions, EvaluateOptions, GenerateOptions, GenerateAdapterOptions)
+COMMAND_OPTIONS = (
+    QuantizeOptions,
+    CaptureOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    GenerateAdapterOptions,
+    ConvertAdapterOptions,
+)
 NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions}
 SIMULATION = {
     "simulation.a_bits": (["--a-bits", "4"], 4),
@@ -128,6 +137,13 @@ GIVEN = {
         "adapters": (["--adapter-path", "a=A", "--adapter-path", "B"], ("a=A", "B")),
         "adapter_format": (["--adapter-format", "npz"], "npz"),
         "trust_remote_code": (["--trust-remote-code"], True),
+        "force": (["--force"], True),
+    },
+    "convert-adapter": {
+        "model": (["--model", "other"], "other"),
+        "adapter": (["--adapter-path", "L"], Path("L")),
+        "output": (["--output", "there"], Path("there")),
+        "adapter_format": (["--adapter-format", "npz"], "npz"),
         "force": (["--force"], True),
     },
     "inspect": {"folder": ([], Path("F"))},

@@ -178,3 +178,42 @@ def test_adapters_that_do_not_fit(root, tmp_path):
         model.save_pretrained(tmp_path / name)
     assert "is for a model.layers.0.self_attn.q_proj of" in refused(str(tmp_path / "wide"))
     assert "changes model.layers.2.self_attn.q_proj, the base has no such linear" in refused(str(tmp_path / "deep"))
+
+
+@pytest.mark.parametrize("name", ["tone.onnx_adapter", "tone"])
+def test_one_more_adapter_for_a_base(root, tmp_path, name):
+    words = [
+        "convert-adapter",
+        "-m",
+        str(root / "Q-A"),
+        "--adapter-path",
+        str(root / "all"),
+        "-o",
+        str(tmp_path / name),
+    ]
+    assert app.run(words) == 0
+    assert (tmp_path / "tone.onnx_adapter").read_bytes() == (root / "Q-A" / "model" / "all.onnx_adapter").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["tone.onnx_adapter"]
+    assert app.run(words) == 2
+    assert app.run([*words, "--force"]) == 0
+    assert np.array_equal(
+        genai_logits(root / "Q-A", str(tmp_path / "tone.onnx_adapter")), genai_logits(root / "Q-A", "all")
+    )
+
+
+def test_conversions_that_cannot_be(root, tmp_path, capsys):
+    def refused(model, adapter, output="x", *more):
+        words = ["convert-adapter", "-m", str(root / model), "--adapter-path", str(root / adapter)]
+        code = app.run([*words, "-o", str(tmp_path / output), *more])
+        assert not list(tmp_path.iterdir())
+        return code, capsys.readouterr().err
+
+    assert "holds no model.onnx" in refused("float", "qv")[1]
+    assert "has no inputs for adapters" in refused("float-onnx", "qv")[1]
+    assert "is not an adapter folder" in refused("float-A", "float")[1]
+    code, said = refused("float-A", "qv", "x.npz")
+    assert (code, "the ending of another format" in said) == (2, True)
+    assert (
+        "unknown --adapter-format 'nzp', did you mean 'npz'?"
+        in refused("float-A", "qv", "x", "--adapter-format", "nzp")[1]
+    )

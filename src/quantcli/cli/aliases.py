@@ -147,6 +147,12 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--adapter_name": Rename("--adapter"),
         "--max_length": Refused("it counts the prompt too", "use --max-new-tokens"),
     },
+    "convert-adapter": {
+        **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
+        "--output_path": Rename("--output"),
+        "--adapter_path": Rename("--adapter-path"),
+    },
     "generate-adapter": {
         **_EVERYWHERE,
         "--model_name_or_path": Rename("--model"),

@@ -20,7 +20,16 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from quantcli import __version__
-from quantcli.cli import algorithms, capture_onnx_graph, evaluate, generate, generate_adapter, inspect, quantize
+from quantcli.cli import (
+    algorithms,
+    capture_onnx_graph,
+    convert_adapter,
+    evaluate,
+    generate,
+    generate_adapter,
+    inspect,
+    quantize,
+)
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
@@ -31,7 +40,16 @@ __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (quantize, capture_onnx_graph, generate_adapter, generate, evaluate, inspect, algorithms)
+    for module in (
+        quantize,
+        capture_onnx_graph,
+        generate_adapter,
+        convert_adapter,
+        generate,
+        evaluate,
+        inspect,
+        algorithms,
+    )
 }
 _EXAMPLES = (
     "quantcli quantize -m SmolLM2-135M -o Q",
