@@ -217,3 +217,10 @@ def test_conversions_that_cannot_be(root, tmp_path, capsys):
         "unknown --adapter-format 'nzp', did you mean 'npz'?"
         in refused("float-A", "qv", "x", "--adapter-format", "nzp")[1]
     )
+
+
+def test_int8_arithmetic_without_an_adapter_is_the_base(root, tmp_path):
+    capture.run(CaptureOptions(str(root / "Q"), tmp_path / "onnx", accuracy_level=4))
+    generate_adapter.run(GenerateAdapterOptions(str(tmp_path / "onnx"), tmp_path / "A", (str(root / "qv"),)))
+    assert np.array_equal(genai_logits(tmp_path / "A"), genai_logits(tmp_path / "onnx"))
+    assert np.abs(genai_logits(tmp_path / "A", "qv") - wanted_logits(root, "Q", "qv")).max() < 0.5

@@ -122,13 +122,14 @@ def _add(graph: ir.Graph, slot: Slot, number: int) -> None:
     if len(nodes) != 1:
         raise InputError(f"{slot.product.weight} is used by {len(nodes)} products, expected one")
     node = nodes[0]
-    x, y = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
     assert x is not None
     producer = x.producer()
     if producer is not None and producer.op_type == "Gather" and _GATHERED in str(producer.name):
         x = producer.inputs[0]
     a = _optional_input(graph, slot.a, (slot.product.width, f"rank_{number}"), (slot.product.width, 0))
     b = _optional_input(graph, slot.b, (f"rank_{number}", slot.product.rows), (0, slot.product.rows))
+    node, y = _with_bias(node)
     uses = list(y.uses())
     down = ir.node("MatMul", [x, a], name=f"{node.name}/lora_A")
     up = ir.node("MatMul", [down.outputs[0], b], name=f"{node.name}/lora_B")
@@ -139,6 +140,17 @@ def _add(graph: ir.Graph, slot: Slot, number: int) -> None:
     for user, index in uses:
         user.replace_input_with(index, total.outputs[0])
     graph.insert_after(node, [down, up, total])
+
+
+def _with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value]:
+    """Where the slot's sum goes: behind a bias, which the runtime fuses into the product, with other rounding."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) == 1 and uses[0][0].op_type == "Add":
+        add, index = uses[0]
+        other = add.inputs[1 - index]
+        if other is not None and other.const_value is not None:
+            return add, add.outputs[0]
+    return node, node.outputs[0]
 
 
 def _optional_input(
