@@ -14,7 +14,7 @@ from quantcli.errors import InterruptedRunError, UsageError
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
 from quantcli.pipelines import mixed, quantize
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.planning import make_plan
 from quantcli.pipelines.sensitivity import REFERENCE_BITS, measure
 from quantcli.progress import Silent
 from quantcli.tensors.affine import round_to_grid, searched_grid

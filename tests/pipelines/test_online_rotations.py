@@ -22,7 +22,7 @@ from quantcli.options import (
 )
 from quantcli.pipelines import capture, evaluate, quantize
 from quantcli.pipelines.inspect import run as inspect_run
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.planning import make_plan
 
 ONLINE = {"online": "true"}
 W4A4KV4 = SimulationOptions(a_bits=4, k_bits=4, v_bits=4)

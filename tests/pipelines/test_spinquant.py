@@ -11,7 +11,7 @@ from quantcli.errors import InputError, InterruptedRunError, ResourceError, Usag
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize, train_rotation
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.planning import make_plan
 
 QUICK = {"steps": "4", "batch_rows": "4", "row_len": "16"}
 

@@ -12,7 +12,7 @@ from quantcli.errors import InputError, InterruptedRunError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.planning import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer_norm.weight")

@@ -16,8 +16,9 @@ from quantcli.errors import UsageError
 from quantcli.folder import write_json
 from quantcli.pipelines.allocation import choose_bits
 from quantcli.pipelines.budget import Budget, Choice
-from quantcli.pipelines.plan import Plan, with_choice
+from quantcli.pipelines.plan import Plan
 from quantcli.pipelines.sensitivity import measure
+from quantcli.pipelines.sizes import with_choice
 from quantcli.progress import Progress
 
 __all__ = ["mix_bits"]

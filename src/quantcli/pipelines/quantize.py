@@ -32,7 +32,8 @@ from quantcli.models.walk import StageMoments, embed_tokens, run_block
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.loading import load_block, outside_loaded
 from quantcli.pipelines.mixed import mix_bits
-from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target, make_plan
+from quantcli.pipelines.plan import DTYPES, HELD_OUT_SHARE, Plan, Target
+from quantcli.pipelines.planning import make_plan
 from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
 from quantcli.pipelines.train_rotation import RotationReport, see_through, train_rotations
 from quantcli.progress import Progress, Silent, Task
