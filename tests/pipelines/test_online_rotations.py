@@ -21,7 +21,9 @@ from quantcli.options import (
     SimulationOptions,
 )
 from quantcli.pipelines import capture, evaluate, quantize
+from quantcli.pipelines import tokens as tokens_module
 from quantcli.pipelines.inspect import run as inspect_run
+from quantcli.pipelines.journal import Journal
 from quantcli.pipelines.planning import make_plan
 
 ONLINE = {"online": "true"}
@@ -103,20 +105,19 @@ def test_others_refuse_the_folder_and_we_know_what_it_is(source, rotated):
 def test_what_is_written_is_what_ran(chain, tolerance, source, text, tmp_path, monkeypatch):
     """The stream of the run saw turned inputs: its last hidden states are those of the loaded folder."""
     ended, tokens = [], []
-    write, begin = quantize._Run._write, quantize._Run._tokens
+    remember, read = Journal.remember, tokens_module.read_tokens
 
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended[:] = [h.clone() for h in self.hidden]
-        return write(self, number, results)
+    def spy(self, done, streams):
+        ended[:] = [h.clone() for h in streams.hidden]  # the last block's stay
+        return remember(self, done, streams)
 
-    def note(self):
-        found = begin(self)
+    def note(*given):
+        found = read(*given)
         tokens.append(found["rows"])
         return found
 
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    monkeypatch.setattr(Journal, "remember", spy)
+    monkeypatch.setattr(tokens_module, "read_tokens", note)
     quantize.run(options(source, tmp_path / "q", text, algorithm=chain, bits=4, settings=ONLINE))
     model, seen = quantcli.load(tmp_path / "q"), []
     model.model.layers[-1].register_forward_hook(lambda _module, _args, out: seen.append(out))

@@ -17,8 +17,11 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import quantize
+from quantcli.pipelines import quantize, stages
 from quantcli.pipelines import solve as solve_module
+from quantcli.pipelines import tokens as tokens_module
+from quantcli.pipelines.journal import Journal
+from quantcli.pipelines.planning import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_exported_is_computed(bits, symmetric, group_size, models, text, tmp_pat
         computed.update(results)
         return results, reports
 
-    monkeypatch.setattr(quantize, "solve_linears", spy)
+    monkeypatch.setattr(stages, "solve_linears", spy)
     source = models("llama")
     quantize.run(options(source, tmp_path / "q", text, bits=bits, symmetric=symmetric, group_size=group_size))
     checkpoint = Checkpoint.open(tmp_path / "q/model")
@@ -258,18 +261,18 @@ def test_forwards_run_again_give_the_same_codes(models, text, tmp_path, monkeypa
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_interrupted_run_continues_to_the_same_result(stop_after, settings, models, text, tmp_path, monkeypatch):
     quantize.run(options(models("llama"), tmp_path / "whole", text, **settings))
-    remember = quantize._Run._remember
+    remember = Journal.remember
 
-    def interrupted(self, done):
-        remember(self, done)
+    def interrupted(self, done, streams):
+        remember(self, done, streams)
         if done == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize._Run, "_remember", interrupted)
+    monkeypatch.setattr(Journal, "remember", interrupted)
     with pytest.raises(quantcli.errors.InterruptedRunError):
         quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     assert not (tmp_path / "q").exists()
-    monkeypatch.setattr(quantize._Run, "_remember", remember)
+    monkeypatch.setattr(Journal, "remember", remember)
     with pytest.raises(UsageError, match="bits was 4, is 3"):
         quantize.run(options(models("llama"), tmp_path / "q", text, bits=3, **settings))
     result = quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
@@ -342,26 +345,26 @@ def test_streams_are_what_the_models_compute(family, models, text, tmp_path, mon
     With experts as well, and over a block in which nothing is quantized.
     """
     ended, tokens = {}, []
-    write, begin = quantize._Run._write, quantize._Run._tokens
+    remember, read = Journal.remember, tokens_module.read_tokens
 
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended["q"], ended["f"] = torch.cat(self.hidden).clone(), torch.cat(self.float_hidden).clone()
-            ended["block"] = self.plan.layout.blocks[-1]
-        return write(self, number, results)
+    def spy(self, done, streams):
+        # the last block's stay
+        ended["q"], ended["f"] = torch.cat(streams.hidden).clone(), torch.cat(streams.float_hidden).clone()
+        return remember(self, done, streams)
 
-    def note(self):
-        found = begin(self)
+    def note(*given):
+        found = read(*given)
         tokens.append(found["rows"])
         return found
 
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    monkeypatch.setattr(Journal, "remember", spy)
+    monkeypatch.setattr(tokens_module, "read_tokens", note)
+    last = make_plan(options(models(family), tmp_path / "none", text)).layout.blocks[-1]
     for number, exclude in enumerate(((), (r"\.0\.",))):
         output = tmp_path / str(number)
         quantize.run(options(models(family), output, text, correct_earlier=True, exclude=exclude, bits=3))
         for stream, folder in (("q", output), ("f", models(family))):
-            found = block_output(quantcli.load(folder), ended["block"], tokens[-1])
+            found = block_output(quantcli.load(folder), last, tokens[-1])
             worst = float((ended[stream] - found).abs().max())
             assert worst < 1e-3 * float(found.abs().max()), (stream, exclude, worst)
 

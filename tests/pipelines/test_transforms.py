@@ -12,6 +12,8 @@ from quantcli.errors import InputError, InterruptedRunError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
+from quantcli.pipelines import tokens as tokens_module
+from quantcli.pipelines.journal import Journal
 from quantcli.pipelines.planning import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
@@ -47,20 +49,19 @@ def options(model, output, text, **values):
 def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, monkeypatch):
     """The loaded folder's last block gives the hidden states that the run ended with; at 8 bits, nearly the model's."""
     ended, tokens = [], []
-    write, begin = quantize._Run._write, quantize._Run._tokens
+    remember, read = Journal.remember, tokens_module.read_tokens
 
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended[:] = [h.clone() for h in self.hidden]
-        return write(self, number, results)
+    def spy(self, done, streams):
+        ended[:] = [h.clone() for h in streams.hidden]  # the last block's stay
+        return remember(self, done, streams)
 
-    def note(self):
-        found = begin(self)
+    def note(*given):
+        found = read(*given)
         tokens.append(found["rows"])
         return found
 
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    monkeypatch.setattr(Journal, "remember", spy)
+    monkeypatch.setattr(tokens_module, "read_tokens", note)
     source = models(family)
     result = quantize.run(options(source, tmp_path / "q", text, algorithm=transform, bits=8))
     scaled = [layer.scaled for layer in result.layers]
@@ -122,14 +123,14 @@ def test_a_producer_that_stays_float_is_divided_too(models, text, tmp_path):
 def test_stopped_and_continued(models, text, tmp_path, monkeypatch):
     settings = {"algorithm": "awq,gptq", "bits": 3}
     quantize.run(options(models("llama"), tmp_path / "whole", text, **settings))
-    remember = quantize._Run._remember
+    remember = Journal.remember
 
-    def stop(self, done):
-        remember(self, done)
+    def stop(self, done, streams):
+        remember(self, done, streams)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-        patched.setattr(quantize._Run, "_remember", stop)
+        patched.setattr(Journal, "remember", stop)
         quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     whole, again = Checkpoint.open(tmp_path / "whole/model"), Checkpoint.open(tmp_path / "q/model")
@@ -164,8 +165,6 @@ def test_options_reach_the_member_that_has_them(models, text, tmp_path):
 
 # -- rotations --------------------------------------------------------------------------------------------------------
 
-ROTATABLE = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe"]
-
 
 def logits(folder, dtype):
     model = quantcli.load(folder, dtype=dtype)
@@ -177,7 +176,7 @@ def logits(folder, dtype):
 
 
 @pytest.mark.parametrize("mode", ["hadamard", "random"])
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", families.ROTATABLE)
 def test_a_rotated_model_computes_the_same(family, mode, tmp_path):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         source = tmp_path / f"source-{dtype}"
