@@ -192,6 +192,24 @@ def test_a_rotated_model_computes_the_same(family, mode, tmp_path):
         assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
 
 
+@pytest.mark.parametrize("family", families.ROTATABLE)
+def test_rotated_weights_are_rounded_once(family, tmp_path):
+    """However many rotations a matrix goes through, it ends within half a unit in the last place of bfloat16."""
+    model, rotated = noisy(families.build(family)), []
+    for dtype in (torch.bfloat16, torch.float64):  # the same numbers
+        source, output = (tmp_path / f"{name}-{dtype}" for name in ("source", "rotated"))
+        families.save(model.to(dtype), source)
+        quantize.run(QuantizeOptions(str(source), output, "quarot", settings={"online": "true"}))
+        rotated.append(Checkpoint.open(output / "model"))
+    half, exact = rotated
+    for name in exact.entries:
+        assert half.entries[name].dtype == torch.bfloat16
+        wanted = exact.read(name)
+        unit = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted).exponent - 8)
+        # torch rounds float64 to bfloat16 by way of float32
+        assert ((half.read(name).double() - wanted).abs() <= unit / 2 * (1 + 2**-14)).all(), name
+
+
 def noisy(model):
     """Gains and biases that matter."""
     torch.manual_seed(1)
