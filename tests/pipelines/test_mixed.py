@@ -14,10 +14,11 @@ from quantcli.data.calibration import calibration_rows
 from quantcli.errors import InterruptedRunError, UsageError
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import mixed, quantize
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.planning import make_plan
-from quantcli.pipelines.sensitivity import REFERENCE_BITS, measure
+from quantcli.pipelines import quantize
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.mixed_bits import choose as mixed
+from quantcli.pipelines.mixed_bits.sensitivity import REFERENCE_BITS, measure
+from quantcli.pipelines.planning.decide import make_plan
 from quantcli.progress import Silent
 from quantcli.tensors.affine import round_to_grid, searched_grid
 from tiny import digests

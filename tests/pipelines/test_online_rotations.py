@@ -21,10 +21,10 @@ from quantcli.options import (
     SimulationOptions,
 )
 from quantcli.pipelines import capture, evaluate, quantize
-from quantcli.pipelines import tokens as tokens_module
+from quantcli.pipelines.blockwise import tokens as tokens_module
+from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.inspect import run as inspect_run
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.planning import make_plan
+from quantcli.pipelines.planning.decide import make_plan
 
 ONLINE = {"online": "true"}
 W4A4KV4 = SimulationOptions(a_bits=4, k_bits=4, v_bits=4)

@@ -17,11 +17,12 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import quantize, stages
-from quantcli.pipelines import solve as solve_module
-from quantcli.pipelines import tokens as tokens_module
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.planning import make_plan
+from quantcli.pipelines import quantize
+from quantcli.pipelines.blockwise import solve as solve_module
+from quantcli.pipelines.blockwise import stages
+from quantcli.pipelines.blockwise import tokens as tokens_module
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.planning.decide import make_plan
 
 
 @pytest.fixture(scope="module")

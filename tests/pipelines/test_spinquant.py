@@ -10,10 +10,12 @@ import quantcli
 from quantcli.errors import InputError, InterruptedRunError, ResourceError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
-from quantcli.pipelines import quantize, train_rotation, trained
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.planning import make_plan
-from quantcli.pipelines.shards import ShardWriter
+from quantcli.pipelines import quantize
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.blockwise.shards import ShardWriter
+from quantcli.pipelines.planning.decide import make_plan
+from quantcli.pipelines.rotation import learn as trained
+from quantcli.pipelines.rotation import train as train_rotation
 
 QUICK = {"steps": "4", "batch_rows": "4", "row_len": "16"}
 

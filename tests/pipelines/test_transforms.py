@@ -12,9 +12,9 @@ from quantcli.errors import InputError, InterruptedRunError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines import tokens as tokens_module
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.planning import make_plan
+from quantcli.pipelines.blockwise import tokens as tokens_module
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.planning.decide import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer_norm.weight")

@@ -13,20 +13,20 @@ from quantcli.folder import Manifest, PartialFolder, create_output, describe_par
 from quantcli.models.checkpoint import copy_companions
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.blocks import CalibratedBlocks
-from quantcli.pipelines.config import result_config
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.mixed import mix_bits
-from quantcli.pipelines.plan import Plan, Target
-from quantcli.pipelines.planning import make_plan
-from quantcli.pipelines.scaling import Scaling
-from quantcli.pipelines.shards import ShardWriter
-from quantcli.pipelines.solve import LayerReport
-from quantcli.pipelines.stages import StageSolver
-from quantcli.pipelines.streams import Streams, begin_streams
-from quantcli.pipelines.tokens import saved_tokens
-from quantcli.pipelines.train_rotation import RotationReport
-from quantcli.pipelines.trained import learn_rotations
+from quantcli.pipelines.blockwise.blocks import CalibratedBlocks
+from quantcli.pipelines.blockwise.config import result_config
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.blockwise.scaling import Scaling
+from quantcli.pipelines.blockwise.shards import ShardWriter
+from quantcli.pipelines.blockwise.solve import LayerReport
+from quantcli.pipelines.blockwise.stages import StageSolver
+from quantcli.pipelines.blockwise.streams import Streams, begin_streams
+from quantcli.pipelines.blockwise.tokens import saved_tokens
+from quantcli.pipelines.mixed_bits.choose import mix_bits
+from quantcli.pipelines.planning.decide import make_plan
+from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.rotation.learn import learn_rotations
+from quantcli.pipelines.rotation.train import RotationReport
 from quantcli.progress import Progress, Silent
 from quantcli.tensors.quantized import QuantizedTensor
 

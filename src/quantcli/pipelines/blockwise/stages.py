@@ -6,9 +6,9 @@ from torch import Tensor
 
 from quantcli.algorithms import find
 from quantcli.models.walk import StageMoments
-from quantcli.pipelines.plan import Plan, Target
-from quantcli.pipelines.scaling import Place, Scaling
-from quantcli.pipelines.solve import LayerReport, read_weight, solve_linears
+from quantcli.pipelines.blockwise.scaling import Place, Scaling
+from quantcli.pipelines.blockwise.solve import LayerReport, read_weight, solve_linears
+from quantcli.pipelines.planning.plan import Plan, Target
 from quantcli.progress import Progress
 from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.quantized import QuantizedTensor

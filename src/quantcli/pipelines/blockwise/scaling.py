@@ -9,7 +9,7 @@ from torch import Tensor
 from quantcli.models.folds import Fold, divide_rows, folded_norm
 from quantcli.models.layout import is_transposed
 from quantcli.models.skeleton import disk_name
-from quantcli.pipelines.plan import Plan, Target
+from quantcli.pipelines.planning.plan import Plan, Target
 from quantcli.tensors import grids
 from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.quantized import QuantizedTensor

@@ -12,10 +12,10 @@ from quantcli.folder import require_free_bytes
 from quantcli.models.machine import free_bytes, matmul_flops
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions
-from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan
-from quantcli.pipelines.sizes import with_bits, written_bytes
-from quantcli.pipelines.train_rotation import training_cost
-from quantcli.pipelines.widths import make_budget
+from quantcli.pipelines.mixed_bits.widths import make_budget
+from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Plan
+from quantcli.pipelines.planning.sizes import with_bits, written_bytes
+from quantcli.pipelines.rotation.train import training_cost
 
 __all__ = ["with_budget", "with_memory", "with_source", "with_training"]
 

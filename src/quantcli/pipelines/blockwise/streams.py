@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from quantcli.models.block import BlockCall
 from quantcli.models.checkpoint import write_tensors
 from quantcli.models.walk import StageMoments, embed_tokens
-from quantcli.pipelines.loading import outside_loaded
-from quantcli.pipelines.plan import HELD_OUT_SHARE, Plan
+from quantcli.pipelines.blockwise.loading import outside_loaded
+from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Plan
 from quantcli.tensors.hessian import Moments
 
 __all__ = ["Streams", "begin_streams"]

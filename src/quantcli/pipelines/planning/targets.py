@@ -15,8 +15,8 @@ from quantcli.models.experts import Expert
 from quantcli.models.layout import is_transposed, weight_shape
 from quantcli.models.skeleton import disk_name
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.opening import FloatModel
-from quantcli.pipelines.plan import DTYPES, Target
+from quantcli.pipelines.planning.opening import FloatModel
+from quantcli.pipelines.planning.plan import DTYPES, Target
 from quantcli.scheme import PER_CHANNEL, Scheme
 
 __all__ = [

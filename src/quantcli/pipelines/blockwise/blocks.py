@@ -8,11 +8,11 @@ from quantcli.models.folds import Fold, find_folds
 from quantcli.models.machine import Heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.walk import StageMoments, run_block
-from quantcli.pipelines.loading import load_block
-from quantcli.pipelines.plan import Plan
-from quantcli.pipelines.scaling import Place
-from quantcli.pipelines.stages import StageSolver
-from quantcli.pipelines.streams import Streams
+from quantcli.pipelines.blockwise.loading import load_block
+from quantcli.pipelines.blockwise.scaling import Place
+from quantcli.pipelines.blockwise.stages import StageSolver
+from quantcli.pipelines.blockwise.streams import Streams
+from quantcli.pipelines.planning.plan import Plan
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["CalibratedBlocks"]

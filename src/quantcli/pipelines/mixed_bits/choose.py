@@ -14,12 +14,12 @@ from torch import Tensor
 
 from quantcli.errors import UsageError
 from quantcli.folder import write_json
-from quantcli.pipelines.allocation import choose_bits
-from quantcli.pipelines.budget import Budget, Choice
-from quantcli.pipelines.plan import Plan
-from quantcli.pipelines.sensitivity import measure
-from quantcli.pipelines.sizes import with_choice
-from quantcli.pipelines.tokens import measured_tokens
+from quantcli.pipelines.blockwise.tokens import measured_tokens
+from quantcli.pipelines.mixed_bits.allocation import choose_bits
+from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.mixed_bits.sensitivity import measure
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.sizes import with_choice
 from quantcli.progress import Progress
 
 __all__ = ["mix_bits"]

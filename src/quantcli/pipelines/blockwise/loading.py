@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import InputError
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.pipelines.plan import Plan
+from quantcli.pipelines.planning.plan import Plan
 from quantcli.tensors.finite import all_finite
 
 __all__ = ["load_block", "outside_loaded", "read_float"]

@@ -13,7 +13,7 @@ from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import CheckpointWriter
 from quantcli.models.skeleton import disk_name
-from quantcli.pipelines.plan import DTYPES, Plan, Target
+from quantcli.pipelines.planning.plan import DTYPES, Plan, Target
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from quantcli.pipelines.budget import Choice
-from quantcli.pipelines.plan import Plan
+from quantcli.pipelines.mixed_bits.budget import Choice
+from quantcli.pipelines.planning.plan import Plan
 
 __all__ = ["with_bits", "with_choice", "written_bytes"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from quantcli.data.calibration import calibration_rows
 from quantcli.models.checkpoint import write_tensors
 from quantcli.options import CalibrationOptions
-from quantcli.pipelines.plan import Plan
+from quantcli.pipelines.planning.plan import Plan
 from quantcli.progress import Progress
 
 __all__ = ["measured_tokens", "read_tokens", "saved_tokens"]

@@ -14,7 +14,7 @@ from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
 from quantcli.models.source import locate_model
-from quantcli.pipelines.plan import is_trained
+from quantcli.pipelines.planning.plan import is_trained
 from quantcli.tensors.hadamard import Rotation
 
 __all__ = ["FloatModel", "open_model"]

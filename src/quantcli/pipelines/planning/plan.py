@@ -14,8 +14,8 @@ from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
-from quantcli.pipelines.budget import Budget, Choice
-from quantcli.pipelines.train_rotation import TrainingCost
+from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.rotation.train import TrainingCost
 from quantcli.scheme import PER_CHANNEL, Scheme
 
 __all__ = ["DTYPES", "HELD_OUT_SHARE", "MEASURED_TOKENS", "Plan", "Target", "is_trained"]

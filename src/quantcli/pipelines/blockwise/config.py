@@ -5,7 +5,7 @@ from typing import Any
 from quantcli import __version__
 from quantcli.formats.codec import Described
 from quantcli.models.layout import is_linear
-from quantcli.pipelines.plan import Plan
+from quantcli.pipelines.planning.plan import Plan
 
 __all__ = ["result_config"]
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from quantcli.folder import write_json
 from quantcli.models.checkpoint import write_tensors
 from quantcli.models.rotate import RotatedCheckpoint
-from quantcli.pipelines.journal import Journal
-from quantcli.pipelines.plan import Plan
-from quantcli.pipelines.tokens import saved_tokens
-from quantcli.pipelines.train_rotation import RotationReport, see_through, train_rotations
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.blockwise.tokens import saved_tokens
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.rotation.train import RotationReport, see_through, train_rotations
 from quantcli.progress import Progress
 
 __all__ = ["learn_rotations"]

@@ -19,7 +19,7 @@ from quantcli.models.layout import Layout, weight_shape
 from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.models.rotated_forward import RotatedForward
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.pipelines.rotation_noise import RoundingNoise
+from quantcli.pipelines.rotation.noise import RoundingNoise
 from quantcli.progress import Progress
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hadamard import Rotation, make_rotation

@@ -5,8 +5,8 @@ import time
 from dataclasses import asdict
 
 from quantcli.folder import PartialFolder, write_json
-from quantcli.pipelines.solve import LayerReport
-from quantcli.pipelines.streams import Streams
+from quantcli.pipelines.blockwise.solve import LayerReport
+from quantcli.pipelines.blockwise.streams import Streams
 
 __all__ = ["Journal"]
 

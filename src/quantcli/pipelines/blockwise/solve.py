@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.pipelines.plan import Target
+from quantcli.pipelines.planning.plan import Target
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import LARGEST_SCALE, minmax_grid, round_to_grid
 from quantcli.tensors.finite import all_finite

@@ -7,12 +7,12 @@ from quantcli.folder import fingerprint
 from quantcli.formats import CODECS
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.estimate import with_budget, with_memory, with_source, with_training
-from quantcli.pipelines.opening import open_model
-from quantcli.pipelines.plan import Plan
-from quantcli.pipelines.sizes import written_bytes
-from quantcli.pipelines.steps import resolve_format, resolve_steps
-from quantcli.pipelines.targets import choose_zero_points, find_embedding, find_targets, refuse_format
+from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
+from quantcli.pipelines.planning.opening import open_model
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.sizes import written_bytes
+from quantcli.pipelines.planning.steps import resolve_format, resolve_steps
+from quantcli.pipelines.planning.targets import choose_zero_points, find_embedding, find_targets, refuse_format
 from quantcli.scheme import Scheme
 
 __all__ = ["make_plan"]
