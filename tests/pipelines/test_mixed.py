@@ -27,24 +27,6 @@ SENSITIVE = "model.layers.1."
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
     """A model in which the second block says nearly all."""
     model = families.build("llama")

@@ -20,27 +20,8 @@ from quantcli.options import CalibrationOptions, Override, QuantizeOptions
 from quantcli.pipelines import quantize
 from quantcli.pipelines.blockwise import solve as solve_module
 from quantcli.pipelines.blockwise import stages
-from quantcli.pipelines.blockwise import tokens as tokens_module
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.planning.decide import make_plan
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
 
 
 def options(model, output, text=None, **values):
@@ -340,33 +321,18 @@ def test_quantized_input_is_refused(models, tmp_path):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_streams_are_what_the_models_compute(family, models, text, tmp_path, monkeypatch):
+def test_streams_are_what_the_models_compute(family, models, text, tmp_path, ran):
     """The quantized stream ends where the written model does, the float stream where the float model does.
 
     With experts as well, and over a block in which nothing is quantized.
     """
-    ended, tokens = {}, []
-    remember, read = Journal.remember, tokens_module.read_tokens
-
-    def spy(self, done, streams):
-        # the last block's stay
-        ended["q"], ended["f"] = torch.cat(streams.hidden).clone(), torch.cat(streams.float_hidden).clone()
-        return remember(self, done, streams)
-
-    def note(*given):
-        found = read(*given)
-        tokens.append(found["rows"])
-        return found
-
-    monkeypatch.setattr(Journal, "remember", spy)
-    monkeypatch.setattr(tokens_module, "read_tokens", note)
     last = make_plan(options(models(family), tmp_path / "none", text)).layout.blocks[-1]
     for number, exclude in enumerate(((), (r"\.0\.",))):
         output = tmp_path / str(number)
         quantize.run(options(models(family), output, text, correct_earlier=True, exclude=exclude, bits=3))
-        for stream, folder in (("q", output), ("f", models(family))):
-            found = block_output(quantcli.load(folder), last, tokens[-1])
-            worst = float((ended[stream] - found).abs().max())
+        for stream, folder in (("hidden", output), ("float_hidden", models(family))):
+            found = block_output(quantcli.load(folder), last, ran.tokens)
+            worst = float((getattr(ran, stream) - found).abs().max())
             assert worst < 1e-3 * float(found.abs().max()), (stream, exclude, worst)
 
 

@@ -21,11 +21,6 @@ QUICK = {"steps": "4", "batch_rows": "4", "row_len": "16"}
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
 def loud(tmp_path_factory):
     """A model with three loud channels in its residual stream."""
     model = families.build("llama")

@@ -12,30 +12,11 @@ from quantcli.errors import InputError, InterruptedRunError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines.blockwise import tokens as tokens_module
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.planning.decide import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer_norm.weight")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
 
 
 def options(model, output, text, **values):
@@ -46,22 +27,8 @@ def options(model, output, text, **values):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, monkeypatch):
+def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, ran):
     """The loaded folder's last block gives the hidden states that the run ended with; at 8 bits, nearly the model's."""
-    ended, tokens = [], []
-    remember, read = Journal.remember, tokens_module.read_tokens
-
-    def spy(self, done, streams):
-        ended[:] = [h.clone() for h in streams.hidden]  # the last block's stay
-        return remember(self, done, streams)
-
-    def note(*given):
-        found = read(*given)
-        tokens.append(found["rows"])
-        return found
-
-    monkeypatch.setattr(Journal, "remember", spy)
-    monkeypatch.setattr(tokens_module, "read_tokens", note)
     source = models(family)
     result = quantize.run(options(source, tmp_path / "q", text, algorithm=transform, bits=8))
     scaled = [layer.scaled for layer in result.layers]
@@ -72,9 +39,9 @@ def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, 
     assert any(not torch.equal(before.read(n), after.read(n)) for n in gains) == (family != "olmo2")
     loaded, original = quantcli.load(tmp_path / "q"), quantcli.load(source)
     last = make_plan(options(source, tmp_path / "r", text)).layout.blocks[-1]
-    found, wanted = (outputs(m, last, tokens[0]) for m in (loaded, original))
+    found, wanted = (outputs(m, last, ran.tokens) for m in (loaded, original))
     size = wanted.square().mean().sqrt()
-    assert (found - torch.cat(ended)).abs().max() < 2e-3 * wanted.abs().max()
+    assert (found - ran.hidden).abs().max() < 2e-3 * wanted.abs().max()
     assert (found - wanted).square().mean().sqrt() < 0.05 * size
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import Layout
+from quantcli.models.layout import Layout, head_size
 from quantcli.models.online import OnlineRotations, down_linears
 from quantcli.models.skeleton import disk_name
 from quantcli.tensors.hadamard import Rotation
@@ -193,8 +193,7 @@ def rotate(
 def _value_size(model: Any) -> int:
     """Rows of the value projection."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int((getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(model)
 
 
 def _heads(rotation: Rotation, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from quantcli.models.block import block_stages
 from quantcli.models.folds import Fold, find_folds
+from quantcli.models.layout import head_size
 from quantcli.models.machine import Heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
 from quantcli.models.walk import StageMoments, run_block
@@ -49,8 +50,7 @@ class CalibratedBlocks:
         if kind not in self._pauses:
             self._pauses[kind] = study_pauses(block, stages, first, calls[len(first)])
             if plan.scaling is not None:
-                config = plan.skeleton.config.get_text_config()
-                head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+                head_dim = head_size(plan.skeleton)
                 self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
         folds = self._folds.get(kind, {})
         results: dict[str, QuantizedTensor] = {}

@@ -14,7 +14,7 @@ from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import CheckpointWriter
 from quantcli.models.skeleton import disk_name
 from quantcli.pipelines.planning.plan import DTYPES, Plan, Target
-from quantcli.tensors.finite import all_finite
+from quantcli.tensors.finite import all_finite, require_finite
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor
 
 __all__ = ["ShardWriter"]
@@ -55,10 +55,9 @@ class ShardWriter:
             if disk in quantized:
                 continue
             tensor = edited.pop(disk) if disk in edited else plan.checkpoint.read(disk)
-            if tensor.is_floating_point():
-                if not all_finite(tensor):
-                    raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
-                tensor = tensor.to(keep) if keep is not None else tensor
+            require_finite(tensor, disk)
+            if tensor.is_floating_point() and keep is not None:
+                tensor = tensor.to(keep)
             tensors[disk] = tensor
         path = self._writer.write(number, tensors)
         del tensors

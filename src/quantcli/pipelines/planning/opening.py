@@ -9,7 +9,7 @@ import torch
 from quantcli.algorithms import Step
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import Layout, find_layout
+from quantcli.models.layout import Layout, find_layout, head_size
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
@@ -90,10 +90,9 @@ def _rotated(
     checkpoint: Checkpoint, skeleton: Any, layout: Layout, step: Step, online: OnlineRotations | None
 ) -> RotatedCheckpoint:
     """The checkpoint through the rotations of a step; through none as long as they are to be trained."""
-    config = skeleton.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden_size, head_dim = skeleton.config.get_text_config().hidden_size, head_size(skeleton)
     if is_trained(step):
-        stream, head = Rotation.identity(config.hidden_size), Rotation.identity(head_dim)
+        stream, head = Rotation.identity(hidden_size), Rotation.identity(head_dim)
     else:
-        stream, head = step.algorithm.run(config.hidden_size, head_dim, step.settings)
+        stream, head = step.algorithm.run(hidden_size, head_dim, step.settings)
     return rotate(checkpoint, skeleton, layout, stream, [head] * len(layout.blocks), online)
