@@ -74,7 +74,7 @@ def test_a_small_nucleus_is_the_likeliest_token(folders, name):
 
 
 def test_samples_follow_the_distribution(folders):
-    from quantcli.evaluate.language_model import Sampling
+    from quantcli.evaluate.sampling import Sampling
     from quantcli.evaluate.torch_model import TorchModel
 
     model, prompt = TorchModel(folders / "float", "cpu", False), torch.tensor([5, 9, 7])

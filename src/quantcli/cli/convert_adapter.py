@@ -37,5 +37,9 @@ COMMAND = Command(
         "output": FlagStyle(("-o", "--output"), metavar="FILE"),
         "adapter_format": FlagStyle(choices=ADAPTER_FORMATS, metavar="|".join(ADAPTER_FORMATS)),
     },
-    examples=("quantcli convert-adapter -m A --adapter-path shop/adapter -o shop.onnx_adapter",),
+    examples=(
+        "quantcli convert-adapter -m A --adapter-path shop/adapter -o A/model/shop.onnx_adapter",
+        "quantcli convert-adapter -m A --adapter-path F -o tone --adapter-format npz",
+        "quantcli convert-adapter -m A --adapter-path shop/adapter -o shop --force",
+    ),
 )

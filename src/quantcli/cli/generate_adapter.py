@@ -44,5 +44,6 @@ COMMAND = Command(
     examples=(
         "quantcli generate-adapter -m F -o A",
         "quantcli generate-adapter -m Q -o A --adapter-path tone=movies/adapter --adapter-path shop=shop/adapter",
+        "quantcli generate-adapter -m onnx -o A --adapter-path tone=movies/adapter --adapter-format safetensors",
     ),
 )

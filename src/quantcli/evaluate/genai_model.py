@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.evaluate.language_model import Sampling
+from quantcli.evaluate.sampling import Sampling
 
 __all__ = ["GenaiModel"]
 

@@ -1,6 +1,5 @@
 """What an evaluation or a generation needs from a model, whatever runs it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -8,21 +7,10 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError, UsageError
+from quantcli.evaluate.sampling import Sampling
 from quantcli.options import SimulationOptions
 
-__all__ = ["LanguageModel", "Sampling", "is_genai_folder", "open_language_model"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    temperature: float
-    """Logits are divided by it; above 0."""
-    top_p: float = 1.0
-    """Share of probability that the tokens drawn from have together."""
-    seed: int = 0
-    """The same seed gives the same tokens on the same runtime."""
+__all__ = ["LanguageModel", "is_genai_folder", "open_language_model"]
 
 
 class LanguageModel(Protocol):

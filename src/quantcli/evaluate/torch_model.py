@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.evaluate.language_model import Sampling
+from quantcli.evaluate.sampling import Sampling
 from quantcli.models.linear import QuantizedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes

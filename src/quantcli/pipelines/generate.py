@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from quantcli.errors import InputError, UsageError
-from quantcli.evaluate.language_model import LanguageModel, Sampling, open_language_model
+from quantcli.evaluate.language_model import LanguageModel, open_language_model
+from quantcli.evaluate.sampling import Sampling
 from quantcli.evaluate.text import open_tokenizer
 from quantcli.evaluate.text_stream import TextStream
 from quantcli.models.source import locate_model
