@@ -45,6 +45,12 @@ class QuantizedLinear(nn.Module):
         """Bits per code."""
         raise NotImplementedError
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes as stored, under the name by which peft finds a quantized layer's device."""
+        codes: Tensor = getattr(self, self.frozen[0])
+        return codes
+
     def quantized(self) -> QuantizedTensor:
         """The codes and scales, unpacked."""
         raise NotImplementedError
