@@ -61,5 +61,6 @@ COMMAND = Command(
     examples=(
         "quantcli finetune -m Q -o F --data-files tones.jsonl --text-template '{phrase}\\n{tone}' --completion-only",
         "quantcli finetune -m SmolLM2-135M -o F --method qlora --data-files notes.txt --max-steps 100",
+        "quantcli finetune -m Q -o F --data-name org/set --text-field body --lora-r 8 --set weight_decay=0.01",
     ),
 )
