@@ -176,3 +176,10 @@ def test_examples_are_the_same_for_a_seed(bases, data):
     first, again, other = (read_examples(options, tokenizer, seed, Silent()) for seed in (0, 0, 1))
     assert first == again
     assert first.eval != other.eval
+
+
+def test_activation_checkpointing_changes_memory_not_losses(bases, data, tmp_path):
+    plain = finetune.run(asked(bases / "nf4", tmp_path / "a", data, max_steps=4, lora_dropout=0))
+    settings = {"activation_checkpointing": "true"}
+    thrifty = finetune.run(asked(bases / "nf4", tmp_path / "b", data, max_steps=4, lora_dropout=0, settings=settings))
+    assert thrifty.losses == pytest.approx(plain.losses, rel=1e-4)
