@@ -8,8 +8,20 @@ import time
 
 import pytest
 
-HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "safetensors", "numba", "rich", "pydantic"]
-COMMANDS = ["quantize", "capture-onnx-graph", "evaluate", "inspect", "algorithms"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "numpy",
+    "safetensors",
+    "numba",
+    "rich",
+    "pydantic",
+]
+COMMANDS = ["quantize", "finetune", "capture-onnx-graph", "evaluate", "inspect", "algorithms"]
 SCRIPT = """
 import sys, json
 from quantcli.cli.app import run

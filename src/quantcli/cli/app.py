@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from quantcli import __version__
-from quantcli.cli import algorithms, capture_onnx_graph, evaluate, inspect, quantize
+from quantcli.cli import algorithms, capture_onnx_graph, evaluate, finetune, inspect, quantize
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
@@ -29,7 +29,8 @@ from quantcli.errors import InterruptedRunError
 __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (quantize, capture_onnx_graph, evaluate, inspect, algorithms)
+    module.COMMAND.name: module.COMMAND
+    for module in (quantize, finetune, capture_onnx_graph, evaluate, inspect, algorithms)
 }
 _EXAMPLES = (
     "quantcli quantize -m SmolLM2-135M -o Q",
