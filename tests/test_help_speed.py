@@ -21,7 +21,17 @@ HEAVY = [
     "rich",
     "pydantic",
 ]
-COMMANDS = ["quantize", "finetune", "capture-onnx-graph", "evaluate", "inspect", "algorithms"]
+COMMANDS = [
+    "quantize",
+    "finetune",
+    "capture-onnx-graph",
+    "evaluate",
+    "generate",
+    "generate-adapter",
+    "convert-adapter",
+    "inspect",
+    "algorithms",
+]
 SCRIPT = """
 import sys, json
 from quantcli.cli.app import run

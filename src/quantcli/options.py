@@ -17,9 +17,12 @@ __all__ = [
     "PRESETS",
     "CalibrationOptions",
     "CaptureOptions",
+    "ConvertAdapterOptions",
     "EvaluateOptions",
     "ExampleOptions",
     "FinetuneOptions",
+    "GenerateAdapterOptions",
+    "GenerateOptions",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
@@ -28,6 +31,7 @@ __all__ = [
 PRESETS = ("fast", "balanced", "best")
 METHODS = ("lora", "qlora")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
+ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
@@ -492,6 +496,108 @@ class FinetuneOptions:
             raise UsageError(f"--warmup must be a share below 1 or a whole number of steps, got {self.warmup:g}")
         if self.max_steps is not None and self.num_epochs is not None:
             raise UsageError("--max-steps and --num-epochs exclude each other", hint="leave one out")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `quantcli generate` was asked to do."""
+
+    model: str
+    """Folder to run: float, quantized or ONNX GenAI."""
+    prompt: str
+    """Text to continue."""
+    adapter: str | None = None
+    """Adapter to run with: NAME of a NAME.onnx_adapter in the folder, or such a file."""
+    use_chat_template: bool = False
+    """Render the prompt as a user's message by the model's chat template."""
+    max_new_tokens: int = 128
+    """Tokens to write at most; fewer where the model ends its answer or its positions are used up."""
+    temperature: float = 0.0
+    """Sample with this temperature; 0 always takes the likeliest token."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability. Default: from all."""
+    seed: int | None = None
+    """Seed of the samples (default 0)."""
+    device: str | None = None
+    """cpu, cuda or cuda:N, for checkpoints. Default: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("--prompt is empty", hint="write -p 'Once upon a time'")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature must be 0 or more, got {self.temperature:g}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p must be above 0 and at most 1, got {self.top_p:g}")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed must be 0 to {2**31 - 1}, got {self.seed}")
+        for name in ("top_p", "seed"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} would have no effect without --temperature", hint="add --temperature 0.8")
+
+
+@dataclass(frozen=True)
+class ConvertAdapterOptions:
+    """What `quantcli convert-adapter` was asked to do."""
+
+    model: str
+    """Base that it is for: a folder that generate-adapter wrote."""
+    adapter: Path
+    """Adapter folder that peft saved."""
+    output: Path
+    """File to write; without an ending it gets that of the format."""
+    adapter_format: str = "onnx_adapter"
+    """File format: onnx_adapter, which ONNX Runtime loads, safetensors or npz."""
+    force: bool = False
+    """Replace an existing file."""
+
+    def __post_init__(self) -> None:
+        _check_adapter_format(self.adapter_format)
+
+
+@dataclass(frozen=True)
+class GenerateAdapterOptions:
+    """What `quantcli generate-adapter` was asked to do."""
+
+    model: str
+    """Base model: a checkpoint, float or quantized, a captured ONNX folder, or an output folder of finetune."""
+    output: Path
+    """Folder to write."""
+    adapters: tuple[str, ...] = ()
+    """Adapter folder that peft saved, as FOLDER or NAME=FOLDER; may be given several times. Default: the adapter of
+    finetune's output folder."""
+    adapter_format: str = "onnx_adapter"
+    """File format of the adapters: onnx_adapter, which ONNX Runtime loads, safetensors or npz."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    force: bool = False
+    """Replace an output folder of ours."""
+
+    def __post_init__(self) -> None:
+        _check_adapter_format(self.adapter_format)
+
+    def named(self) -> dict[str, Path]:
+        """The adapters by name: what stands before `=`, else the folder's own."""
+        found: dict[str, Path] = {}
+        for word in self.adapters:
+            name, equals, folder = word.partition("=")
+            path = Path(folder if equals else word)
+            name = name if equals else path.resolve().name
+            if not re.fullmatch(r"[\w.-]+", name) or not str(path):
+                raise UsageError(f"--adapter-path {word!r} is not of the form NAME=FOLDER")
+            if name in found:
+                raise UsageError(f"two adapters are named {name!r}", hint="name them: --adapter-path NAME=FOLDER")
+            found[name] = path
+        return found
+
+
+def _check_adapter_format(name: str) -> None:
+    if name not in ADAPTER_FORMATS:
+        raise UsageError(f"unknown --adapter-format {name!r}, {nearest(name, ADAPTER_FORMATS)}")
 
 
 def compile_regex(pattern: str, flag: str) -> str:

@@ -162,6 +162,24 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--max_seq_len": Rename("--seq-len"),
         "--max_samples": Rename("--num-samples"),
     },
+    "generate": {
+        **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
+        "--adapter_name": Rename("--adapter"),
+        "--max_length": Refused("it counts the prompt too", "use --max-new-tokens"),
+    },
+    "convert-adapter": {
+        **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
+        "--output_path": Rename("--output"),
+        "--adapter_path": Rename("--adapter-path"),
+    },
+    "generate-adapter": {
+        **_EVERYWHERE,
+        "--model_name_or_path": Rename("--model"),
+        "--output_path": Rename("--output"),
+        "--adapter_path": Rename("--adapter-path"),
+    },
     "inspect": dict(_EVERYWHERE),
     "algorithms": dict(_EVERYWHERE),
 }

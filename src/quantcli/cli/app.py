@@ -11,15 +11,26 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
+from io import TextIOWrapper
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from quantcli import __version__
-from quantcli.cli import algorithms, capture_onnx_graph, evaluate, finetune, inspect, quantize
+from quantcli.cli import (
+    algorithms,
+    capture_onnx_graph,
+    convert_adapter,
+    evaluate,
+    finetune,
+    generate,
+    generate_adapter,
+    inspect,
+    quantize,
+)
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
@@ -30,7 +41,17 @@ __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (quantize, finetune, capture_onnx_graph, evaluate, inspect, algorithms)
+    for module in (
+        quantize,
+        finetune,
+        capture_onnx_graph,
+        generate_adapter,
+        convert_adapter,
+        generate,
+        evaluate,
+        inspect,
+        algorithms,
+    )
 }
 _EXAMPLES = (
     "quantcli quantize -m SmolLM2-135M -o Q",
@@ -181,7 +202,7 @@ def _execute(request: Request) -> int:
     command, talk = request.command, request.talk
     console = Console(talk)
     _keep_libraries_quiet(talk.verbose)
-    with _interruptible(), _stdout_for_results(talk.verbose):
+    with _interruptible(), _stdout_for_results(talk.verbose) as console.live:
         result = command.run(request.options, console)
     if talk.json:
         console.json(result.to_dict())
@@ -205,22 +226,39 @@ def _keep_libraries_quiet(verbose: bool) -> None:
 
 
 @contextmanager
-def _stdout_for_results(verbose: bool) -> Iterator[None]:
-    """Keeps what libraries print, from Python or C++, out of stdout; shown on stderr with --verbose."""
+def _stdout_for_results(verbose: bool) -> Iterator[TextIO]:
+    """Keeps what libraries print, from Python or C++, out of stdout; shown on stderr with --verbose.
+
+    Gives what still reaches stdout meanwhile.
+    """
     sys.stdout.flush()
     try:
         kept = os.dup(1)
     except OSError:  # stdout is closed
-        yield
+        yield sys.stdout
         return
     elsewhere = os.dup(2) if verbose else os.open(os.devnull, os.O_WRONLY)
+    live = _stdout_through(kept)
     os.dup2(elsewhere, 1)
     try:
         with os.fdopen(elsewhere, "w", closefd=True) as chatter, redirect_stdout(chatter):
-            yield
+            yield live
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _stdout_through(descriptor: int) -> TextIO:
+    """Python's stdout by another descriptor of the same file; itself where it does not write to descriptor 1."""
+    try:
+        replaced = sys.stdout.fileno() != 1
+    except (OSError, ValueError):
+        replaced = True
+    if replaced:
+        return sys.stdout
+    # nothing is held back: what could not be written to a closed pipe must not come up again when Python ends
+    raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115
+    return TextIOWrapper(raw, encoding=sys.stdout.encoding, errors=sys.stdout.errors, write_through=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import rich.console
 from rich.markup import escape
@@ -35,6 +35,8 @@ class Console:
         self._err = _stream(sys.stderr)
         self._out = _stream(sys.stdout)
         self._bars: Bars | None = None
+        self.live: TextIO = sys.stdout
+        """Where `stream` writes: stdout, also while libraries are kept from it."""
 
     def note(self, message: str) -> None:
         """Says something worth knowing, unless quiet."""
@@ -89,6 +91,11 @@ class Console:
                 self._bars = None
             else:
                 self._bars.update(task, visible=False)
+
+    def stream(self, piece: str) -> None:
+        """A piece of the result as soon as it is there."""
+        self.live.write(piece)
+        self.live.flush()
 
     def text(self, line: str) -> None:
         """A line of the result."""

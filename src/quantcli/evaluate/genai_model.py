@@ -9,19 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError, nearest
+from quantcli.evaluate.language_model import Sampling
 
 __all__ = ["GenaiModel"]
+
+_SUFFIX = ".onnx_adapter"
+_ACTIVE = "active"
 
 
 class GenaiModel:
     """Implements `LanguageModel`."""
 
-    def __init__(self, folder: Path):
-        """Opens a folder.
+    def __init__(self, folder: Path, adapter: str | None = None):
+        """Opens a folder, with an adapter of it (NAME of a NAME.onnx_adapter) or an adapter file.
 
         Raises:
-            InputError: onnxruntime-genai cannot open it.
+            InputError: onnxruntime-genai cannot open it, or the adapter.
+            UsageError: there is no such adapter.
         """
         import onnxruntime_genai as og
 
@@ -29,12 +34,22 @@ class GenaiModel:
         try:
             config = json.loads((folder / "genai_config.json").read_text())
             self.max_positions: int = int(config["model"]["context_length"])
+            ends = config["model"].get("eos_token_id")
+            self.end_tokens = frozenset(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / 'genai_config.json'} is not a GenAI configuration: {error}") from error
         try:
             self._model = og.Model(str(folder))
         except Exception as error:  # the package raises RuntimeError and its own types
             raise InputError(f"{folder} cannot be opened by onnxruntime-genai: {error}") from error
+        self._adapters: Any = None
+        if adapter is not None:
+            file = _adapter_file(folder, adapter)
+            try:
+                self._adapters = og.Adapters(self._model)
+                self._adapters.load(str(file), _ACTIVE)
+            except Exception as error:
+                raise InputError(f"{file} cannot be loaded as an adapter: {str(error).splitlines()[0]}") from error
         self._generator: Any = None
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -49,16 +64,23 @@ class GenaiModel:
             )
         return torch.from_numpy(out[0].astype(np.float32))
 
-    def start(self, tokens: Tensor, room: int) -> None:
+    def start(self, tokens: Tensor, room: int, sampling: Sampling | None = None) -> None:
         """See `LanguageModel`."""
         import onnxruntime_genai as og
 
         self._generator = None  # its cache goes before the next one comes
         params = og.GeneratorParams(self._model)
         longest = min(len(tokens) + room, self.max_positions)
-        params.set_search_options(max_length=longest, do_sample=False, num_beams=1)
+        params.set_search_options(max_length=longest, num_beams=1, do_sample=sampling is not None)
+        if sampling is not None:
+            # all tokens take part: the configuration may hold a top_k of the original's
+            params.set_search_options(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, random_seed=sampling.seed
+            )
         try:
             self._generator = og.Generator(self._model, params)
+            if self._adapters is not None:
+                self._generator.set_active_adapter(self._adapters, _ACTIVE)
             self._generator.append_tokens(tokens.numpy().astype(np.int32)[None])
         except Exception as error:
             raise InputError(f"{self.folder} does not run: {str(error).splitlines()[0]}") from error
@@ -73,5 +95,16 @@ class GenaiModel:
 
     def close(self) -> None:
         """See `LanguageModel`."""
-        self._generator = self._model = None
+        self._generator = self._adapters = self._model = None
         gc.collect()
+
+
+def _adapter_file(folder: Path, adapter: str) -> Path:
+    """The file of an adapter that is given by name or path."""
+    beside, given = folder / (adapter + _SUFFIX), Path(adapter)
+    if beside.is_file() or given.is_file():
+        return beside if beside.is_file() else given
+    names = [file.name.removesuffix(_SUFFIX) for file in folder.glob("*" + _SUFFIX)]
+    if not names:
+        raise UsageError(f"{folder} has no adapters", hint="make them with `quantcli generate-adapter`")
+    raise UsageError(f"{folder} has no adapter {adapter!r}, {nearest(adapter, names)}")

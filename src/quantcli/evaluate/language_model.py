@@ -1,5 +1,6 @@
-"""What an evaluation needs from a model, whatever runs it."""
+"""What an evaluation or a generation needs from a model, whatever runs it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,19 @@ from torch import Tensor
 from quantcli.errors import InputError, UsageError
 from quantcli.options import SimulationOptions
 
-__all__ = ["LanguageModel", "is_genai_folder", "open_language_model"]
+__all__ = ["LanguageModel", "Sampling", "is_genai_folder", "open_language_model"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float
+    """Logits are divided by it; above 0."""
+    top_p: float = 1.0
+    """Share of probability that the tokens drawn from have together."""
+    seed: int = 0
+    """The same seed gives the same tokens on the same runtime."""
 
 
 class LanguageModel(Protocol):
@@ -20,16 +33,24 @@ class LanguageModel(Protocol):
         """Longest input, where the folder says so."""
         ...
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, where the folder says so."""
+        ...
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Scores text: tokens [T] int64 to [T, V] float32 on CPU; row t predicts token t + 1."""
         ...
 
-    def start(self, tokens: Tensor, room: int) -> None:
-        """Reads a prompt, tokens [T] int64, with room for so many more; ends an earlier continuation."""
+    def start(self, tokens: Tensor, room: int, sampling: Sampling | None = None) -> None:
+        """Reads a prompt, tokens [T] int64, with room for so many more; ends an earlier continuation.
+
+        Without `sampling` every step takes the likeliest token.
+        """
         ...
 
     def step(self) -> int:
-        """Appends the likeliest token; the model runs on it at the next step."""
+        """Appends a token; the model runs on it at the next step."""
         ...
 
     def keep_float_weights(self) -> None:
@@ -51,12 +72,13 @@ def open_language_model(
     device: str | torch.device | None,
     trust_remote_code: bool,
     simulation: SimulationOptions | None = None,
+    adapter: str | None = None,
 ) -> LanguageModel:
     """Opens a model folder with what runs it.
 
     Raises:
         InputError: the folder is neither a checkpoint nor an ONNX GenAI folder.
-        UsageError: activations are to be rounded in a graph.
+        UsageError: activations are to be rounded in a graph, or there is no such adapter.
     """
     if is_genai_folder(folder):
         if simulation is not None and simulation.simulates:
@@ -66,11 +88,16 @@ def open_language_model(
             )
         from quantcli.evaluate.genai_model import GenaiModel
 
-        return GenaiModel(folder)
+        return GenaiModel(folder, adapter)
     if not (folder / "config.json").is_file() and any(folder.glob("*.onnx")):
         raise InputError(
             f"{folder} holds an ONNX graph without genai_config.json, it cannot be run as a language model",
             hint="write it with `quantcli capture-onnx-graph`",
+        )
+    if adapter is not None:
+        raise UsageError(
+            f"--adapter runs on ONNX folders, {folder} is a checkpoint",
+            hint="make one with `quantcli generate-adapter`",
         )
     from quantcli.evaluate.torch_model import TorchModel
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.evaluate.language_model import Sampling
 from quantcli.models.linear import QuantizedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes
@@ -32,7 +33,11 @@ class TorchModel:
         self._device = self._model.device
         text_config = self._model.config.get_text_config()
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        ends = self._model.generation_config.eos_token_id
+        self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._past: Any = None
+        self._sampling: Sampling | None = None
+        self._random = torch.Generator()
         self._next: Tensor | None = None
         self._pending: Tensor | None = None
 
@@ -43,9 +48,11 @@ class TorchModel:
             out = self._model(input_ids=self._checked(tokens)[None], use_cache=False).logits[0]
         return out.float().cpu()  # type: ignore[no-any-return]
 
-    def start(self, tokens: Tensor, room: int) -> None:
+    def start(self, tokens: Tensor, room: int, sampling: Sampling | None = None) -> None:
         """See `LanguageModel`; like `generate`, only the last position goes through the head."""
-        self._past = None
+        self._past, self._sampling = None, sampling
+        if sampling is not None:
+            self._random.manual_seed(sampling.seed)
         self._run(self._checked(tokens)[None])
 
     def step(self) -> int:
@@ -74,7 +81,19 @@ class TorchModel:
         with torch.inference_mode():
             out = self._model(input_ids=ids, past_key_values=self._past, use_cache=True, logits_to_keep=1)
             self._past = out.past_key_values
-            self._next = out.logits[:, -1].argmax(-1, keepdim=True)
+            self._next = self._choose(out.logits[:, -1])
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The next token, [1, 1] int64, from logits [1, V]."""
+        if self._sampling is None:
+            return logits.argmax(-1, keepdim=True)
+        # drawn on the CPU: one seed gives the same tokens wherever the model runs
+        probabilities = (logits.double().cpu() / self._sampling.temperature).softmax(-1)
+        ordered, index = probabilities.sort(-1, descending=True)
+        # a token belongs to the nucleus where those before it do not fill it; the first always does
+        ordered[ordered.cumsum(-1) - ordered >= self._sampling.top_p] = 0
+        drawn = torch.multinomial(ordered, 1, generator=self._random)
+        return index.gather(-1, drawn).to(self._device)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         rows = self._model.get_input_embeddings().num_embeddings

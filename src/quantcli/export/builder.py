@@ -21,6 +21,7 @@ from quantcli.errors import InputError
 from quantcli.export.matrices import Matrices, replace_by_names
 from quantcli.graphs.files import save_graph
 from quantcli.graphs.nbits import Placement, Rewriter
+from quantcli.graphs.products import record_products
 from quantcli.graphs.rows import Rows
 
 __all__ = ["GRAPH", "build", "build_half_precision"]
@@ -74,6 +75,7 @@ def build(
     if scale is not None:
         _restore_embedding_scale(made.graph.graph, float(scale))
     placements = Rewriter(made.graph.graph, made.ledger, matrices, accuracy_level).run()
+    record_products(made.graph, placements, outside=(matrices.embedding, matrices.head))
     made.graph.graph.sort()
     save_graph(made.graph, target / GRAPH)
     return placements

@@ -24,7 +24,15 @@ from quantcli.errors import InputError
 from quantcli.folder import write_json
 from quantcli.models.online import restored_config
 
-__all__ = ["Checkpoint", "CheckpointWriter", "TensorEntry", "copy_companions", "read_config", "write_tensors"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "TensorEntry",
+    "copy_companions",
+    "read_config",
+    "read_header",
+    "write_tensors",
+]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
