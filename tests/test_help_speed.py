@@ -8,9 +8,22 @@ import time
 
 import pytest
 
-HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "safetensors", "numba", "rich", "pydantic"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "numpy",
+    "safetensors",
+    "numba",
+    "rich",
+    "pydantic",
+]
 COMMANDS = [
     "quantize",
+    "finetune",
     "capture-onnx-graph",
     "evaluate",
     "generate",

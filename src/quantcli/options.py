@@ -19,6 +19,8 @@ __all__ = [
     "CaptureOptions",
     "ConvertAdapterOptions",
     "EvaluateOptions",
+    "ExampleOptions",
+    "FinetuneOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
     "Override",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 PRESETS = ("fast", "balanced", "best")
+METHODS = ("lora", "qlora")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
@@ -371,6 +374,128 @@ class EvaluateOptions:
         for name in ("max_kl", "max_perplexity_increase"):
             if getattr(self, name) is not None and self.reference is None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL")
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """Which text a model is trained on, and which part of it the loss counts."""
+
+    data_files: tuple[str, ...] = ()
+    """Files to train on: jsonl, csv, tsv, parquet or txt, joined by commas."""
+    data_name: str | None = None
+    """Data set on the Hugging Face hub or in its cache."""
+    data_split: str = "train"
+    """Split of the hub data set."""
+    text_field: str | None = None
+    """Field of a row that holds the text (default: text)."""
+    text_template: str | None = None
+    """Text made of several fields, as in "Q: {question}\\nA: {answer}"."""
+    use_chat_template: bool = False
+    """Render rows with a `messages` field by the model's chat template."""
+    completion_only: bool = False
+    """Count the loss on the completion alone: the template's last field and what follows it, or the last message."""
+    seq_len: int = 512
+    """Most tokens of an example; longer ones are cut."""
+    max_samples: int | None = None
+    """Most rows that are read, those for evaluation included. Default: all."""
+    packing: bool = False
+    """Put several examples into one row of --seq-len tokens, none of which sees another."""
+    eval_split: str = "0.1"
+    """What the eval loss is measured on: a share of the rows (0.1), a number of rows (200), a file, or the name of a
+    split of the hub data set."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise UsageError(f"--{name.replace('_', '-')} must be 2 or more, got {value}")
+        if bool(self.data_files) == (self.data_name is not None):
+            what = "exclude each other" if self.data_files else "are both missing"
+            raise UsageError(
+                f"--data-files and --data-name {what}",
+                hint="leave one out" if self.data_files else "add --data-files FILE",
+            )
+        if self.data_files and self.data_split != ExampleOptions.data_split:
+            raise UsageError("--data-split would have no effect on files", hint="leave it out")
+        chosen = [n for n in ("text_field", "text_template", "use_chat_template") if getattr(self, n)]
+        if len(chosen) > 1:
+            flags = " and ".join("--" + n.replace("_", "-") for n in chosen)
+            raise UsageError(f"{flags} exclude each other", hint="leave one out")
+        if self.completion_only and not (self.text_template or self.use_chat_template):
+            raise UsageError(
+                "--completion-only needs to know what the completion is",
+                hint="add --text-template 'Q: {question}\\nA: {answer}', or --use-chat-template",
+            )
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What `quantcli finetune` was asked to do."""
+
+    model: str
+    """Model to adapt: a checkpoint folder, float or quantized, an output folder of an earlier command, or a hub id."""
+    examples: ExampleOptions
+    """What it is trained on."""
+    output: Path = Path("finetuned-model")
+    """Folder to write: the base in model/, the adapter in adapter/."""
+    method: str = "lora"
+    """lora: adapters beside the model as it is; qlora: beside quantized weights, a float model becomes nf4 first."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32
+    """Their output is scaled by this over the rank."""
+    lora_dropout: float = 0.05
+    """Share of their inputs that training leaves out."""
+    target_modules: tuple[str, ...] = ()
+    """Linears that get an adapter, by the ends of their names, joined by commas, as q_proj,v_proj. Default: every
+    linear in the blocks but routers and experts."""
+    torch_dtype: str | None = None
+    """Type that the model computes in: float32, float16 or bfloat16; adapters are float32. Default: float32 on CPU,
+    else the checkpoint's."""
+    max_steps: int | None = None
+    """Steps of the optimizer. Default: what --num-epochs takes."""
+    num_epochs: float | None = None
+    """Times that the examples are gone through (default: 3)."""
+    learning_rate: float = 2e-4
+    """Largest learning rate, after warmup; it falls linearly to 0."""
+    batch_size: int = 4
+    """Rows that go through the model together."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients make one step."""
+    warmup: float = 0.03
+    """Steps in which the learning rate rises from 0: a share of all steps below 1, else their number."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Any other argument of transformers' Trainer, as weight_decay=0.01."""
+    seed: int = 0
+    """Seed of every random choice."""
+    copy_base: bool = False
+    """Copy the base into the output; the default makes hard links where the file system can."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    force: bool = False
+    """Replace an output folder of ours."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}, {nearest(self.method, METHODS)}")
+        if self.torch_dtype is not None and self.torch_dtype not in DTYPES[1:]:
+            raise UsageError(f"unknown dtype {self.torch_dtype!r}, {nearest(self.torch_dtype, DTYPES[1:])}")
+        for name in ("lora_r", "max_steps", "batch_size", "gradient_accumulation"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        for name in ("lora_alpha", "num_epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {self.lora_dropout:g}")
+        if self.warmup < 0 or (self.warmup > 1 and self.warmup != int(self.warmup)):
+            raise UsageError(f"--warmup must be a share below 1 or a whole number of steps, got {self.warmup:g}")
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise UsageError("--max-steps and --num-epochs exclude each other", hint="leave one out")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,27 @@ def test_documented_capture_block_as_written_with_its_dangling_backslash():
     assert (made.model, made.exporter, made.output) == ("quantized-model/model", "genai", Path("onnx-model"))
 
 
+FINETUNE = r"""
+quantcli finetune \
+        --model_name_or_path quantized-model/model \
+        --trust_remote_code \
+        --output_path finetuned-model \
+        --data_name xxyyzzz/phrase_classification \
+        --text_template "<|start_header_id|>user<|end_header_id|>\n{phrase}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n{tone}" \
+        --method qlora \
+        --max_steps 30 \
+        --log_level 1 \
+"""  # noqa: E501
+
+
+def test_documented_finetune_block_as_written():
+    made = parse(shell_words(FINETUNE)).options
+    assert (made.model, made.output) == ("quantized-model/model", Path("finetuned-model"))
+    assert (made.method, made.max_steps, made.trust_remote_code) == ("qlora", 30, True)
+    assert made.examples.data_name == "xxyyzzz/phrase_classification"
+    assert made.examples.text_template.endswith(r"<|end_header_id|>\n{tone}")
+
+
 def test_several_algorithms_are_joined():
     assert quantize("--algorithms quarot gptq --bits 4").algorithm == "quarot,gptq"
     assert quantize("--algorithms quarot, gptq").algorithm == "quarot,gptq"

@@ -15,6 +15,8 @@ from quantcli.options import (
     CaptureOptions,
     ConvertAdapterOptions,
     EvaluateOptions,
+    ExampleOptions,
+    FinetuneOptions,
     GenerateAdapterOptions,
     GenerateOptions,
     Override,
@@ -26,6 +28,7 @@ BASE = {
     "quantize": ["-m", "M", "-o", "O"],
     "capture-onnx-graph": ["-m", "M"],
     "evaluate": ["-m", "M"],
+    "finetune": ["-m", "M", "--data-files", "D.jsonl"],
     "convert-adapter": ["-m", "M", "-o", "O", "--adapter-path", "P"],
     "generate": ["-m", "M", "-p", "P"],
     "generate-adapter": ["-m", "M", "-o", "O"],
@@ -36,11 +39,12 @@ COMMAND_OPTIONS = (
     QuantizeOptions,
     CaptureOptions,
     EvaluateOptions,
+    FinetuneOptions,
     GenerateOptions,
     GenerateAdapterOptions,
     ConvertAdapterOptions,
 )
-NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions}
+NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions, "examples": ExampleOptions}
 SIMULATION = {
     "simulation.a_bits": (["--a-bits", "4"], 4),
     "simulation.k_bits": (["--k-bits", "3"], 3),
@@ -118,6 +122,39 @@ GIVEN = {
         "device": (["--device", "cuda:1"], "cuda:1"),
         **SIMULATION,
         "trust_remote_code": (["--trust-remote-code"], True),
+    },
+    "finetune": {
+        "model": (["--model", "other"], "other"),
+        "output": (["-o", "there"], Path("there")),
+        "method": (["--method", "qlora"], "qlora"),
+        "lora_r": (["--lora-r", "8"], 8),
+        "lora_alpha": (["--lora-alpha", "16"], 16.0),
+        "lora_dropout": (["--lora-dropout", "0.1"], 0.1),
+        "target_modules": (["--target-modules", "q_proj, v_proj"], ("q_proj", "v_proj")),
+        "torch_dtype": (["--torch-dtype", "bfloat16"], "bfloat16"),
+        "max_steps": (["--max-steps", "30"], 30),
+        "num_epochs": (["--num-epochs", "0.5"], 0.5),
+        "learning_rate": (["--learning-rate", "1e-3"], 1e-3),
+        "batch_size": (["--batch-size", "2"], 2),
+        "gradient_accumulation": (["--gradient-accumulation", "4"], 4),
+        "warmup": (["--warmup", "10"], 10.0),
+        "settings": (["--set", "weight-decay=0.01"], {"weight_decay": "0.01"}),
+        "seed": (["--seed", "7"], 7),
+        "copy_base": (["--copy-base"], True),
+        "device": (["--device", "cuda:1"], "cuda:1"),
+        "trust_remote_code": (["--trust-remote-code"], True),
+        "force": (["--force"], True),
+        "examples.data_files": (["--data-files", "E.csv"], ("D.jsonl", "E.csv")),
+        "examples.data_name": ([], None),
+        "examples.data_split": ([], "train"),
+        "examples.text_field": (["--text-field", "body"], "body"),
+        "examples.text_template": (["--text-template", "{a} {b}"], "{a} {b}"),
+        "examples.use_chat_template": (["--use-chat-template"], True),
+        "examples.completion_only": (["--text-template", "{a} {b}", "--completion-only"], True),
+        "examples.seq_len": (["--seq-len", "64"], 64),
+        "examples.max_samples": (["--max-samples", "100"], 100),
+        "examples.packing": (["--packing"], True),
+        "examples.eval_split": (["--eval-split", "20"], "20"),
     },
     "generate": {
         "model": (["--model", "other"], "other"),
@@ -202,7 +239,7 @@ def test_help_is_the_docstring_of_the_field(name):
         assert flag.help.replace("- ", "-") in squeezed, flag.name
 
 
-@pytest.mark.parametrize("owner", [*COMMAND_OPTIONS, CalibrationOptions, SimulationOptions, Override])
+@pytest.mark.parametrize("owner", [*COMMAND_OPTIONS, CalibrationOptions, ExampleOptions, SimulationOptions, Override])
 def test_every_options_field_has_a_docstring(owner):
     assert set(field_docs(owner)) == {f.name for f in dataclasses.fields(owner)}
 
@@ -220,6 +257,21 @@ def test_every_command_can_speak_json_quietly_or_at_length(name):
     assert request(name, *BASE[name], "-v").talk.verbose
     with pytest.raises(UsageError, match="--quiet and --verbose exclude each other"):
         parse([name, *BASE[name], "-q", "-v"])
+
+
+def test_examples_come_from_the_hub_or_from_files():
+    examples = request("finetune", "-m", "M", "-d", "json", "--data_files", "a.jsonl,b.csv").options.examples
+    assert (examples.data_files, examples.data_name) == (("a.jsonl", "b.csv"), None)
+    examples = request("finetune", "-m", "M", "--data-name", "org/set", "--data-split", "test").options.examples
+    assert (examples.data_name, examples.data_split) == ("org/set", "test")
+    for words, message in [
+        ([], "--data-files and --data-name are both missing"),
+        (["--data-name", "n", "--data-files", "f.csv"], "--data-files and --data-name exclude each other"),
+        (["--data-files", "f.csv", "--data-split", "test"], "--data-split would have no effect on files"),
+        (["--data-files", "f.csv", "--completion-only"], "--completion-only needs to know what the completion is"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            parse(["finetune", "-m", "M", *words])
 
 
 def test_bits_to_mix_are_whole_numbers():

@@ -114,6 +114,27 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--w_rtn": Rounder("rtn", "gptq"),
         "--rotate": Dropped("quarot rotates", value=True, only=("True", "true")),
     },
+    "finetune": {
+        **_EVERYWHERE,
+        **_CHECKPOINT,
+        "--data": Rename("--data-files"),
+        "-d": Rename("--data-name"),
+        "--split": Rename("--data-split"),
+        "--train_split": Rename("--data-split"),
+        "--subset": Refused("subsets of hub data sets are not supported", "download the rows and give --data-files"),
+        "--train_subset": Refused(
+            "subsets of hub data sets are not supported", "download the rows and give --data-files"
+        ),
+        "--eval_subset": Refused(
+            "subsets of hub data sets are not supported", "download the rows and give --eval-split FILE"
+        ),
+        "--max_seq_len": Rename("--seq-len"),
+        "--num_train_epochs": Rename("--num-epochs"),
+        "--per_device_train_batch_size": Rename("--batch-size"),
+        "--gradient_accumulation_steps": Rename("--gradient-accumulation"),
+        "--warmup_steps": Rename("--warmup"),
+        "--warmup_ratio": Rename("--warmup"),
+    },
     "capture-onnx-graph": {
         **_EVERYWHERE,
         **_CHECKPOINT,

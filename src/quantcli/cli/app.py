@@ -25,6 +25,7 @@ from quantcli.cli import (
     capture_onnx_graph,
     convert_adapter,
     evaluate,
+    finetune,
     generate,
     generate_adapter,
     inspect,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
         quantize,
+        finetune,
         capture_onnx_graph,
         generate_adapter,
         convert_adapter,

@@ -5,34 +5,61 @@ import io
 import json
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from quantcli.data.windows import evaluation_windows
 from quantcli.errors import InputError, UsageError, nearest
 
-__all__ = ["Renderer", "decode_escapes", "evaluation_windows", "hub_texts", "read_texts", "row_renderer"]
+__all__ = [
+    "ChatTokenizer",
+    "Renderer",
+    "Row",
+    "decode_escapes",
+    "evaluation_windows",
+    "hub_rows",
+    "hub_texts",
+    "parse_template",
+    "read_rows",
+    "read_texts",
+    "row_messages",
+    "row_renderer",
+    "row_text",
+]
 
 Row = Mapping[str, Any]
 Renderer = Callable[[Row], str]
 TEXT_FIELD = "text"
-SUFFIXES = {".txt": "txt", ".text": "txt", ".md": "txt", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 # a cell of a csv file may hold a whole document; Python's own limit is 131072 characters
 _MAX_CELL = 1 << 30
 
 
-class _ChatTokenizer(Protocol):
+class ChatTokenizer(Protocol):
+    """What is asked of a tokenizer that renders messages."""
+
     chat_template: Any
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any: ...
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool = False) -> Any:
+        """Messages as text."""
+        ...
 
 
 def read_texts(
     path: Path | str,
     text_field: str | None = None,
     text_template: str | None = None,
-    chat: _ChatTokenizer | None = None,
+    chat: ChatTokenizer | None = None,
 ) -> list[str]:
     """The documents of a txt, jsonl, csv or parquet file, empty ones left out.
 
@@ -45,18 +72,7 @@ def read_texts(
         UsageError: a field or template for a txt file, or a template that is none.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"data file {path} does not exist")
-    if not path.is_file():
-        raise InputError(f"{path} is a folder, expected a data file ({', '.join(sorted(SUFFIXES))})")
-    kind = SUFFIXES.get(path.suffix.lower())
-    if kind is None:
-        raise InputError(
-            f"{path}: unknown kind of data file {path.suffix!r}, allowed: {', '.join(sorted(SUFFIXES))}",
-            hint="rename it, or write one JSON object per line into a .jsonl file",
-        )
-    if path.stat().st_size == 0:
-        raise InputError(f"data file {path} is empty")
+    kind = _kind_of(path)
     if kind == "txt":
         if text_field is not None or text_template is not None or chat is not None:
             raise UsageError(
@@ -65,12 +81,22 @@ def read_texts(
         texts = [_decoded(path)]
     else:
         render = row_renderer(text_field, text_template, chat)
-        rows = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind](path)
-        texts = [_render(render, row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+        texts = [_render(render, row, f"{path}: row {number}") for number, row in enumerate(_READERS[kind](path), 1)]
     texts = [text.strip() for text in texts if text and not text.isspace()]
     if not texts:
         raise InputError(f"data file {path} holds no text")
     return texts
+
+
+def read_rows(path: Path | str) -> Iterator[Row]:
+    """The rows of a jsonl, csv, tsv or parquet file; a txt file is one row whose field is `text`.
+
+    Raises:
+        InputError: the file is missing, empty, not text, or damaged.
+    """
+    path = Path(path)
+    kind = _kind_of(path)
+    return iter([{TEXT_FIELD: _decoded(path)}]) if kind == "txt" else _READERS[kind](path)
 
 
 def hub_texts(
@@ -78,7 +104,7 @@ def hub_texts(
     split: str = "train",
     text_field: str | None = None,
     text_template: str | None = None,
-    chat: _ChatTokenizer | None = None,
+    chat: ChatTokenizer | None = None,
     limit: int = 20_000,
 ) -> list[str]:
     """The first `limit` documents of a data set on the Hugging Face hub or in its cache.
@@ -86,19 +112,7 @@ def hub_texts(
     Raises:
         InputError: the package `datasets` is missing, the data set cannot be reached, or it lacks the field.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"data set {name!r} needs the package datasets", hint="pip install 'quantcli[hub]', or give --data FILE"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, split=split, streaming=False)
-    except Exception as error:  # the package raises whatever its file systems and parsers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"data set {name!r} (split {split!r}) cannot be loaded: {reason}", hint="give local text with --data FILE"
-        ) from error
+    rows = hub_rows(name, split)
     render = row_renderer(text_field, text_template, chat)
     count = min(limit, len(rows))
     texts = [_render(render, rows[i], f"{name}: row {i + 1}") for i in range(count)]
@@ -108,8 +122,30 @@ def hub_texts(
     return texts
 
 
+def hub_rows(name: str, split: str) -> Sequence[Row]:
+    """A data set on the Hugging Face hub or in its cache.
+
+    Raises:
+        InputError: the package `datasets` is missing, or the data set cannot be reached.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"data set {name!r} needs the package datasets", hint="pip install 'quantcli[hub]', or give --data FILE"
+        ) from error
+    try:
+        rows: Sequence[Row] = datasets.load_dataset(name, split=split, streaming=False)
+    except Exception as error:  # the package raises whatever its file systems and parsers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"data set {name!r} (split {split!r}) cannot be loaded: {reason}", hint="give local text with --data FILE"
+        ) from error
+    return rows
+
+
 def row_renderer(
-    text_field: str | None = None, text_template: str | None = None, chat: _ChatTokenizer | None = None
+    text_field: str | None = None, text_template: str | None = None, chat: ChatTokenizer | None = None
 ) -> Renderer:
     """How a row becomes text. The function it returns raises `InputError` for a row that lacks a field.
 
@@ -123,11 +159,11 @@ def row_renderer(
         if not chat.chat_template:
             raise InputError("the model has no chat template", hint="use --text-field or --text-template")
         tokenizer = chat
-        return lambda row: str(tokenizer.apply_chat_template(_messages(row), tokenize=False))
+        return lambda row: str(tokenizer.apply_chat_template(row_messages(row), tokenize=False))
     name = text_field or TEXT_FIELD
 
     def render(row: Row) -> str:
-        return _text(row, name, "name another with --text-field")
+        return row_text(row, name, "name another with --text-field")
 
     return render
 
@@ -137,7 +173,12 @@ def decode_escapes(template: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], template)
 
 
-def _template_renderer(text_template: str) -> Renderer:
+def parse_template(text_template: str) -> list[tuple[str, str | None]]:
+    """The pieces of a template, escapes decoded: plain text and the field after it; None after the last.
+
+    Raises:
+        UsageError: the template is malformed or names no field.
+    """
     example = "as in --text-template 'Q: {question}\\nA: {answer}'"
     try:
         parts = list(string.Formatter().parse(decode_escapes(text_template)))
@@ -148,18 +189,28 @@ def _template_renderer(text_template: str) -> Renderer:
         raise UsageError(f"text template {text_template!r} names no field", hint=example)
     if not all(fields) or any(spec or conversion for _, _, spec, conversion in parts):
         raise UsageError(f"text template {text_template!r}: a field is a plain name in braces", hint=example)
+    return [(literal, field) for literal, field, _, _ in parts]
+
+
+def _template_renderer(text_template: str) -> Renderer:
+    pieces = parse_template(text_template)
 
     def render(row: Row) -> str:
         # fields are looked up, never evaluated: "{a.b}" is the field called "a.b"
         return "".join(
-            literal + ("" if field is None else _text(row, field, "correct --text-template"))
-            for literal, field, _, _ in parts
+            literal + ("" if field is None else row_text(row, field, "correct --text-template"))
+            for literal, field in pieces
         )
 
     return render
 
 
-def _text(row: Row, name: str, hint: str) -> str:
+def row_text(row: Row, name: str, hint: str) -> str:
+    """A field as text; an empty one is "".
+
+    Raises:
+        InputError: the row lacks it, or it holds no text; `hint` says what to do.
+    """
     if name not in row:
         raise InputError(f"no field {name!r}, {nearest(name, (str(k) for k in row))}", hint=hint)
     value = row[name]
@@ -170,7 +221,12 @@ def _text(row: Row, name: str, hint: str) -> str:
     return str(value)
 
 
-def _messages(row: Row) -> Any:
+def row_messages(row: Row) -> Any:
+    """The field `messages` of a row.
+
+    Raises:
+        InputError: it is missing or no list of messages.
+    """
     hint = 'a row is {"messages": [{"role": "user", "content": "..."}, ...]}'
     if "messages" not in row:
         raise InputError(f"no field 'messages', {nearest('messages', (str(k) for k in row))}", hint=hint)
@@ -223,10 +279,10 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         yield row
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row]:
     before = csv.field_size_limit(_MAX_CELL)
     try:
-        reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True, delimiter=delimiter)
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(f"{path}: line {reader.line_num} has another number of cells than the header")
@@ -249,3 +305,28 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _kind_of(path: Path) -> str:
+    """What a data file's name says it is, once it is known to be there and not empty."""
+    if not path.exists():
+        raise InputError(f"data file {path} does not exist")
+    if not path.is_file():
+        raise InputError(f"{path} is a folder, expected a data file ({', '.join(sorted(SUFFIXES))})")
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(
+            f"{path}: unknown kind of data file {path.suffix!r}, allowed: {', '.join(sorted(SUFFIXES))}",
+            hint="rename it, or write one JSON object per line into a .jsonl file",
+        )
+    if path.stat().st_size == 0:
+        raise InputError(f"data file {path} is empty")
+    return kind
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    "jsonl": _jsonl_rows,
+    "csv": _csv_rows,
+    "tsv": partial(_csv_rows, delimiter="\t"),
+    "parquet": _parquet_rows,
+}

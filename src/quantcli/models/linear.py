@@ -46,6 +46,12 @@ class QuantizedLinear(nn.Module, ABC):
     def bits(self) -> int:
         """Bits per code."""
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes as stored, under the name by which peft finds a quantized layer's device."""
+        codes: Tensor = getattr(self, self.frozen[0])
+        return codes
+
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
         """The codes and scales, unpacked."""

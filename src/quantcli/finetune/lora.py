@@ -1,0 +1,157 @@
+"""LoRA (Hu et al., https://arxiv.org/abs/2106.09685) beside the linears of a model, float or packed, by peft.
+
+peft picks the layer that it injects by the class of the linear it finds. It knows nothing of our packed linears, so
+they are registered with a layer that runs them as they are: x W^T from the codes, plus the two small products. What
+is saved is an ordinary adapter, which plain peft opens on the float model of the same shape.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from safetensors import SafetensorError
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quantcli.errors import InputError, UsageError, nearest
+from quantcli.models.linear import QuantizedLinear
+
+__all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "save_lora"]
+
+_ROUTERS = ("router", "gate", "shared_expert_gate")
+_BASE = "../model"
+
+
+class PackedLoraLinear(LoraLinear):  # type: ignore[misc]
+    """A packed linear with adapters beside it: y = x W^T + scaling (dropout(x) A^T) B^T, W frozen in its codes."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: codes cannot take up a float update.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "an adapter cannot be merged into quantized weights", hint="merge it into the float model, then quantize"
+        )
+
+
+def find_targets(model: nn.Module, wanted: Sequence[str] = ()) -> list[str]:
+    """The names that peft matches linears by: the ends of their paths.
+
+    Args:
+        model: A transformers model, as `models.load` opens it.
+        wanted: Ends of paths, as q_proj or mlp.up_proj; none: every linear in the blocks but routers and experts,
+            which stand apart in a packed model and together in a float one.
+
+    Raises:
+        UsageError: a name that no linear has.
+        InputError: the model has no linears in repeated blocks.
+    """
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | QuantizedLinear)
+    ]
+    inside = [name for name in linears if any(part.isdigit() for part in name.split("."))]
+    if wanted:
+        for word in wanted:
+            if not any(name == word or name.endswith("." + word) for name in inside):
+                leaves = {name.rpartition(".")[2] for name in inside}
+                raise UsageError(
+                    f"--target-modules {word!r}: no linear in a block has that name, {nearest(word, leaves)}"
+                )
+        return list(dict.fromkeys(wanted))
+    chosen = [n for n in inside if ".experts." not in n and n.rpartition(".")[2] not in _ROUTERS]
+    if not chosen:
+        raise InputError(f"{type(model).__name__} has no linear layers in repeated blocks to adapt")
+    left_out = {n.rpartition(".")[2] for n in set(linears) - set(chosen)}
+    return list(dict.fromkeys(_short(name, left_out) for name in chosen))
+
+
+def add_lora(
+    model: Any, *, r: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] = (), seed: int = 0
+) -> PeftModel:
+    """Freezes a model and puts fresh adapters beside its linears; its outputs are what they were until trained.
+
+    Args:
+        model: A transformers model, as `models.load` opens it; it is changed in place.
+        r: Rank.
+        alpha: The update is scaled by alpha / r.
+        dropout: Share of the adapters' inputs that training leaves out.
+        target_modules: As in `find_targets`.
+        seed: Of the adapters' A, which starts random; B starts as zero.
+
+    Raises:
+        UsageError: a target that the model does not have.
+        InputError: nothing to adapt.
+    """
+    targets = find_targets(model, target_modules)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        bias="none",
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+    )
+    config._register_custom_module({QuantizedLinear: PackedLoraLinear})
+    with torch.random.fork_rng(), _without_warnings():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def open_lora(model: Any, folder: Path) -> PeftModel:
+    """Puts a saved adapter beside the linears of a model, float or packed, for inference.
+
+    Args:
+        model: A transformers model, as `models.load` opens it; it is changed in place.
+        folder: A peft adapter folder, ours or others'.
+
+    Raises:
+        InputError: it is no LoRA adapter, is damaged, or belongs to another model.
+    """
+    hint = "give a folder with adapter_config.json and adapter_model.safetensors"
+    # peft would look for what is missing on the hub, and would open pickles
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}", hint=hint)
+    device = next(model.parameters()).device
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise InputError(f"{folder} holds a {config.peft_type} adapter, expected LoRA")
+        config._register_custom_module({QuantizedLinear: PackedLoraLinear})
+        with _without_warnings():
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device=str(device))
+    except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"adapter {folder} does not fit the model or is damaged: {reason}") from error
+    return adapted.eval()
+
+
+def save_lora(model: PeftModel, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as peft does; the base is named by relative path."""
+    model.peft_config["default"].base_model_name_or_path = _BASE
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form
+
+
+def _short(name: str, left_out: set[str]) -> str:
+    """The last part of a path, or all after the block's number where a linear that is left out ends the same."""
+    parts = name.split(".")
+    last_number = max(i for i, part in enumerate(parts) if part.isdigit())
+    return parts[-1] if parts[-1] not in left_out else ".".join(parts[last_number + 1 :])
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silences peft on a class that it does not know, whose sizes it reads rightly, and on a name of transformers 6."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type .*quantcli.*", UserWarning)
+        yield
