@@ -21,7 +21,9 @@ from quantcli.models.load import load
 from quantcli.options import GenerateOptions
 from quantcli.pipelines import generate
 
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", Path(__file__).with_suffix(".md").read_text(), re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(
+    r"^```bash\n(.*?)^```$", Path(__file__).with_name("shell_blocks.md").read_text(), re.DOTALL | re.MULTILINE
+)
 """Quantize; quantize and capture; quantize, finetune and generate adapters."""
 
 # peft asks transformers for a name that it is about to give up
