@@ -50,6 +50,12 @@ def asked(base, output, data, *, examples=None, **more):
     return FinetuneOptions(str(base), ExampleOptions((str(data),), **given), output, **values)
 
 
+def test_nothing_to_resume(bases, data, tmp_path):
+    with pytest.raises(UsageError, match="no interrupted run left anything"):
+        finetune.run(asked(bases / "nf4", tmp_path / "f", data, resume=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("base", ["float", "gptq", "nf4"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_loss_goes_down(bases, data, tmp_path, base, packing):
