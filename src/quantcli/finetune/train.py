@@ -122,6 +122,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """Judges by our own eval loss: per counted token, where the Trainer's is a mean over batches."""
 
     judge: Any
+    control: Any
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The eval loss of the held-out examples."""

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ from quantcli.models.source import locate_model
 from quantcli.options import FinetuneOptions, QuantizeOptions
 from quantcli.pipelines import quantize
 from quantcli.progress import Progress, Silent
+from quantcli.report.curve import Series, draw_curves
 
-__all__ = ["FinetuneResult", "run"]
+__all__ = ["CURVE", "FinetuneResult", "run"]
 
+CURVE = "loss.svg"
 _NF4_BLOCKS = (64, 32, 16)
 
 
@@ -128,6 +130,8 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
         )
         result = _train(options, model, sets, _pad_token(tokenizer), partial, progress)
         resolved = public_options(asdict(options))
+        write_json(partial.root / "report.json", result)
+        (partial.root / CURVE).write_text(_picture(result))
         metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")}
         partial.commit(Manifest("finetuned", "finetune", resolved, describe_parent(folder, digest), metrics))
     return FinetuneResult(output=options.output, seconds=time.perf_counter() - begin, **result)
@@ -208,6 +212,20 @@ def _base(
         partial.model.mkdir()
         _place_base(checkpoint, partial.model, options.copy_base)
     write_json(done, {"files": sorted(p.name for p in partial.model.iterdir())})
+
+
+def _picture(result: Mapping[str, Any]) -> str:
+    """The losses over the steps; the eval loss from the base's to that of the adapter that was kept."""
+    last = result["best_step"] or result["steps"]
+    measured = {0: result["base_loss"]} | dict(result["eval_losses"]) | {last: result["eval_loss"]}
+    return draw_curves(
+        "Loss while finetuning",
+        "step",
+        [
+            Series("training", list(enumerate(result["losses"], 1))),
+            Series("held out", sorted(measured.items()), marked=True),
+        ],
+    )
 
 
 def _place_base(checkpoint: Checkpoint, target: Path, copy: bool) -> None:
