@@ -464,6 +464,15 @@ class FinetuneOptions:
     """Batches whose gradients make one step."""
     warmup: float = 0.03
     """Steps in which the learning rate rises from 0: a share of all steps below 1, else their number."""
+    eval_steps: int | None = None
+    """Steps between measurements of the eval loss while training. Default: none, or a tenth of all steps with
+    --early-stopping."""
+    early_stopping: int | None = None
+    """Stop when so many measurements in a row have not improved the eval loss, and keep the best adapter."""
+    save_steps: int | None = None
+    """Steps between checkpoints, from which an interrupted run continues. Default: --eval-steps, or a tenth of all."""
+    resume: bool = False
+    """Only continue an interrupted run, refuse to begin one. The same command continues without it, too."""
     settings: dict[str, str] = field(default_factory=dict)
     """Any other argument of transformers' Trainer, as weight_decay=0.01."""
     seed: int = 0
@@ -482,7 +491,8 @@ class FinetuneOptions:
             raise UsageError(f"unknown method {self.method!r}, {nearest(self.method, METHODS)}")
         if self.torch_dtype is not None and self.torch_dtype not in DTYPES[1:]:
             raise UsageError(f"unknown dtype {self.torch_dtype!r}, {nearest(self.torch_dtype, DTYPES[1:])}")
-        for name in ("lora_r", "max_steps", "batch_size", "gradient_accumulation"):
+        counts = ("lora_r", "max_steps", "batch_size", "gradient_accumulation")
+        for name in (*counts, "eval_steps", "early_stopping", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")

@@ -27,10 +27,12 @@ def show(result: Any, console: "Console") -> None:
     if result.eval_accuracy is not None:
         rows.append(("completions told exactly", f"{result.base_accuracy:.1%}", f"{result.eval_accuracy:.1%}"))
     console.table((f"on {result.eval_examples} held-out examples", "base", "adapted"), rows, left=1)
+    if result.best_step is not None and result.best_step < result.steps:
+        console.text(f"stopped after {result.steps} steps; the adapter is that of step {result.best_step}")
     console.text(
         f"{result.output}: {result.trained_parameters:,} parameters trained in {result.steps} steps on "
         f"{result.train_examples} examples, in {human_duration(result.seconds)}; adapter "
-        f"{human_size(result.adapter_size_bytes)}, base {human_size(result.base_size_bytes)}"
+        f"{human_size(result.adapter_size_bytes)}, base {human_size(result.base_size_bytes)}; losses drawn in loss.svg"
     )
 
 
@@ -56,6 +58,10 @@ COMMAND = Command(
     panels={
         "Data": ("examples",),
         "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+        "Training": (
+            *("max_steps", "num_epochs", "learning_rate", "batch_size", "gradient_accumulation", "warmup"),
+            *("eval_steps", "early_stopping", "save_steps", "resume", "settings"),
+        ),
         "Run": ("seed", "copy_base", "device", "trust_remote_code", "force"),
     },
     examples=(

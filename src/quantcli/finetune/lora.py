@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.models.linear import QuantizedLinear
 
-__all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "save_lora"]
+__all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "quiet_peft", "save_lora"]
 
 _ROUTERS = ("router", "gate", "shared_expert_gate")
 _BASE = "../model"
@@ -100,7 +100,7 @@ def add_lora(
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
     )
     config._register_custom_module({QuantizedLinear: PackedLoraLinear})
-    with torch.random.fork_rng(), _without_warnings():
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
@@ -126,7 +126,7 @@ def open_lora(model: Any, folder: Path) -> PeftModel:
         if not isinstance(config, LoraConfig):
             raise InputError(f"{folder} holds a {config.peft_type} adapter, expected LoRA")
         config._register_custom_module({QuantizedLinear: PackedLoraLinear})
-        with _without_warnings():
+        with quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device=str(device))
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -141,17 +141,17 @@ def save_lora(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
 
 
-def _short(name: str, left_out: set[str]) -> str:
-    """The last part of a path, or all after the block's number where a linear that is left out ends the same."""
-    parts = name.split(".")
-    last_number = max(i for i, part in enumerate(parts) if part.isdigit())
-    return parts[-1] if parts[-1] not in left_out else ".".join(parts[last_number + 1 :])
-
-
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Silences peft on a class that it does not know, whose sizes it reads rightly, and on a name of transformers 6."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type .*quantcli.*", UserWarning)
         yield
+
+
+def _short(name: str, left_out: set[str]) -> str:
+    """The last part of a path, or all after the block's number where a linear that is left out ends the same."""
+    parts = name.split(".")
+    last_number = max(i for i, part in enumerate(parts) if part.isdigit())
+    return parts[-1] if parts[-1] not in left_out else ".".join(parts[last_number + 1 :])

@@ -1,8 +1,10 @@
 """`quantcli finetune`: an adapter trained beside a model, float or quantized, in a folder that holds both."""
 
+import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,22 @@ from safetensors.torch import load_file
 
 from quantcli.data.calibration import load_tokenizer
 from quantcli.data.examples import ExampleSets, read_examples
-from quantcli.errors import QuantcliError
+from quantcli.errors import QuantcliError, UsageError
 from quantcli.finetune.lora import add_lora, save_lora
-from quantcli.finetune.train import Score, measure, read_settings, refuse_leaking_packs, train
+from quantcli.finetune.score import Score, measure, refuse_leaking_packs
+from quantcli.finetune.settings import read_settings
+from quantcli.finetune.train import train
 from quantcli.folder import (
     Manifest,
     PartialFolder,
     create_output,
     describe_parent,
+    file_digest,
     fingerprint,
     folder_size_bytes,
     public_options,
     require_free_bytes,
+    write_json,
 )
 from quantcli.models.checkpoint import Checkpoint, copy_companions
 from quantcli.models.load import load
@@ -32,9 +38,11 @@ from quantcli.models.source import locate_model
 from quantcli.options import FinetuneOptions, QuantizeOptions
 from quantcli.pipelines import quantize
 from quantcli.progress import Progress, Silent
+from quantcli.report.curve import Series, draw_curves
 
-__all__ = ["FinetuneResult", "run"]
+__all__ = ["CURVE", "FinetuneResult", "run"]
 
+CURVE = "loss.svg"
 _NF4_BLOCKS = (64, 32, 16)
 
 
@@ -52,6 +60,10 @@ class FinetuneResult:
     """Steps of the optimizer."""
     losses: list[float]
     """Training loss at each step."""
+    eval_losses: list[tuple[int, float]]
+    """Step and eval loss, where it was measured on the way."""
+    best_step: int | None
+    """The step whose adapter was kept for its eval loss; None: the last one's."""
     base_loss: float
     """Cross entropy per counted token of the held-out examples, without the adapter."""
     eval_loss: float
@@ -104,12 +116,12 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
     )
     require_free_bytes(options.output.absolute().parent, checkpoint.size_bytes)
     digest = fingerprint(folder)
-    plan = asdict(options) | {"output": str(options.output), "parent": digest}
-    with create_output(options.output, plan=plan, inputs=[folder], force=options.force) as partial:
-        if quantizes:
-            _quantize_base(folder, partial, options, progress)
-        else:
-            _place_base(checkpoint, partial.model, options.copy_base)
+    with create_output(
+        options.output, plan=_identity(options, digest), inputs=[folder], force=options.force, resumable=True
+    ) as partial:
+        if options.resume and not partial.resumed:
+            raise UsageError(f"--resume: no interrupted run left anything for {options.output}", hint="leave it out")
+        _base(checkpoint, partial, options, quantizes, progress)
         model = load(
             partial.model,
             device=options.device,
@@ -118,7 +130,9 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
         )
         result = _train(options, model, sets, _pad_token(tokenizer), partial, progress)
         resolved = public_options(asdict(options))
-        metrics = {k: v for k, v in result.items() if k != "losses"}
+        write_json(partial.root / "report.json", result)
+        (partial.root / CURVE).write_text(_picture(result))
+        metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")}
         partial.commit(Manifest("finetuned", "finetune", resolved, describe_parent(folder, digest), metrics))
     return FinetuneResult(output=options.output, seconds=time.perf_counter() - begin, **result)
 
@@ -141,9 +155,8 @@ def _train(
     def judge(label: str) -> Score:
         return measure(adapted, sets.eval, options.batch_size, pad, progress, label)
 
-    with adapted.disable_adapter():
-        before = judge("loss of the base")
-    losses = train(adapted, sets.train, options, pad, partial.state / "trainer", progress)
+    before = _measured_once(partial.state / "base_score.json", lambda: _without_adapter(adapted, judge))
+    curve = train(adapted, sets.train, sets.eval, options, pad, partial.state / "trainer", progress)
     after = judge("loss with the adapter")
     adapter = partial.root / "adapter"
     save_lora(adapted, adapter)
@@ -151,8 +164,8 @@ def _train(
     return {
         "train_examples": len(sets.train),
         "eval_examples": len(sets.eval),
-        "steps": len(losses),
-        "losses": losses,
+        "steps": len(curve.losses),
+        **asdict(curve),
         "base_loss": before.loss,
         "eval_loss": after.loss,
         "base_accuracy": before.accuracy,
@@ -161,6 +174,58 @@ def _train(
         "adapter_size_bytes": folder_size_bytes(adapter),
         "base_size_bytes": folder_size_bytes(partial.model),
     }
+
+
+def _identity(options: FinetuneOptions, digest: str) -> dict[str, Any]:
+    """What decides the result: a run continues another only where all of it is the same."""
+    examples = options.examples
+    files = [Path(name) for name in (*examples.data_files, examples.eval_split) if Path(name).is_file()]
+    asked = {name: value for name, value in public_options(asdict(options)).items() if name != "resume"}
+    return {**asked, "parent": digest, "data": {str(path): file_digest(path) for path in files}}
+
+
+def _measured_once(path: Path, measured: Callable[[], Score]) -> Score:
+    """A score that a run which continues finds."""
+    if path.is_file():
+        return Score(**json.loads(path.read_text()))
+    score = measured()
+    write_json(path, asdict(score))
+    return score
+
+
+def _without_adapter(adapted: Any, judge: Callable[[str], Score]) -> Score:
+    with adapted.disable_adapter():
+        return judge("loss of the base")
+
+
+def _base(
+    checkpoint: Checkpoint, partial: PartialFolder, options: FinetuneOptions, quantizes: bool, progress: Progress
+) -> None:
+    """Fills model/, unless an interrupted run has done so."""
+    done = partial.state / "base.json"
+    if done.is_file():
+        return
+    shutil.rmtree(partial.model, ignore_errors=True)
+    if quantizes:
+        _quantize_base(checkpoint.folder, partial, options, progress)
+    else:
+        partial.model.mkdir()
+        _place_base(checkpoint, partial.model, options.copy_base)
+    write_json(done, {"files": sorted(p.name for p in partial.model.iterdir())})
+
+
+def _picture(result: Mapping[str, Any]) -> str:
+    """The losses over the steps; the eval loss from the base's to that of the adapter that was kept."""
+    last = result["best_step"] or result["steps"]
+    measured = {0: result["base_loss"]} | dict(result["eval_losses"]) | {last: result["eval_loss"]}
+    return draw_curves(
+        "Loss while finetuning",
+        "step",
+        [
+            Series("training", list(enumerate(result["losses"], 1))),
+            Series("held out", sorted(measured.items()), marked=True),
+        ],
+    )
 
 
 def _place_base(checkpoint: Checkpoint, target: Path, copy: bool) -> None:
@@ -181,6 +246,10 @@ def _place_base(checkpoint: Checkpoint, target: Path, copy: bool) -> None:
 def _quantize_base(folder: Path, partial: PartialFolder, options: FinetuneOptions, progress: Progress) -> None:
     """The base as nf4, in the largest blocks that divide every linear's inputs."""
     made = partial.state / "nf4"
+    if (made / "model").is_dir():  # finished, and not yet put in its place
+        (made / "model").rename(partial.model)
+        return
+    shutil.rmtree(made, ignore_errors=True)
     for size in _NF4_BLOCKS:
         try:
             wanted = QuantizeOptions(
@@ -196,7 +265,6 @@ def _quantize_base(folder: Path, partial: PartialFolder, options: FinetuneOption
         except QuantcliError as error:
             if "do not divide" not in error.message or size == _NF4_BLOCKS[-1]:
                 raise
-    partial.model.rmdir()
     (made / "model").rename(partial.model)
 
 
