@@ -517,7 +517,8 @@ class GenerateOptions:
     prompt: str
     """Text to continue."""
     adapter: str | None = None
-    """Adapter to run with: NAME of a NAME.onnx_adapter in the folder, or such a file."""
+    """Adapter to run with. In an ONNX folder: NAME of its NAME.onnx_adapter, or such a file. For a checkpoint: a
+    folder that peft saved, or its name beside the model (`adapter` in an output folder of finetune)."""
     use_chat_template: bool = False
     """Render the prompt as a user's message by the model's chat template."""
     max_new_tokens: int = 128

@@ -244,3 +244,30 @@ def test_quarot_with_bits_of_activations_and_cache():
 def test_quarot_configurations_that_contradict_themselves(words, message):
     with pytest.raises(UsageError, match=message):
         quantize(words)
+
+
+GENERATE_ADAPTER = r"""
+quantcli generate-adapter \
+    --model_name_or_path finetuned-model/model \
+    --adapter_path finetuned-model/adapter \
+    --use_ort_genai \
+    --output_path adapter-onnx \
+    --log_level 1
+"""
+
+
+@pytest.mark.parametrize("more", ["", " --use_ort_genai True --adapter_type lora --adapter_format onnx_adapter"])
+def test_documented_generate_adapter_block_as_written(more):
+    made = parse([*shell_words(GENERATE_ADAPTER), *shlex.split(more)]).options
+    assert (made.model, made.adapters) == ("finetuned-model/model", ("finetuned-model/adapter",))
+    assert (made.output, made.adapter_format) == (Path("adapter-onnx"), "onnx_adapter")
+
+
+def test_flags_of_adapters():
+    made = options("generate-adapter", "-m M -o O -a A --adapter_format numpy --precision float32")
+    assert (made.adapters, made.adapter_format) == (("A",), "npz")
+    for words in ("--use_ort_genai False", "--adapter_type loha", "--adapter_format pt", "--precision float16"):
+        with pytest.raises(UsageError):
+            options("generate-adapter", f"-m M -o O {words}")
+    made = options("convert-adapter", "-m M --output_path O --adapter_path A --adapter_format numpy")
+    assert (made.adapter, made.adapter_format) == (Path("A"), "npz")

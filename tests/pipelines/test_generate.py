@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
+import peft
 import pytest
 import torch
 import transformers
@@ -14,9 +16,12 @@ import tiny
 from quantcli.cli import app
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.text_stream import TextStream
+from quantcli.models.linear import QuantizedLinear
 from quantcli.options import CaptureOptions, GenerateOptions, QuantizeOptions
 from quantcli.pipelines import capture, generate, quantize
 
+# peft asks transformers for a name that it is about to give up
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 PROMPT = tiny.words(6)
 
 
@@ -168,8 +173,64 @@ def test_values_that_cannot_be(values, message):
 def test_adapters_that_are_not_there(folders):
     with pytest.raises(UsageError, match="has no adapters"):
         run(folders / "Q-onnx", adapter="tone")
-    with pytest.raises(UsageError, match="--adapter runs on ONNX folders"):
+    with pytest.raises(UsageError, match="--adapter tone: there is no such folder"):
         run(folders / "Q", adapter="tone")
+    with pytest.raises(UsageError, match=r"config\.json is a file; .* is a checkpoint"):
+        run(folders / "Q", adapter=str(folders / "float" / "config.json"))
+    with pytest.raises(InputError, match=r"has no adapter_config\.json"):
+        run(folders / "Q", adapter=str(folders / "float"))
+
+
+def save_adapter(base, folder, **values):
+    """A lively adapter, as peft saves it; the model with it."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(**(settings | values)))
+    for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
+        parameter.data *= 3
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["float", "Q"])
+@pytest.mark.parametrize("values", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}], ids=["plain", "pattern"])
+def test_a_checkpoint_with_an_adapter_writes_what_peft_writes(folders, tmp_path, name, values):
+    from quantcli.models.load import load
+
+    folder = tmp_path / "F"  # as finetune leaves it
+    shutil.copytree(folders / name, folder / "model" if name == "float" else folder)
+    model, tokenizer = save_adapter(folders / "float", folder / "adapter", **values), byte_tokenizer()
+    if name == "Q":
+        for path, layer in load(folders / name, device="cpu").named_modules():
+            if isinstance(layer, QuantizedLinear):
+                model.base_model.model.get_submodule(path).base_layer.weight.data = layer.dequantize()
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    wanted = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    given = str(folder / "adapter")
+    assert list(run(folder / "model", adapter=given).tokens) == wanted.tolist()
+    assert run(folder / "model", adapter="adapter").tokens == run(folder / "model", adapter=given).tokens
+    assert run(folders / name).tokens != run(folder / "model", adapter=given).tokens
+    with pytest.raises(UsageError, match=r"is a folder of peft; .* is an ONNX base"):
+        run(folders / f"{name}-onnx", adapter=given)
+
+
+def test_adapters_of_other_models(folders, tmp_path):
+    deep = tiny.checkpoint(tmp_path / "deep", vocab_size=260, eos_token_id=259, num_hidden_layers=3)
+    byte_tokenizer().save_pretrained(deep)
+    save_adapter(deep, tmp_path / "three", target_modules=["q_proj"])
+    save_adapter(folders / "float", tmp_path / "two", target_modules=["q_proj"])
+    save_adapter(folders / "float", tmp_path / "head", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(InputError, match=r"is for .*layers\.2\..*, which the model does not have"):
+        run(folders / "Q", adapter=str(tmp_path / "three"))
+    with pytest.raises(InputError, match=r"lacks .*layers\.2\."), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns before we refuse
+        run(deep, adapter=str(tmp_path / "two"))
+    assert run(folders / "float", adapter=str(tmp_path / "head")).tokens  # a head of its own is taken along
+    weights = tmp_path / "two" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match="does not fit the model or is damaged"):
+        run(folders / "float", adapter=str(tmp_path / "two"))
 
 
 def test_the_answer_is_on_stdout_and_the_speed_on_stderr(folders, capsys):

@@ -1,7 +1,11 @@
 """A base and its adapters in ONNX Runtime against the same adapters in peft."""
 
+import io
 import json
+import os
 import shutil
+import warnings
+from contextlib import redirect_stdout
 
 import numpy as np
 import onnxruntime as ort
@@ -12,6 +16,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import tiny
+from quantcli.adapters.files import write_adapter
 from quantcli.cli import app
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.genai_model import GenaiModel
@@ -224,3 +229,128 @@ def test_int8_arithmetic_without_an_adapter_is_the_base(root, tmp_path):
     generate_adapter.run(GenerateAdapterOptions(str(tmp_path / "onnx"), tmp_path / "A", (str(root / "qv"),)))
     assert np.array_equal(genai_logits(tmp_path / "A"), genai_logits(tmp_path / "onnx"))
     assert np.abs(genai_logits(tmp_path / "A", "qv") - wanted_logits(root, "Q", "qv")).max() < 0.5
+
+
+def test_adapters_switch_in_one_model_of_genai(root):
+    import onnxruntime_genai as og
+
+    folder = root / "Q-A" / "model"
+    model = og.Model(str(folder))
+    adapters = og.Adapters(model)
+    for name in ADAPTERS:
+        adapters.load(str(folder / f"{name}.onnx_adapter"), name)
+    for name in ("qv", None, "all", "mlp", "qv"):
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(TOKENS) + 1)
+        generator = og.Generator(model, params)
+        if name is not None:
+            generator.set_active_adapter(adapters, name)
+        generator.append_tokens(TOKENS.numpy().astype(np.int32)[None])
+        found = np.asarray(generator.get_output("logits"))[0]
+        assert np.abs(found - wanted_logits(root, "Q", name)).max() < 1e-4
+
+
+BLOCK = """generate-adapter
+    --model_name_or_path finetuned-model/model
+    --adapter_path finetuned-model/adapter
+    --use_ort_genai
+    --output_path adapter-onnx
+    --log_level 1"""
+
+
+def test_the_documented_command_as_written(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root / "Q", "finetuned-model")
+    shutil.copytree(root / "qv", "finetuned-model/adapter")
+    assert app.run(BLOCK.split()) == 0
+    assert {p.name for p in (tmp_path / "adapter-onnx" / "model").iterdir()} >= {
+        "adapter.onnx_adapter",
+        "genai_config.json",
+        "model.onnx",
+        "tokenizer.json",
+    }
+    # the folders are self-contained: what they were made from may go, and they may move
+    (tmp_path / "adapter-onnx").rename(tmp_path / "moved")
+    shutil.rmtree("finetuned-model")
+    assert not np.array_equal(genai_logits(tmp_path / "moved", "adapter"), genai_logits(tmp_path / "moved"))
+
+
+def built_with_adapter(source, adapter, target, precision="fp32", **more):
+    """A graph of the model builder that has an adapter built in."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnxruntime_genai.models import builder
+
+        words = [f"adapter_path={adapter}", "hf_token=false", *(f"{k}={v}" for k, v in more.items())]
+        given = (str(source), str(target), precision, "cpu", str(target / ".cache"))
+        options = builder.parse_extra_options(None, *given, words)
+        builder.create_model(None, *given, **options)
+    return target
+
+
+@pytest.fixture(scope="module")
+def built_in(root):
+    (root / "built-in").mkdir()
+    return built_with_adapter(root / "float", root / "all", root / "built-in" / "model").parent
+
+
+def test_a_graph_with_lora_built_in(root, built_in, tmp_path, capsys):
+    words = ["generate-adapter", "-m", str(built_in / "model"), "-o", str(tmp_path / "A")]
+    assert app.run([*words, "--adapter-path", f"qv={root / 'qv'}"]) == 0
+    assert "adapter.onnx_adapter: 14 linears, rank 4" in capsys.readouterr().out
+    assert app.run(["convert-adapter", "-m", str(tmp_path / "A"), "--adapter-path", str(root / "mlp"), "-o",
+                    str(tmp_path / "A" / "model" / "mlp")]) == 0  # fmt: skip
+    for name, twin in (("adapter", "all"), ("qv", "qv"), ("mlp", "mlp"), (None, None)):
+        assert np.abs(genai_logits(tmp_path / "A", name) - wanted_logits(root, "float", twin)).max() < 1e-4
+    assert app.run([*words, "--force", "--adapter-path", f"adapter={root / 'qv'}"]) == 2
+    assert "is named 'adapter' already" in capsys.readouterr().err
+
+
+def test_lora_that_was_quantized(root, tmp_path):
+    folder = built_with_adapter(root / "float", root / "all", tmp_path / "int4", "int4", int4_block_size=16)
+    with pytest.raises(InputError, match=r"the graph has no float matrix .*lora_|brings no adapter") as caught:
+        generate_adapter.run(GenerateAdapterOptions(str(folder), tmp_path / "A"))
+    assert "nodes_to_exclude" in caught.value.hint
+
+
+def test_adapter_files_that_do_not_fit(root, tmp_path):
+    def refused(values):
+        path = tmp_path / "x.onnx_adapter"
+        write_adapter(path, values, "onnx_adapter")
+        with pytest.raises(InputError) as caught:
+            genai_logits(root / "Q-A", str(path))
+        assert "convert-adapter" in caught.value.hint
+        return caught.value.message
+
+    held = ort.AdapterFormat.read_adapter(str(root / "Q-A" / "model" / "qv.onnx_adapter")).get_parameters()
+    values = {name: value.numpy() for name, value in held.items()}
+    a, b = next(n for n in values if n.endswith("lora_A")), next(n for n in values if n.endswith("lora_B"))
+    assert "has no such input" in refused({"other.lora_A": values[a]})
+    assert f"{a} is [32, " in refused(values | {a: values[a][:32].copy()})
+    assert f"{b} is [2, " in refused(values | {b: values[b][:2].copy()})
+    whole = (root / "Q-A" / "model" / "qv.onnx_adapter").read_bytes()
+    for size in (0, 100, len(whole) - 8):
+        (tmp_path / "cut.onnx_adapter").write_bytes(whole[:size])
+        with pytest.raises(InputError, match="is damaged, or no adapter file"):
+            genai_logits(root / "Q-A", str(tmp_path / "cut.onnx_adapter"))
+
+
+def test_models_that_are_none(root, tmp_path):
+    def refused(model):
+        with pytest.raises((InputError, UsageError)) as caught:
+            generate_adapter.run(GenerateAdapterOptions(str(model), tmp_path / "A"))
+        return f"{caught.value.message} / {caught.value.hint}"
+
+    shutil.copytree(root / "qv", tmp_path / "F" / "adapter")
+    config = tmp_path / "F" / "adapter" / "adapter_config.json"
+    tiny.edit_json(config, base_model_name_or_path="../model")
+    said = refused(config.parent)
+    assert (
+        "is an adapter, not a model; its base was ../model, which is not there / write -m BASE --adapter-path" in said
+    )
+    shutil.copytree(root / "float", tmp_path / "F" / "model")
+    assert "is an adapter, not a model / write -m " in refused(config.parent)
+    assert f"add --adapter-path {os.path.relpath(config.parent)}" in refused(tmp_path / "F" / "model")
+    shutil.copytree(root / "float-onnx" / "model", tmp_path / "graph")
+    (tmp_path / "graph" / "genai_config.json").unlink()
+    assert "holds an ONNX graph without genai_config.json" in refused(tmp_path / "graph")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint, read_header
 from quantcli.tensors.finite import all_finite
 
-__all__ = ["LoraLayer", "read_peft"]
+__all__ = ["LoraLayer", "read_peft", "refuse_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
@@ -80,6 +81,24 @@ def read_peft(folder: Path) -> list[LoraLayer]:
     if not parts:
         raise InputError(f"{path} holds no LoRA matrices")
     return [_layer(path, config, module, found) for module, found in parts.items()]
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses an adapter folder where a model is expected, and says where its base should be.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return
+    named = str(_read_config(folder).get("base_model_name_or_path") or "")
+    base = folder / named if named.startswith(".") else Path(named)
+    found = bool(named) and base.is_dir()
+    moved = "" if found or not named else f"; its base was {named}, which is not there"
+    raise InputError(
+        f"{folder} is an adapter, not a model{moved}",
+        hint=f"write -m {os.path.relpath(base) if found else 'BASE'} --adapter-path {folder}",
+    )
 
 
 def _layer(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]) -> LoraLayer:

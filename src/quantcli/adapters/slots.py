@@ -15,7 +15,7 @@ from quantcli.adapters.peft_folder import LoraLayer
 from quantcli.errors import InputError, nearest
 from quantcli.graphs.products import Product, read_products
 
-__all__ = ["Slot", "add_slots", "find_slots", "fit"]
+__all__ = ["Slot", "add_slots", "find_slots", "fit", "optional_input"]
 
 _PRODUCTS = ("MatMul", "MatMulNBits")
 _GATHERED = "/columns_"  # an input whose columns were put in the order of the codes (desc_act)
@@ -127,8 +127,8 @@ def _add(graph: ir.Graph, slot: Slot, number: int) -> None:
     producer = x.producer()
     if producer is not None and producer.op_type == "Gather" and _GATHERED in str(producer.name):
         x = producer.inputs[0]
-    a = _optional_input(graph, slot.a, (slot.product.width, f"rank_{number}"), (slot.product.width, 0))
-    b = _optional_input(graph, slot.b, (f"rank_{number}", slot.product.rows), (0, slot.product.rows))
+    a = optional_input(graph, slot.a, (slot.product.width, f"rank_{number}"))
+    b = optional_input(graph, slot.b, (f"rank_{number}", slot.product.rows))
     node, y = _with_bias(node)
     uses = list(y.uses())
     down = ir.node("MatMul", [x, a], name=f"{node.name}/lora_A")
@@ -153,9 +153,9 @@ def _with_bias(node: ir.Node) -> tuple[ir.Node, ir.Value]:
     return node, node.outputs[0]
 
 
-def _optional_input(
-    graph: ir.Graph, name: str, shape: tuple[int | str, int | str], default: tuple[int, int]
-) -> ir.Value:
+def optional_input(graph: ir.Graph, name: str, shape: tuple[int | str, int | str]) -> ir.Value:
+    """A new float32 input whose default has size 0 where the shape has a name."""
+    default = [size if isinstance(size, int) else 0 for size in shape]
     tensor = ir.Tensor(np.zeros(default, np.float32), name=name)
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape), const_value=tensor)
     graph.inputs.append(value)

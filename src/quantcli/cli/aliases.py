@@ -60,6 +60,13 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Always:
+    """A switch, bare or with True, that asks for what is so anyway; False cannot be served."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Refused:
     """A flag that we know and cannot serve."""
 
@@ -67,7 +74,7 @@ class Refused:
     hint: str | None = None
 
 
-Alias = Rename | Words | Switch | Rounder | Dropped | Refused
+Alias = Rename | Words | Switch | Rounder | Dropped | Always | Refused
 
 _BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in range(1, 9) for sign in ("", "u")}
 _SHOWN = 5
@@ -91,6 +98,11 @@ _CHECKPOINT: dict[str, Alias] = {
     "--model_script": Refused("only Hugging Face checkpoints are read, never a script"),
     "--script_dir": Refused("only Hugging Face checkpoints are read, never a script"),
     "--test": Refused("there is no test mode", "try a small model, or --dry-run"),
+}
+_ADAPTER: dict[str, Alias] = {
+    "--adapter_path": Rename("--adapter-path"),
+    "--adapter_type": Dropped("adapters are LoRA", value=True, only=("lora",)),
+    "--adapter_format": Rename("--adapter-format", {"numpy": ("--adapter-format", "npz")}),
 }
 
 ALIASES: dict[str, dict[str, Alias]] = {
@@ -172,13 +184,18 @@ ALIASES: dict[str, dict[str, Alias]] = {
         **_EVERYWHERE,
         "--model_name_or_path": Rename("--model"),
         "--output_path": Rename("--output"),
-        "--adapter_path": Rename("--adapter-path"),
+        "-a": Rename("--adapter-path"),
+        **_ADAPTER,
     },
     "generate-adapter": {
         **_EVERYWHERE,
-        "--model_name_or_path": Rename("--model"),
-        "--output_path": Rename("--output"),
-        "--adapter_path": Rename("--adapter-path"),
+        **{flag: _CHECKPOINT[flag] for flag in ("--model_name_or_path", "--output_path", "-t", "--task")},
+        "--use_ort_genai": Always("what it writes is a folder for ONNX Runtime GenAI"),
+        "-a": Rename("--adapter-path"),
+        **_ADAPTER,
+        "--precision": Dropped(
+            "a float model stays float32, a quantized one keeps its codes", value=True, only=("float32", "fp32")
+        ),
     },
     "inspect": dict(_EVERYWHERE),
     "algorithms": dict(_EVERYWHERE),
@@ -252,6 +269,8 @@ def describe(alias: Alias) -> str:
             return f"refused: {why}" + (f"; {hint}" if hint else "")
         case Dropped(why, _, only):
             return f"taken{f' with {_or(only)}' if only else ''}, nothing to do: {why}"
+        case Always(why):
+            return f"taken, bare or with True, nothing to do: {why}"
         case Switch(on, off):
             return f"{_code(on)}; False: {_code(off)}"
         case Rounder(on, off):
@@ -286,14 +305,18 @@ def _values(alias: Alias, following: Sequence[str]) -> list[str]:
     if isinstance(alias, Words):
         end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
         return list(following[:end])
-    if isinstance(alias, Switch | Rounder):
+    if isinstance(alias, Switch | Rounder | Always):
         return [following[0]] if following and following[0].lower() in ("true", "false") else []
     takes_one = isinstance(alias, Rename) or (isinstance(alias, Dropped) and alias.value)
     return list(following[:1]) if takes_one else []
 
 
 def _apply(
-    alias: Rename | Words | Switch | Dropped | Refused, name: str, values: list[str], command: str, notes: list[str]
+    alias: Rename | Words | Switch | Dropped | Always | Refused,
+    name: str,
+    values: list[str],
+    command: str,
+    notes: list[str],
 ) -> list[str]:
     match alias:
         case Refused(why, hint):
@@ -302,6 +325,11 @@ def _apply(
             if takes_value and (not values or values[0] not in only):
                 got = repr(values[0]) if values else "nothing"
                 raise UsageError(f"{name} takes {_or(only)}, got {got}: {why}", hint=f"leave {name} out")
+            notes.append(f"{name} has nothing to do: {why}")
+            return []
+        case Always(why):
+            if _is_false(name, values):
+                raise UsageError(f"{name} False cannot be used with {command}: {why}", hint=f"leave {name} out")
             notes.append(f"{name} has nothing to do: {why}")
             return []
         case Switch(on, off):

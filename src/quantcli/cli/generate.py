@@ -38,12 +38,13 @@ COMMAND = Command(
     styles={
         "model": FlagStyle(("-m", "--model")),
         "prompt": FlagStyle(("-p", "--prompt")),
-        "adapter": FlagStyle(metavar="NAME"),
+        "adapter": FlagStyle(metavar="NAME|PATH"),
     },
     panels={"Sampling": ("temperature", "top_p", "seed")},
     examples=(
         "quantcli generate -m Q -p 'The capital of France is'",
         "quantcli generate -m onnx -p 'Write a haiku.' --use-chat-template --temperature 0.8 --seed 1",
         "quantcli generate -m A --adapter tone -p 'A charming film.'",
+        "quantcli generate -m F --adapter adapter -p 'A charming film.'",
     ),
 )

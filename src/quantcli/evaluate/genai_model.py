@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli.adapters.files import require_fit
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.evaluate.sampling import Sampling
 
@@ -34,6 +35,7 @@ class GenaiModel:
         try:
             config = json.loads((folder / "genai_config.json").read_text())
             self.max_positions: int = int(config["model"]["context_length"])
+            graph = folder / str(config["model"]["decoder"]["filename"])
             ends = config["model"].get("eos_token_id")
             self.end_tokens = frozenset(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
         except (ValueError, KeyError, TypeError) as error:
@@ -45,6 +47,7 @@ class GenaiModel:
         self._adapters: Any = None
         if adapter is not None:
             file = _adapter_file(folder, adapter)
+            require_fit(file, graph)
             try:
                 self._adapters = og.Adapters(self._model)
                 self._adapters.load(str(file), _ACTIVE)
@@ -104,6 +107,11 @@ def _adapter_file(folder: Path, adapter: str) -> Path:
     beside, given = folder / (adapter + _SUFFIX), Path(adapter)
     if beside.is_file() or given.is_file():
         return beside if beside.is_file() else given
+    if (given / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--adapter {adapter} is a folder of peft; {folder} is an ONNX base, which takes files made for it",
+            hint=f"make one: quantcli convert-adapter -m {folder} --adapter-path {adapter} -o {given.name}",
+        )
     names = [file.name.removesuffix(_SUFFIX) for file in folder.glob("*" + _SUFFIX)]
     if not names:
         raise UsageError(f"{folder} has no adapters", hint="make them with `quantcli generate-adapter`")

@@ -65,7 +65,7 @@ def open_language_model(
     """Opens a model folder with what runs it.
 
     Raises:
-        InputError: the folder is neither a checkpoint nor an ONNX GenAI folder.
+        InputError: the folder is neither a checkpoint nor an ONNX GenAI folder, or the adapter does not fit it.
         UsageError: activations are to be rounded in a graph, or there is no such adapter.
     """
     if is_genai_folder(folder):
@@ -82,11 +82,21 @@ def open_language_model(
             f"{folder} holds an ONNX graph without genai_config.json, it cannot be run as a language model",
             hint="write it with `quantcli capture-onnx-graph`",
         )
-    if adapter is not None:
-        raise UsageError(
-            f"--adapter runs on ONNX folders, {folder} is a checkpoint",
-            hint="make one with `quantcli generate-adapter`",
-        )
     from quantcli.evaluate.torch_model import TorchModel
 
-    return TorchModel(folder, device, trust_remote_code, simulation)
+    return TorchModel(
+        folder, device, trust_remote_code, simulation, None if adapter is None else _adapter_folder(folder, adapter)
+    )
+
+
+def _adapter_folder(folder: Path, adapter: str) -> Path:
+    """An adapter folder of peft: given by path, or by its name beside the model, where finetune writes it."""
+    for path in (Path(adapter), folder.parent / adapter):
+        if path.is_dir():
+            return path
+    if Path(adapter).is_file():
+        raise UsageError(
+            f"--adapter {adapter} is a file; {folder} is a checkpoint, which takes the folder that peft saved",
+            hint="files of adapters belong to ONNX bases, see `quantcli generate-adapter`",
+        )
+    raise UsageError(f"--adapter {adapter}: there is no such folder", hint="give a folder that peft saved")

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.evaluate.sampling import Sampling
+from quantcli.models.checkpoint import read_config
 from quantcli.models.linear import QuantizedLinear
 from quantcli.models.load import load
 from quantcli.models.machine import free_bytes
+from quantcli.models.online import refuse_online
 from quantcli.options import SimulationOptions
 
 __all__ = ["TorchModel"]
@@ -26,10 +28,17 @@ class TorchModel:
         device: str | torch.device | None,
         trust_remote_code: bool,
         simulation: SimulationOptions | None = None,
+        adapter: Path | None = None,
     ):
-        """Opens a folder; see `models.load.load` for what it raises."""
+        """Opens a folder, with an adapter folder of peft; see `models.load.load` for what it raises.
+
+        Raises:
+            InputError: the adapter is damaged, or does not fit the model.
+        """
         self.folder = folder
         self._model: Any = load(folder, device=device, trust_remote_code=trust_remote_code, simulation=simulation)
+        if adapter is not None:
+            self._model = _adapted(self._model, folder, adapter)
         self._device = self._model.device
         text_config = self._model.config.get_text_config()
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -102,3 +111,10 @@ class TorchModel:
                 f"{self.folder}: its tokenizer gives token {int(tokens.max())}, the model has {rows} embeddings"
             )
         return tokens.to(self._device)
+
+
+def _adapted(model: Any, folder: Path, adapter: Path) -> Any:
+    from quantcli.finetune.lora import open_lora  # peft takes seconds to import
+
+    refuse_online(read_config(folder), folder, "and its hidden states are not those that an adapter was trained on")
+    return open_lora(model, adapter)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -131,7 +132,20 @@ def open_lora(model: Any, folder: Path) -> PeftModel:
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"adapter {folder} does not fit the model or is damaged: {reason}") from error
+    _refuse_other_tensors(adapted, folder)
     return adapted.eval()
+
+
+def _refuse_other_tensors(adapted: PeftModel, folder: Path) -> None:
+    """Peft leaves out what it finds no place for, in silence, and starts afresh what is not there, with a warning."""
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    found = load_file(folder / "adapter_model.safetensors").keys()
+    for names, what in ((found - wanted, "is for {}, which the model does not have"), (wanted - found, "lacks {}")):
+        if names:
+            raise InputError(
+                f"adapter {folder} {what.format(sorted(names)[0])}",
+                hint="give the model that the adapter was trained on",
+            )
 
 
 def save_lora(model: PeftModel, folder: Path) -> None:

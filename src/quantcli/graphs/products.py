@@ -12,7 +12,7 @@ import onnx_ir as ir
 from quantcli.graphs.nbits import Placement
 from quantcli.graphs.rows import RowRange
 
-__all__ = ["Product", "read_products", "record_products"]
+__all__ = ["Product", "read_products", "record_products", "write_products"]
 
 _KEY = "quantcli.products"
 
@@ -37,15 +37,19 @@ class Product:
 def record_products(model: ir.Model, placements: Sequence[Placement], outside: Iterable[str]) -> None:
     """Writes down where the linears are, except those `outside` of the blocks (embedding and head)."""
     left_out = set(outside)
+    kept = [p for p in placements if not left_out & {r.name for r in p.ranges}]
+    write_products(model, [Product(p.weight, p.ranges, p.width) for p in kept])
+
+
+def write_products(model: ir.Model, products: Iterable[Product]) -> None:
+    """Writes down where the linears are."""
     entries = [
-        {"weight": p.weight, "width": p.width, "rows": [[r.name, r.start, r.stop] for r in p.ranges]}
-        for p in placements
-        if not left_out & {r.name for r in p.ranges}
+        {"weight": p.weight, "width": p.width, "rows": [[r.name, r.start, r.stop] for r in p.ranges]} for p in products
     ]
     model.metadata_props[_KEY] = json.dumps(entries)
 
 
 def read_products(model: ir.Model) -> list[Product]:
-    """What `record_products` wrote; nothing for graphs of others."""
+    """What `write_products` wrote; nothing for graphs of others."""
     entries = json.loads(model.metadata_props.get(_KEY, "[]"))
     return [Product(e["weight"], tuple(RowRange(*r) for r in e["rows"]), e["width"]) for e in entries]

@@ -1,9 +1,10 @@
 """`quantcli generate-adapter`: an ONNX base whose linears take LoRA as optional inputs, and adapter files for it."""
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quantcli.adapters.files import FILE_FORMATS, write_adapter
-from quantcli.adapters.peft_folder import LoraLayer, read_peft
+from quantcli.adapters.lift import Lifted, has_lora, lift
+from quantcli.adapters.peft_folder import LoraLayer, read_peft, refuse_adapter
 from quantcli.adapters.slots import add_slots, fit
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.genai_model import GenaiModel
@@ -39,6 +41,7 @@ __all__ = ["AdapterFile", "GenerateAdapterResult", "run"]
 _GRAPH = "model.onnx"
 _FINETUNED = "adapter"
 _PROBE_TOKENS = 48
+_OTHER_ORDER = 1e-2  # int8 arithmetic (accuracy level 4) makes steps of rounding errors
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,39 @@ def run(options: GenerateAdapterOptions, progress: Progress | None = None) -> Ge
         ResourceError: not enough disk.
     """
     progress, begin = progress or Silent(), time.perf_counter()
-    folder = locate_model(options.model)
-    adapters = {name: read_peft(path) for name, path in _adapter_folders(options).items()}
+    folder, given = _locate(options.model), _adapter_folders(options)
+    is_graph = is_genai_folder(folder)
+    built_in = is_graph and has_lora(open_graph(folder / _GRAPH))
+    if built_in and _FINETUNED in given:
+        raise UsageError(
+            f"the adapter that {folder} has built in is named {_FINETUNED!r} already",
+            hint="name the other: --adapter-path NAME=FOLDER",
+        )
+    if not given and not built_in:
+        beside = Path(options.model).absolute().parent / _FINETUNED
+        word = os.path.relpath(beside) if beside.is_dir() else "NAME=FOLDER"
+        raise UsageError(f"{options.model} brings no adapter along", hint=f"add --adapter-path {word}")
+    adapters = {name: read_peft(path) for name, path in given.items()}
+    progress.plan(
+        "Generate adapter",
+        [
+            ("model", f"{options.model} ({'ONNX' if is_graph else 'captured first'})"),
+            ("adapters", ", ".join([*([f"{_FINETUNED} (built in)"] if built_in else []), *adapters])),
+            ("format", options.adapter_format),
+            ("output", str(options.output)),
+        ],
+    )
     resolved = asdict(options) | {"output": str(options.output), "adapters": sorted(adapters)}
-    with create_output(options.output, plan=resolved, inputs=[folder], force=options.force) as partial:
+    inputs = [folder, *given.values()]
+    with create_output(options.output, plan=resolved, inputs=inputs, force=options.force) as partial:
         base = folder
-        if not is_genai_folder(folder):
+        if not is_graph:
             captured = partial.state / "captured"
             capture.run(CaptureOptions(str(folder), captured, trust_remote_code=options.trust_remote_code), progress)
             base = captured / "model"
         files = _write(options, base, partial.model, adapters)
-        progress.note("comparing the base without adapter with what it was")
-        _verify(options, base, partial.model, adapters)
+        progress.note("comparing the base with what it was")
+        _verify(options, base, partial.model, [file.name for file in files], built_in)
         result = GenerateAdapterResult(
             output=options.output,
             adapters=files,
@@ -108,13 +132,27 @@ def run(options: GenerateAdapterOptions, progress: Progress | None = None) -> Ge
     return result
 
 
+def _locate(model: str) -> Path:
+    """The model folder.
+
+    Raises:
+        InputError: it is an adapter, or a graph without what says how to run it.
+    """
+    refuse_adapter(Path(model))
+    folder = locate_model(model)
+    if not is_genai_folder(folder) and not (folder / "config.json").is_file() and any(folder.glob("*.onnx")):
+        raise InputError(
+            f"{folder} holds an ONNX graph without genai_config.json, it cannot be run as a language model",
+            hint="write it with `quantcli capture-onnx-graph`",
+        )
+    return folder
+
+
 def _adapter_folders(options: GenerateAdapterOptions) -> dict[str, Path]:
     """Name to folder, as given or from beside the model of finetune's output."""
     named = options.named()
     if not named and (Path(options.model) / _FINETUNED).is_dir():
         named = {_FINETUNED: Path(options.model) / _FINETUNED}
-    if not named:
-        raise UsageError(f"{options.model} brings no adapter along", hint="add --adapter-path NAME=FOLDER")
     return named
 
 
@@ -123,6 +161,7 @@ def _write(
 ) -> tuple[AdapterFile, ...]:
     """Writes the base with slots, its companions and the adapters."""
     model = open_graph(base / _GRAPH)
+    lifted = lift(model) if has_lora(model) else None
     slots = add_slots(model)
     fitted = {name: fit(layers, slots) for name, layers in adapters.items()}
     save_graph(model, target / _GRAPH)
@@ -130,14 +169,29 @@ def _write(
         if path.is_file() and path.name not in (_GRAPH, _GRAPH + DATA_SUFFIX):
             shutil.copyfile(path, target / path.name)
     _quieten(target / "genai_config.json")
-    written = []
+    written = [_write_lifted(options, target, lifted)] if lifted is not None else []
     for name, values in fitted.items():
-        file = target / (name + FILE_FORMATS[options.adapter_format])
-        write_adapter(file, values, options.adapter_format)
-        ranks = sorted({layer.a.shape[0] for layer in adapters[name]})
-        words = " to ".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
-        written.append(AdapterFile(name, file.name, len(adapters[name]), words, file.stat().st_size))
+        ranks = {layer.a.shape[0] for layer in adapters[name]}
+        written.append(_write_one(options, target, name, values, len(adapters[name]), ranks))
     return tuple(written)
+
+
+def _write_lifted(options: GenerateAdapterOptions, target: Path, lifted: Lifted) -> AdapterFile:
+    return _write_one(options, target, _FINETUNED, lifted.values, lifted.linears, lifted.ranks)
+
+
+def _write_one(
+    options: GenerateAdapterOptions,
+    target: Path,
+    name: str,
+    values: Mapping[str, np.ndarray],
+    linears: int,
+    ranks: Collection[int],
+) -> AdapterFile:
+    file = target / (name + FILE_FORMATS[options.adapter_format])
+    write_adapter(file, values, options.adapter_format)
+    words = " to ".join(str(r) for r in dict.fromkeys((min(ranks), max(ranks))))
+    return AdapterFile(name, file.name, linears, words, file.stat().st_size)
 
 
 def _quieten(path: Path) -> None:
@@ -147,7 +201,7 @@ def _quieten(path: Path) -> None:
     write_json(path, config)
 
 
-def _verify(options: GenerateAdapterOptions, base: Path, target: Path, adapters: Mapping[str, list[LoraLayer]]) -> None:
+def _verify(options: GenerateAdapterOptions, base: Path, target: Path, names: Sequence[str], built_in: bool) -> None:
     """Runs what was written.
 
     Raises:
@@ -155,14 +209,16 @@ def _verify(options: GenerateAdapterOptions, base: Path, target: Path, adapters:
     """
     text, _ = probe_tokens(read_tokenizer(base, options.trust_remote_code))
     tokens = torch.tensor(text[:_PROBE_TOKENS])
-    plain = _logits(base, tokens)
-    if not np.array_equal(plain, _logits(target, tokens)):
+    before, runs = _logits(base, tokens), options.adapter_format == "onnx_adapter"
+    if not built_in and not np.array_equal(before, _logits(target, tokens)):
         raise AssertionError("the base with slots does not compute what it did without")
-    if options.adapter_format != "onnx_adapter":
-        return
-    for name in adapters:
-        if not np.isfinite(_logits(target, tokens, name)).all():
+    for name in names if runs else ():
+        found = _logits(target, tokens, name)
+        if not np.isfinite(found).all():
             raise InputError(f"adapter {name!r} makes logits that are not finite")
+        # constants are packed before they are multiplied by, inputs are not: the sums run in another order
+        if built_in and name == _FINETUNED and np.abs(found - before).max() > _OTHER_ORDER * np.abs(before).max():
+            raise AssertionError("the graph with its adapter as inputs does not compute what it did with constants")
 
 
 def _logits(folder: Path, tokens: Tensor, adapter: str | None = None) -> np.ndarray:
