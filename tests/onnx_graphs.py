@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
-FLOATS = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,21 @@ def graph_model(
     *,
     opset: int = 21,
     listed: str = "",
+    ranks: Mapping[str, int] = MappingProxyType({}),
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Model:
-    """A model of those nodes; inputs are float but for `ids` (int64); `listed` are weights that are inputs too."""
+    """A model of those nodes; inputs are float but for `ids` (int64); `listed` are weights that are inputs too.
+
+    Inputs and outputs have two axes of any length, or as many as `ranks` says.
+    """
+
+    def shape(name: str) -> ir.Shape:
+        return ir.Shape([f"{name}{axis}" for axis in range(ranks.get(name, 2))])
+
     values: dict[str, ir.Value] = {}
     for name in [*inputs.split(), *listed.split()]:
         kind = ir.DataType.INT64 if name == "ids" else dtype
-        values[name] = ir.Value(name=name, type=ir.TensorType(kind))
+        values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=shape(name))
     for name, array in weights.items():
         value = values.setdefault(name, ir.Value(name=name))
         value.const_value = ir.Tensor(array, name=name)
@@ -53,7 +60,7 @@ def graph_model(
             values[name] = value
         made.append(node)
     for name in outputs.split():
-        values[name].type = ir.TensorType(dtype)
+        values[name].type, values[name].shape = ir.TensorType(dtype), shape(name)
     graph = ir.Graph(
         [values[n] for n in [*inputs.split(), *listed.split()]],
         [values[n] for n in outputs.split()],
