@@ -18,6 +18,7 @@ __all__ = [
     "CalibrationOptions",
     "CaptureOptions",
     "EvaluateOptions",
+    "GraphOptions",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
@@ -26,6 +27,8 @@ __all__ = [
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+GRAPH_ENCODINGS = ("nbits", "qdq")
+GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -302,6 +305,41 @@ class QuantizeOptions:
             raise UsageError(f"--mixed-bits are 1 to 8, got {', '.join(map(str, self.mixed_bits))}")
         if (self.target_bits or self.target_size or 0) <= 0:
             raise UsageError(f"{flag} must be above 0, got {self.target_bits or self.target_size or 0}")
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What `quantcli quantize` was asked beyond QuantizeOptions where the model is an ONNX graph."""
+
+    encoding: str = "nbits"
+    """nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear with blocks (opset 21)."""
+    accuracy_level: int = 0
+    """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
+    op_types: tuple[str, ...] = ("MatMul", "Gemm")
+    """Operators whose weights are quantized: MatMul, Gemm, Gather."""
+    nodes_include: tuple[str, ...] = ()
+    """Names or regular expressions of the only nodes to quantize."""
+    nodes_exclude: tuple[str, ...] = ()
+    """Names or regular expressions of nodes that stay float."""
+    quantize_last_matmul: bool = True
+    """Quantize products with no other product behind them, such as a language model's head."""
+    calibration_inputs: Path | None = None
+    """An .npz file, or a folder of them: each file is one batch, its arrays are named as the graph's inputs."""
+
+    def __post_init__(self) -> None:
+        if self.encoding not in GRAPH_ENCODINGS:
+            raise UsageError(f"unknown --encoding {self.encoding!r}, {nearest(self.encoding, GRAPH_ENCODINGS)}")
+        if self.accuracy_level not in range(5):
+            raise UsageError(f"--accuracy-level must be 0 to 4, got {self.accuracy_level}")
+        if self.accuracy_level and self.encoding == "qdq":
+            raise UsageError("--accuracy-level is an attribute of MatMulNBits", hint="use --encoding nbits")
+        for name in self.op_types:
+            if name not in GRAPH_OP_TYPES:
+                raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+        for pattern in self.nodes_include:
+            compile_regex(pattern, "--nodes-include")
+        for pattern in self.nodes_exclude:
+            compile_regex(pattern, "--nodes-exclude")
 
 
 @dataclass(frozen=True)

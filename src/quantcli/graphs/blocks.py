@@ -44,6 +44,11 @@ class BlockLayout:
         """Blocks per row, B."""
         return len(self.group)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: codes, float32 scales, packed zeros."""
+        return _row_bytes(self.blocks, self.block_size, self.bits)
+
     def same_as(self, other: "BlockLayout") -> bool:
         """Whether rows in both layouts can stand in one node."""
         kept = self.columns is None and other.columns is None

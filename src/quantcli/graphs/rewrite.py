@@ -12,10 +12,7 @@ from quantcli.graphs.rows import Rows
 from quantcli.graphs.walk import GraphTarget
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["ENCODINGS", "refuse_opset", "replace_matrices"]
-
-ENCODINGS = ("nbits", "qdq")
-"""nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear of the standard."""
+__all__ = ["refuse_opset", "replace_matrices"]
 
 
 def refuse_opset(graph: ir.Graph, encoding: str, bits: int) -> None:
@@ -45,7 +42,7 @@ def replace_matrices(
         model: As `walk.prepare` left it.
         targets: The matrices.
         read: Gives the codes of a target by name, [N, K]; called again for every use.
-        encoding: One of ENCODINGS.
+        encoding: nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear of the standard.
         accuracy_level: Attribute of every MatMulNBits.
 
     Returns:

@@ -18,12 +18,11 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, R
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.options import GRAPH_OP_TYPES
 from quantcli.tensors.finite import all_finite
 
-__all__ = ["OP_TYPES", "GraphTarget", "Selection", "WeightUse", "find_targets", "prepare", "read_matrix", "weight_uses"]
+__all__ = ["GraphTarget", "Selection", "WeightUse", "find_targets", "prepare", "read_matrix", "weight_uses"]
 
-OP_TYPES = ("MatMul", "Gemm", "Gather")
-"""Operators whose weights can be quantized."""
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
@@ -118,7 +117,7 @@ def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarge
     kept: dict[str, str] = {}
     last = set() if selection.last_product else _last_products(graph)
     for node in graph:
-        if node.op_type not in OP_TYPES:
+        if node.op_type not in GRAPH_OP_TYPES:
             continue
         for value in map(_stored, node.inputs[:2]):
             if value is None or value.const_value is None or str(value.name) in targets or str(value.name) in kept:

@@ -30,7 +30,16 @@ from quantcli.pipelines.train_rotation import TrainingCost, training_cost
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.hadamard import Rotation
 
-__all__ = ["DTYPES", "EMBEDDING_SCHEME", "MEASURED_TOKENS", "Plan", "Target", "make_plan", "with_choice"]
+__all__ = [
+    "DTYPES",
+    "EMBEDDING_SCHEME",
+    "MEASURED_TOKENS",
+    "Plan",
+    "Target",
+    "make_plan",
+    "resolve_steps",
+    "with_choice",
+]
 
 EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
 HELD_OUT_SHARE = 8
@@ -257,7 +266,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         InputError: a model that cannot be quantized.
         ResourceError: not enough memory or disk.
     """
-    *transforms, rounder = _resolve_steps(options)
+    *transforms, rounder = resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
     options = replace(options, format=_resolve_format(options.format, algorithm))
     codec = CODECS[options.format or ""]
@@ -395,7 +404,7 @@ def _words(step: Step) -> str:
     return step.algorithm.name + (f" ({settings})" if settings else "")
 
 
-def _resolve_steps(options: QuantizeOptions) -> list[Step]:
+def resolve_steps(options: QuantizeOptions) -> list[Step]:
     """Transforms and, last, the rounder, each with its settings."""
     preset = options.preset
     if preset is None and options.algorithm is None:
