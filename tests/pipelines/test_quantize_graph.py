@@ -5,11 +5,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
+import tiny
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.files import open_graph, save_graph
-from quantcli.options import GraphOptions, Override, QuantizeOptions
+from quantcli.graphs.token_inputs import TokenFeeds
+from quantcli.options import CaptureOptions, GraphOptions, Override, QuantizeOptions
+from quantcli.pipelines import capture
 from quantcli.pipelines.quantize_graph import run
 
 WIDTH, OUT = 96, 40
@@ -168,3 +172,34 @@ def test_bad_input(folder):
     with pytest.raises(InputError, match="which is shorter"):
         quantize(folder)
     assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("exporter", ["genai", "torch"])
+def test_a_captured_language_model(exporter, tmp_path):
+    """Its graph, cache and custom operators included, is quantized with statistics of tokens, and still generates."""
+    tiny.checkpoint(tmp_path / "m", tie_word_embeddings=False)
+    capture.run(CaptureOptions(str(tmp_path / "m"), tmp_path / "float", exporter=exporter))
+    source = tmp_path / "float" / "model"
+    rows = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "inputs").mkdir()
+    decoder = json.loads((source / "genai_config.json").read_text())["model"]["decoder"]
+    feeds = TokenFeeds(open_graph(source / "model.onnx").graph, rows, axes={"kv_cache_dim": decoder["head_size"]})
+    for number, feed in enumerate(feeds):
+        np.savez(tmp_path / "inputs" / f"{number}.npz", **feed)
+    graph = GraphOptions(
+        op_types=("MatMul", "Gather"), quantize_last_matmul=False, calibration_inputs=tmp_path / "inputs"
+    )
+    result = run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", algorithm="gptq", group_size=32), graph)
+    assert all(layer.relative_error < layer.rtn_relative_error for layer in result.layers if layer.tokens)
+    assert sum(layer.tokens == 0 for layer in result.layers) == 1  # the embedding, a table
+    assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "q" / "model").iterdir()}
+    import onnxruntime_genai as og
+
+    model = og.Model(str(tmp_path / "q" / "model"))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=12, min_length=12)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([[1, 2, 3]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert len(generator.get_sequence(0)) == 12
