@@ -34,8 +34,9 @@ from quantcli.graphs.rewrite import refuse_opset, replace_matrices
 from quantcli.graphs.verify import verify_weights
 from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare, read_matrix
 from quantcli.options import GraphOptions, QuantizeOptions
-from quantcli.pipelines.plan import HELD_OUT_SHARE, Target, resolve_steps
-from quantcli.pipelines.solve import LayerReport, solve_linears
+from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
+from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Target
+from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.progress import Progress, Silent
 from quantcli.scheme import Scheme
 from quantcli.tensors.hessian import Statistics
