@@ -6,13 +6,12 @@ file back. One Hessian per tensor; no more of them at a time than memory takes.
 
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.algorithms import Step, find
+from quantcli.algorithms import Step
 from quantcli.data.feeds import NpzFeeds
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import (
@@ -28,19 +27,18 @@ from quantcli.folder import (
     write_json,
 )
 from quantcli.graphs.blocks import container_bits, plan_blocks
-from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
-from quantcli.graphs.files import Graph, Model, data_files, open_graph, refuse_unusable, save_graph
+from quantcli.graphs.files import data_files, open_graph, refuse_unusable, save_graph
 from quantcli.graphs.rewrite import refuse_opset, replace_matrices
 from quantcli.graphs.verify import verify_weights
-from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare, read_matrix
+from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
 from quantcli.options import GraphOptions, QuantizeOptions
-from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
+from quantcli.pipelines.blockwise.solve import LayerReport
+from quantcli.pipelines.graphwise.solve import GraphWork, solve_graph
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Target
 from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.progress import Progress, Silent
 from quantcli.scheme import Scheme
-from quantcli.tensors.hessian import Statistics
-from quantcli.tensors.quantized import QuantizedTensor, group_index
+from quantcli.tensors.quantized import group_index
 
 __all__ = ["GraphResult", "locate_graph", "run"]
 
@@ -104,7 +102,7 @@ def run(options: QuantizeOptions, graph: GraphOptions | None = None, progress: P
         ResourceError: not enough disk.
     """
     graph, progress, begin = graph or GraphOptions(), progress or Silent(), time.perf_counter()
-    step = _check_options(options, graph)
+    scaling, step = _check_options(options, graph)
     path = locate_graph(Path(options.model))
     model = open_graph(path)
     data = data_files(model)
@@ -131,14 +129,18 @@ def run(options: QuantizeOptions, graph: GraphOptions | None = None, progress: P
         feeds = NpzFeeds.open(graph.calibration_inputs, options.calibration.num_samples)
     parent_size = path.stat().st_size + sum((path.parent / name).stat().st_size for name in data)
     identity = fingerprint(path.parent)
-    resolved = asdict(options) | {"algorithm": step.algorithm.name, "graph": asdict(graph)}
+    names = ",".join(s.algorithm.name for s in (scaling, step) if s)
+    resolved = asdict(options) | {"algorithm": names, "graph": asdict(graph)}
     plan = {"options": resolved | {"output": str(options.output)}, "parent": identity}
-    progress.plan("Quantize", _rows(options, graph, path, step, targets, kept))
+    progress.plan("Quantize", _rows(options, graph, path, scaling, step, targets, kept))
     if container_bits(options.bits) != options.bits:
         progress.note(f"{options.bits} bits are stored in containers of {container_bits(options.bits)}")
     require_free_bytes(options.output.absolute().parent, parent_size)
     with create_output(options.output, plan=plan, inputs=[path.parent], force=options.force) as partial:
-        results, reports = _solve(model, path.parent, found, targets, step, feeds, options, progress)
+        memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
+        held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and options.preset == "best" and len(feeds) > 1 else 0
+        work = GraphWork(model, path.parent, found, targets, step, scaling)
+        results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         placements = replace_matrices(model, found, results.__getitem__, graph.encoding, graph.accuracy_level)
         partial.model.mkdir(parents=True, exist_ok=True)
         written = partial.model / path.name
@@ -178,8 +180,8 @@ def run(options: QuantizeOptions, graph: GraphOptions | None = None, progress: P
     return result
 
 
-def _check_options(options: QuantizeOptions, graph: GraphOptions) -> Step:
-    """The rounder; refuses what has no effect on a graph, before anything is read."""
+def _check_options(options: QuantizeOptions, graph: GraphOptions) -> tuple[Step | None, Step]:
+    """What scales, and the rounder; refuses what has no effect on a graph, before anything is read."""
     calibration = type(options.calibration)(num_samples=options.calibration.num_samples)
     for spec in fields(options):
         if spec.name in _IDLE and getattr(options, spec.name) != getattr(QuantizeOptions(".", Path()), spec.name):
@@ -187,21 +189,26 @@ def _check_options(options: QuantizeOptions, graph: GraphOptions) -> Step:
                 continue
             raise UsageError(f"{spec.name} does not apply to ONNX graphs", hint="leave it out")
     *transforms, step = resolve_steps(options)
-    if transforms:
-        raise UsageError(f"{transforms[0].algorithm.name} does not apply to ONNX graphs", hint="use -a gptq")
+    for transform in transforms:
+        if transform.algorithm.scope != "stage":
+            raise UsageError(f"{transform.algorithm.name} does not apply to ONNX graphs", hint="use -a awq,gptq")
     if step.algorithm.codebook is not None:
         raise UsageError(
             f"{step.algorithm.name} does not apply to ONNX graphs: MatMulNBits has evenly spaced levels",
             hint="use -a kquant or gptq",
         )
-    if step.algorithm.calibration == "required" and graph.calibration_inputs is None:
-        raise UsageError(f"{step.algorithm.name} needs calibration inputs", hint="add --calibration-inputs FOLDER")
-    if graph.calibration_inputs is not None and (step.algorithm.calibration == "none" or options.preset == "fast"):
+    needing = [s.algorithm.name for s in (*transforms, step) if s.algorithm.calibration == "required"]
+    if needing and graph.calibration_inputs is None:
+        raise UsageError(f"{needing[0]} needs calibration inputs", hint="add --calibration-inputs FOLDER")
+    idle = not needing and (step.algorithm.calibration == "none" or options.preset == "fast")
+    if graph.calibration_inputs is not None and idle:
         raise UsageError(f"{step.algorithm.name} uses no calibration inputs", hint="leave out --calibration-inputs")
     zero = getattr(step.settings, "zero", "integer")
     if zero == "float":
         raise UsageError("zero=float does not apply to ONNX graphs, whose nodes hold whole zero points")
-    return replace(step, settings=replace(step.settings, zero="integer")) if zero != "integer" else step
+    if zero != "integer":
+        step = replace(step, settings=replace(step.settings, zero="integer"))
+    return (transforms[0] if transforms else None), step
 
 
 def _scheme_target(target: GraphTarget, options: QuantizeOptions) -> Target:
@@ -219,62 +226,6 @@ def _scheme_target(target: GraphTarget, options: QuantizeOptions) -> Target:
     return Target(target.name, target.name, target.rows, target.columns, target.transposed, scheme, stored)
 
 
-def _solve(
-    model: Model,
-    folder: Path,
-    found: Sequence[GraphTarget],
-    targets: Mapping[str, Target],
-    step: Step,
-    feeds: NpzFeeds | None,
-    options: QuantizeOptions,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
-    """Stage by stage: moments of the stage's tensors, then every matrix whose inputs have all been seen."""
-    results: dict[str, QuantizedTensor] = {}
-    reports: dict[str, LayerReport] = {}
-    by_inputs: dict[tuple[str, ...], list[GraphTarget]] = defaultdict(list)
-    for target in found:
-        by_inputs[target.inputs if feeds is not None else (target.name,)].append(target)
-    widths = {name: t.columns for t in found for name in t.inputs}
-    stages = stages_of(widths, options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES) if feeds else [[]]
-    seen: dict[str, InputMoments] = {}
-    holds_out = feeds is not None and options.preset == "best" and len(feeds) > 1
-    with progress.track("Quantizing", len(found)) as task:
-        for stage in stages:
-            if feeds is not None:
-                held = min(HELD_OUT_SHARE, len(feeds)) if holds_out else 0
-                seen |= collect_moments(model, folder, {name: widths[name] for name in stage}, feeds, held)
-            for inputs in [key for key in by_inputs if feeds is None or set(key) <= set(seen)]:
-                members = by_inputs.pop(inputs)
-                statistics = combine([seen[name] for name in inputs]) if feeds is not None else None
-                made, said = _solve_together(model.graph, members, targets, step, statistics, progress)
-                results |= made
-                reports |= {report.name: report for report in said}
-                for target in members:
-                    task.advance(detail=target.name)
-            waiting = {name for key in by_inputs for name in key}
-            seen = {name: moments for name, moments in seen.items() if name in waiting}
-    return results, [reports[t.name] for t in found]
-
-
-def _solve_together(
-    graph: Graph,
-    members: Sequence[GraphTarget],
-    targets: Mapping[str, Target],
-    step: Step,
-    statistics: Statistics | None,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
-    algorithm, settings = step.algorithm, step.settings
-    if statistics is None and algorithm.calibration == "required":
-        algorithm = find("kquant")
-        settings = algorithm.options()
-        why = "no calibration input reaches it" if members[0].inputs else "it is a table, which has no input"
-        progress.warn(f"{members[0].name} is quantized by kquant, without data: {why}")
-    weights = {t.name: read_matrix(graph, t) for t in members}
-    return solve_linears([targets[t.name] for t in members], weights, algorithm, settings, statistics)
-
-
 def _copy_companions(path: Path, data: set[str], partial: PartialFolder) -> None:
     """Tokenizer, configurations and whatever else stands beside the graph; links and folders are left."""
     for companion in sorted(path.parent.iterdir()):
@@ -286,6 +237,7 @@ def _rows(
     options: QuantizeOptions,
     graph: GraphOptions,
     path: Path,
+    scaling: Step | None,
     step: Step,
     targets: Mapping[str, Target],
     kept: Mapping[str, str],
@@ -293,7 +245,7 @@ def _rows(
     kind = "sym" if options.symmetric else "asym"
     return [
         ("model", str(path)),
-        ("algorithm", step.algorithm.name),
+        ("algorithm", ", ".join(s.algorithm.name for s in (scaling, step) if s)),
         ("scheme", f"{options.bits} bits, group size {options.group_size}, {kind}"),
         ("encoding", graph.encoding),
         ("quantized", f"{len(targets)} matrices, {sum(t.rows * t.columns for t in targets.values()) / 1e6:.1f} M"),

@@ -1,0 +1,1 @@
+"""An ONNX graph's matrices: moments of what flows through it, scales, codes."""
