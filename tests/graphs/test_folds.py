@@ -15,7 +15,7 @@ from quantcli.graphs.token_inputs import TokenFeeds
 from quantcli.graphs.walk import Selection, find_targets, prepare, read_matrix
 from quantcli.options import CaptureOptions
 from quantcli.pipelines import capture
-from quantcli.pipelines.graphwise.scaling import GraphScaling
+from quantcli.pipelines.graph.scaling import GraphScaling
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
 from quantcli.tensors.hessian import Statistics

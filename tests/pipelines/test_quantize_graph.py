@@ -226,12 +226,14 @@ def test_awq_scales_and_is_better_without_more_bits(tmp_path):
     graph = GraphOptions(calibration_inputs=tmp_path / "inputs")
     plain = quantize(source, "plain", graph, bits=3, algorithm="kquant")
     found = {"kquant": error(source, plain.output)}
-    for name in ("awq", "awq,gptq"):
+    found["rtn"] = error(source, quantize(source, "rtn", bits=3).output)
+    for name in ("awq,rtn", "awq", "awq,gptq"):
         result = quantize(source, name, graph, bits=3, algorithm=name)
         assert {layer.name: layer.scaled for layer in result.layers} == {"a": True, "b": True}
         assert result.size_bytes == plain.size_bytes
         found[name] = error(source, result.output)
         manifest = json.loads((result.output / "quantcli.json").read_text())
         assert manifest["options"]["algorithm"] == ("awq,kquant" if name == "awq" else name)
-    assert found["awq"] < 0.9 * found["kquant"]
-    assert found["awq,gptq"] < 0.8 * found["awq"]
+    assert found["awq,rtn"] < 0.9 * found["rtn"]
+    assert found["awq"] < found["kquant"]
+    assert found["awq,gptq"] < 0.8 * found["awq"], found

@@ -12,12 +12,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from quantcli.graphs.walk import FLOATS, GraphTarget, stored_weight, weight_uses
 
-__all__ = ["GraphFold", "Slot", "find_graph_folds"]
+__all__ = ["GraphFold", "Slot", "find_graph_folds", "read_initializer", "write_initializer"]
 
 _NORMS: Mapping[str, tuple[int, ...]] = {
     "LayerNormalization": (1, 2),
@@ -39,6 +40,26 @@ class Slot:
     """The node."""
     index: int
     """Of its input."""
+
+    def read(self) -> np.ndarray:
+        """[K] in the stored type."""
+        value = self.node.inputs[self.index]
+        assert value is not None and value.const_value is not None
+        return np.array(value.const_value.numpy()).reshape(-1)
+
+    def write(self, graph: ir.Graph, values: np.ndarray) -> None:
+        """Other values for this node; other readers keep the initializer as it is."""
+        old = self.node.inputs[self.index]
+        assert old is not None and old.const_value is not None
+        array = values.reshape(old.const_value.shape.numpy())
+        if len(old.uses()) == 1:
+            old.const_value = ir.Tensor(array, name=old.name)
+            return
+        tensor = ir.Tensor(array, name=f"{old.name}.{self.node.name or self.node.outputs[0].name}")
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        new = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
+        graph.register_initializer(new)
+        self.node.replace_input_with(self.index, new)
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,18 @@ def find_graph_folds(model: ir.Model, targets: Sequence[GraphTarget]) -> dict[st
         if found is not None:
             folds[name] = found
     return folds
+
+
+def read_initializer(graph: ir.Graph, name: str) -> np.ndarray:
+    """A copy of an initializer."""
+    stored = graph.initializers[name].const_value
+    assert stored is not None
+    return np.array(stored.numpy())
+
+
+def write_initializer(graph: ir.Graph, name: str, values: np.ndarray) -> None:
+    """Other values of the same shape and type."""
+    graph.initializers[name].const_value = ir.Tensor(values, name=name)
 
 
 class _Walk:

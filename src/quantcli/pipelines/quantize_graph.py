@@ -33,7 +33,7 @@ from quantcli.graphs.verify import verify_weights
 from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
 from quantcli.options import GraphOptions, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
-from quantcli.pipelines.graphwise.solve import GraphWork, solve_graph
+from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Target
 from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.progress import Progress, Silent

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 
 from quantcli.algorithms import Step, find
 from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
+from quantcli.graphs.files import Model
 from quantcli.graphs.folds import find_graph_folds
 from quantcli.graphs.walk import GraphTarget, read_matrix
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
-from quantcli.pipelines.graphwise.scaling import GraphScaling
+from quantcli.pipelines.graph.scaling import GraphScaling
 from quantcli.pipelines.planning.plan import Target
 from quantcli.progress import Progress
 from quantcli.tensors.quantized import QuantizedTensor
@@ -36,7 +36,7 @@ class Feeds(Protocol):
 class GraphWork:
     """What is to be done."""
 
-    model: ir.Model
+    model: Model
     """The float graph, as `walk.prepare` left it."""
     folder: Path
     """Where its external data lies."""

@@ -1,1 +1,0 @@
-"""An ONNX graph's matrices: moments of what flows through it, scales, codes."""
