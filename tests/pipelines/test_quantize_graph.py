@@ -58,7 +58,7 @@ def folder(tmp_path):
 def quantize(folder, name="out", graph=None, **options):
     output = folder.parent / name
     chosen = {"algorithm": "rtn", "group_size": 32} | options
-    return run(QuantizeOptions(str(folder), output, **chosen), graph or GraphOptions())
+    return run(QuantizeOptions(str(folder), output, graph=graph or GraphOptions(), **chosen))
 
 
 def outputs(path, x):
@@ -138,12 +138,12 @@ def test_a_file_alone(folder):
 @pytest.mark.parametrize(
     ("options", "graph", "message"),
     [
-        ({"algorithm": "gptq"}, {}, "gptq needs calibration inputs"),
+        ({"algorithm": "gptq"}, {}, "calibration inputs are needed: the graph's inputs are x"),
         ({"algorithm": "rtn"}, {"calibration_inputs": Path("x")}, "rtn uses no calibration inputs"),
         ({"algorithm": "nf4"}, {}, "nf4 does not apply"),
-        ({"algorithm": "awq,gptq"}, {}, "awq needs calibration inputs"),
+        ({"algorithm": "awq,gptq"}, {}, "calibration inputs are needed"),
         ({"algorithm": "quarot,gptq"}, {}, "quarot does not apply"),
-        ({"format": "gptq"}, {}, "format does not apply"),
+        ({"format": "gptq"}, {}, "--format is for checkpoints"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}}, {}, "zero=float does not apply"),
         ({"bits": 2}, {"encoding": "qdq"}, "needs opset 25"),
     ],
@@ -190,7 +190,7 @@ def test_a_captured_language_model(exporter, tmp_path):
     graph = GraphOptions(
         op_types=("MatMul", "Gather"), quantize_last_matmul=False, calibration_inputs=tmp_path / "inputs"
     )
-    result = run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", algorithm="gptq", group_size=32), graph)
+    result = run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", algorithm="gptq", group_size=32, graph=graph))
     assert all(layer.relative_error < layer.rtn_relative_error for layer in result.layers if layer.tokens)
     assert sum(layer.tokens == 0 for layer in result.layers) == 1  # the embedding, a table
     assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "q" / "model").iterdir()}

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 
-__all__ = ["TokenFeeds"]
+__all__ = ["INPUT_IDS", "TokenFeeds"]
 
-_IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
+INPUT_IDS = "input_ids"
+"""The input that says that a graph takes tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,16 @@ class TokenFeeds:
             InputError: the graph has no input_ids, or an input that tokens say nothing about.
         """
         inputs = {str(v.name): v for v in self.graph.inputs}
-        if _IDS not in inputs:
+        if INPUT_IDS not in inputs:
             raise InputError(f"the graph has no input_ids, its inputs are {', '.join(inputs)}")
         for start in range(0, len(self.rows), self.batch_size):
             ids = self.rows[start : start + self.batch_size].numpy()
-            known = {_IDS: ids, _MASK: np.ones_like(ids), _POSITIONS: np.arange(ids.shape[1])[None].repeat(len(ids), 0)}
+            known = {
+                INPUT_IDS: ids,
+                "attention_mask": np.ones_like(ids),
+                "position_ids": np.arange(ids.shape[1])[None].repeat(len(ids), 0),
+                "token_type_ids": np.zeros_like(ids),
+            }
             feed = {}
             for name, value in inputs.items():
                 if name in known:

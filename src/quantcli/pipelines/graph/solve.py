@@ -1,12 +1,9 @@
 """The matrices of a graph, stage by stage: moments of the stage's tensors, a scale where one helps, codes."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from quantcli.algorithms import Step, find
 from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
@@ -14,22 +11,13 @@ from quantcli.graphs.files import Model
 from quantcli.graphs.folds import find_graph_folds
 from quantcli.graphs.walk import GraphTarget, read_matrix
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
+from quantcli.pipelines.graph.feeds import Feeds
 from quantcli.pipelines.graph.scaling import GraphScaling
 from quantcli.pipelines.planning.plan import Target
 from quantcli.progress import Progress
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["Feeds", "GraphWork", "solve_graph"]
-
-
-class Feeds(Protocol):
-    """Batches of calibration inputs, as often as they are asked for."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Arrays by the names of the graph's inputs."""
+__all__ = ["GraphWork", "solve_graph"]
 
 
 @dataclass(frozen=True)
