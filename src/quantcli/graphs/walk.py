@@ -37,6 +37,10 @@ __all__ = [
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 """Types of weights that can be quantized."""
+# parts of names that say nothing about a matrix: exporters' numbers, and the operators that read it
+_NAMELESS = re.compile(
+    r"(onnx::|node_|_)?(weight|kernel|val|MatMul|Gemm|Gather|Conv|Transpose|Constant)?(_?\d+)*(_quantized)?", re.I
+)
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
 
@@ -65,6 +69,15 @@ class GraphTarget:
     """Whether the initializer is [K, N]."""
     uses: tuple[WeightUse, ...]
     """Its nodes."""
+
+    @property
+    def kind(self) -> str:
+        """What it is called in every block, for tables: `q_proj` of `model.layers.0.attn.q_proj.MatMul.weight`."""
+        for name in (self.name, self.uses[0].node.name or ""):
+            parts = [p for p in re.split(r"[./]", name) if p and not _NAMELESS.fullmatch(p)]
+            if parts:
+                return parts[-1]
+        return self.uses[0].node.op_type
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.blocks import container_bits
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.nbits import Placement
-from quantcli.graphs.rewrite import replace_matrices
+from quantcli.graphs.rewrite import note_bits, replace_matrices
 from quantcli.graphs.verify import verify_weights
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.graph.feeds import open_feeds
+from quantcli.pipelines.graph.feeds import context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
@@ -59,8 +59,13 @@ def _evaluate(plan: GraphPlan, progress: Progress) -> Any:
     from quantcli.options import EvaluateOptions
     from quantcli.pipelines import evaluate
 
-    trusted = plan.options.trust_remote_code
-    asked = EvaluateOptions(str(plan.options.output), str(plan.source.folder), trust_remote_code=trusted)
+    longest = context_length(plan.source)
+    asked = EvaluateOptions(
+        str(plan.options.output),
+        str(plan.source.folder),
+        seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
+        trust_remote_code=plan.options.trust_remote_code,
+    )
     return evaluate.run(asked, progress)
 
 
@@ -77,6 +82,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         graph = options.graph
         placements = replace_matrices(model, plan.found, results.__getitem__, graph.encoding, graph.accuracy_level)
+        note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
         written = partial.model / source.path.name
         save_graph(model, written)
         progress.note("comparing every weight of the graph with what was computed")
@@ -85,7 +91,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         spare = sum(t.rows * t.columns * (container_bits(t.scheme.bits) - t.scheme.bits) for t in targets.values())
         result = GraphResult(
             output=options.output,
-            layers=reports,
+            layers=[replace(r, kind=t.kind) for r, t in zip(reports, plan.found, strict=True)],
             kept=dict(plan.kept or {}),
             size_bytes=0,
             parent_size_bytes=0,

@@ -11,7 +11,7 @@ from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
 
-__all__ = ["Feeds", "describe_feeds", "open_feeds", "reads_text"]
+__all__ = ["Feeds", "context_length", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
 
 
 class Feeds(Protocol):
@@ -47,7 +47,7 @@ def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) ->
         )
     if calibration.data == SELF:
         raise UsageError("--data self is for checkpoints: a graph does not write its own text", hint="use --data FILE")
-    longest = _decoder(source, "context_length", under=())
+    longest = context_length(source)
     if longest is not None and calibration.seq_len > longest:
         raise UsageError(
             f"--seq-len {calibration.seq_len} is more than the {longest} positions of {source.folder}",
@@ -86,6 +86,11 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
     known = {name: length for name, length in axes.items() if length is not None}
     return TokenFeeds(graph, rows.tokens, calibration.batch_size, known)
+
+
+def context_length(source: GraphSource) -> int | None:
+    """Tokens that a language model's graph takes; None where its folder does not say."""
+    return _decoder(source, "context_length", under=())
 
 
 def _decoder(source: GraphSource, key: str, under: tuple[str, ...] = ("decoder",)) -> int | None:
