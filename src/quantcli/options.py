@@ -23,6 +23,7 @@ __all__ = [
     "FinetuneOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
+    "GraphOptions",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
@@ -33,6 +34,8 @@ METHODS = ("lora", "qlora")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+GRAPH_ENCODINGS = ("nbits", "qdq")
+GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather", "Conv")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -171,6 +174,44 @@ def _clip_ratio(given: float | None, bits: int, few: float) -> float:
 
 
 @dataclass(frozen=True)
+class GraphOptions:
+    """What quantizing an ONNX graph takes beyond what checkpoints take."""
+
+    encoding: str = "nbits"
+    """nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear with blocks (opset 21)."""
+    accuracy_level: int = 0
+    """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
+    op_types: tuple[str, ...] = ("MatMul", "Gemm")
+    """Operators whose weights are quantized, joined by commas: MatMul, Gemm, Gather (embeddings), Conv (with qdq)."""
+    nodes_include: tuple[str, ...] = ()
+    """Name or regular expression of nodes; given once or more, only these are quantized."""
+    nodes_exclude: tuple[str, ...] = ()
+    """Name or regular expression of nodes that stay float."""
+    quantize_last_matmul: bool = True
+    """Quantize products with no other product behind them, such as a language model's output head."""
+    calibration_inputs: Path | None = None
+    """An .npz file, or a folder of them: each file is one batch, its arrays are named as the graph's inputs.
+    Language models need none: text is made into their inputs."""
+
+    def __post_init__(self) -> None:
+        if self.encoding not in GRAPH_ENCODINGS:
+            raise UsageError(f"unknown --encoding {self.encoding!r}, {nearest(self.encoding, GRAPH_ENCODINGS)}")
+        if self.accuracy_level not in range(5):
+            raise UsageError(f"--accuracy-level must be 0 to 4, got {self.accuracy_level}")
+        if self.accuracy_level and self.encoding == "qdq":
+            raise UsageError("--accuracy-level is an attribute of MatMulNBits", hint="use --encoding nbits")
+        for name in self.op_types:
+            if name not in GRAPH_OP_TYPES:
+                raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+        if "Conv" in self.op_types and self.encoding != "qdq":
+            raise UsageError("Conv has no operator with quantized weights", hint="add --encoding qdq")
+        for pattern in self.nodes_include:
+            compile_regex(pattern, "--nodes-include")
+        for pattern in self.nodes_exclude:
+            compile_regex(pattern, "--nodes-exclude")
+
+
+@dataclass(frozen=True)
 class Override:
     """Another scheme for the linears whose name matches."""
 
@@ -208,7 +249,8 @@ class QuantizeOptions:
     """What `quantcli quantize` was asked to do."""
 
     model: str
-    """Model to quantize: a checkpoint folder, an output folder of an earlier command, or a hub id."""
+    """Model to quantize: a checkpoint folder, an output folder of an earlier command, a hub id; or an .onnx file or a
+    folder with one."""
     output: Path
     """Folder to write."""
     algorithm: str | None = None
@@ -259,6 +301,8 @@ class QuantizeOptions:
     """Evaluate the written folder against the original."""
     simulation: SimulationOptions = field(default_factory=SimulationOptions)
     """What `evaluate` rounds beside the weights."""
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    """Where the model is an ONNX graph."""
     force: bool = False
     """Replace an output folder of ours, or an interrupted run with other options."""
     dry_run: bool = False

@@ -25,8 +25,9 @@ class Algorithm:
 
     name: str
     """As on the command line; the file's name."""
-    kind: Literal["rounder", "transform"]
-    """rounder: weight to codes; transform: float model to float model of the same function."""
+    kind: Literal["rounder", "transform", "graph"]
+    """rounder: weight to codes; transform: float model to float model of the same function; graph: ONNX graph to ONNX
+    graph, activations too."""
     summary: str
     """One line."""
     bits: tuple[int, ...]
@@ -36,9 +37,10 @@ class Algorithm:
     options: type
     """Frozen dataclass of its own options; the fields' docstrings are their help."""
     run: Callable[..., Any]
-    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
+    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file;
+    graph: (source file, target file, options, reader of samples or None) -> what became of it."""
     inputs: tuple[str, ...] = ("checkpoint",)
-    """Kinds of model it takes."""
+    """Kinds of model it takes: checkpoint, onnx."""
     formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
     """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model"] = "stage"

@@ -18,8 +18,12 @@ _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def resolve_steps(options: QuantizeOptions) -> list[Step]:
+def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[Step]:
     """Transforms and, last, the rounder, each with its settings.
+
+    Args:
+        options: What was asked for.
+        model: What is to be quantized: checkpoint or onnx.
 
     Raises:
         UsageError: algorithms, bits or flags that do not go together.
@@ -30,6 +34,7 @@ def resolve_steps(options: QuantizeOptions) -> list[Step]:
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
     chain = algorithms.find_chain(options.algorithm or name)
     rounder = chain[-1]
+    _refuse_model(chain, model, options.model)
     meant = name.rpartition(",")[2]  # with -a, a preset is only its settings of the rounder
     if preset and meant != rounder.name:
         named = options.algorithm or ""
@@ -50,7 +55,8 @@ def resolve_steps(options: QuantizeOptions) -> list[Step]:
     if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
         raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
-    _refuse_idle_calibration(options, preset, chain)
+    if model == "checkpoint":
+        _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
         raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
     return steps
@@ -71,6 +77,21 @@ def resolve_format(asked: str | None, algorithm: Algorithm) -> str:
             hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
         )
     return asked
+
+
+def _refuse_model(chain: Sequence[Algorithm], model: str, folder: str) -> None:
+    """Each algorithm says what it takes."""
+    for algorithm in chain:
+        if model in algorithm.inputs:
+            continue
+        if model == "checkpoint":
+            raise UsageError(
+                f"{algorithm.name} quantizes ONNX graphs, not checkpoints",
+                hint=f"quantcli capture-onnx-graph -m {folder} -o GRAPH, then quantcli quantize -m GRAPH "
+                f"-a {algorithm.name}",
+            )
+        able = [a.name for a in algorithms.ALGORITHMS.values() if model in a.inputs]
+        raise UsageError(f"{algorithm.name} does not apply to ONNX graphs", hint=f"use one of {', '.join(able)}")
 
 
 def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:

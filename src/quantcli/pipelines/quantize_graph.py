@@ -1,0 +1,112 @@
+"""`quantcli quantize` on an ONNX graph: weights to codes, in the place where the float weights stood.
+
+The steps: find the matrices, gather second moments where the rounder wants them, solve, rewrite, and read the written
+file back. One Hessian per tensor; no more of them at a time than memory takes. Algorithms that take a graph whole,
+activations too, run in `graph.whole`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantcli.evaluate.speed import peak_memory
+from quantcli.graphs.blocks import container_bits
+from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.nbits import Placement
+from quantcli.graphs.rewrite import note_bits, replace_matrices
+from quantcli.graphs.verify import verify_weights
+from quantcli.options import QuantizeOptions
+from quantcli.pipelines.graph.feeds import context_length, open_feeds
+from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
+from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
+from quantcli.pipelines.graph.solve import GraphWork, solve_graph
+from quantcli.pipelines.graph.whole import check_whole, quantize_whole
+from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
+from quantcli.progress import Progress, Silent
+
+__all__ = ["run"]
+
+_HESSIAN_BYTES = 2 << 30
+"""What Hessians may take together where --max-memory says nothing."""
+
+
+def run(options: QuantizeOptions, progress: Progress | None = None) -> GraphResult | GraphPlan:
+    """Quantizes a graph; with `dry_run`, only the plan.
+
+    Raises:
+        UsageError: options that do not apply to graphs, or exclude each other.
+        InputError: the graph or its calibration inputs cannot be read or run.
+        ResourceError: not enough disk.
+    """
+    progress = progress or Silent()
+    plan = plan_graph(options)
+    if plan.step.algorithm.kind == "graph":
+        check_whole(plan)
+        quantize = quantize_whole
+    else:
+        plan = plan_weights(plan)
+        quantize = _quantize_weights
+    if options.dry_run:
+        return plan
+    progress.plan("Quantize", plan.rows())
+    result = quantize(plan, progress)
+    return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
+
+
+def _evaluate(plan: GraphPlan, progress: Progress) -> Any:
+    from quantcli.options import EvaluateOptions
+    from quantcli.pipelines import evaluate
+
+    longest = context_length(plan.source)
+    asked = EvaluateOptions(
+        str(plan.options.output),
+        str(plan.source.folder),
+        seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
+        trust_remote_code=plan.options.trust_remote_code,
+    )
+    return evaluate.run(asked, progress)
+
+
+def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
+    """Weights alone, matrix by matrix; activations stay float."""
+    begin, source, model, options = time.perf_counter(), plan.source, plan.model, plan.options
+    targets = dict(plan.targets or {})
+    with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
+        feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
+        memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
+        held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and options.preset == "best" and len(feeds) > 1 else 0
+        scaling = plan.transforms[0] if plan.transforms else None
+        work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling)
+        results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
+        graph = options.graph
+        placements = replace_matrices(model, plan.found, results.__getitem__, graph.encoding, graph.accuracy_level)
+        note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
+        written = partial.model / source.path.name
+        save_graph(model, written)
+        progress.note("comparing every weight of the graph with what was computed")
+        verify_weights(written, placements, results.__getitem__, {t.name: t.rows for t in plan.found})
+        stored, weights = _stored_bytes(written, placements), sum(t.rows * t.columns for t in plan.found)
+        spare = sum(t.rows * t.columns * (container_bits(t.scheme.bits) - t.scheme.bits) for t in targets.values())
+        result = GraphResult(
+            output=options.output,
+            layers=[replace(r, kind=t.kind) for r, t in zip(reports, plan.found, strict=True)],
+            kept=dict(plan.kept or {}),
+            size_bytes=0,
+            parent_size_bytes=0,
+            seconds=time.perf_counter() - begin,
+            peak_bytes=watched.above_start_bytes,
+            plan=plan.to_dict(),
+            bits_per_weight=8 * stored / weights,
+            information_bits_per_weight=(8 * stored - spare) / weights,
+        )
+        return commit_graph(partial, written, source, options, result, progress)
+
+
+def _stored_bytes(written: Path, placements: Sequence[Placement]) -> int:
+    """Of codes, scales and zero points; what several nodes share counts once."""
+    initializers = open_graph(written).graph.initializers
+    names = {name for p in placements for name in (p.weight, p.scales, p.zeros) if name}
+    tensors = [initializers[name].const_value for name in names]
+    return sum(t.nbytes for t in tensors if t is not None)
