@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.flags import parse_settings
-from quantcli.options import DTYPES, METHODS, FinetuneOptions
+from quantcli.options import DTYPES, INITS, METHODS, FinetuneOptions
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
@@ -50,6 +50,7 @@ COMMAND = Command(
         "model": FlagStyle(("-m", "--model")),
         "output": FlagStyle(("-o", "--output")),
         "method": FlagStyle(choices=METHODS, metavar="|".join(METHODS)),
+        "init_lora": FlagStyle(choices=INITS, metavar="|".join(INITS)),
         "target_modules": FlagStyle(metavar="NAME,NAME,...", read=_words),
         "torch_dtype": FlagStyle(choices=DTYPES[1:], metavar="|".join(DTYPES[1:])),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
@@ -57,7 +58,10 @@ COMMAND = Command(
     },
     panels={
         "Data": ("examples",),
-        "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+        "Adapter": (
+            *("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+            *("use_dora", "init_lora", "float_model"),
+        ),
         "Training": (
             *("max_steps", "num_epochs", "learning_rate", "batch_size", "gradient_accumulation", "warmup"),
             *("eval_steps", "early_stopping", "save_steps", "resume", "settings"),

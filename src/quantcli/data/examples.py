@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def read_examples(options: ExampleOptions, tokenizer: Any, seed: int, progress: 
     reader.report(source, progress)
     wanted = _number(options.eval_split)
     if wanted is None:
-        held_out = reader.read(islice(_rows_of(options, options.eval_split), options.max_samples))
+        judge = _ExampleReader(options, tokenizer)
+        held_out = judge.read(islice(_rows_of(options, options.eval_split), options.max_samples))
+        judge.report(options.eval_split, progress, short=False)  # fewer rows than to train on are no shortfall
         if not found or not held_out:
             raise InputError(f"{source if not found else options.eval_split} holds no text to train on or to evaluate")
         return ExampleSets(found, held_out, source)
@@ -153,23 +156,23 @@ class _ExampleReader:
             examples += self._pair(prompt, rest) if self.has_answers else self._pieces(rest)
         return examples
 
-    def report(self, source: str, progress: Progress) -> None:
-        """Says what is missing and why."""
-        seq_len = self.options.seq_len
-        if self.options.max_samples is not None and self.rows < self.options.max_samples:
+    def report(self, source: str, progress: Progress, *, short: bool = True) -> None:
+        """Says what is missing and why; `short`: fewer rows than asked for, too."""
+        seq_len, of = self.options.seq_len, f"of {self.rows} rows"
+        if short and self.options.max_samples is not None and self.rows < self.options.max_samples:
             progress.warn(f"{source} holds {self.rows} rows, --max-samples asked for {self.options.max_samples}")
         if self.empty:
-            progress.warn(f"{self.empty} of {self.rows} rows hold nothing and were left out")
+            progress.warn(f"{source}: {self.empty} {of} hold nothing and were left out")
         if self.cut:
-            progress.warn(f"{self.cut} of {self.rows} rows were cut at {seq_len} tokens: --seq-len takes more")
+            progress.warn(f"{source}: {self.cut} {of} were cut at {seq_len} tokens: --seq-len takes more")
         if self.lost:
             progress.warn(
-                f"{self.lost} of {self.rows} rows have a prompt of {seq_len} tokens or more and were left out: "
+                f"{source}: {self.lost} {of} have a prompt of {seq_len} tokens or more and were left out: "
                 "--seq-len takes more"
             )
         if self.merged:
             progress.warn(
-                f"in {self.merged} of {self.rows} rows the last token before the completion merges with it: a prompt "
+                f"{source}: in {self.merged} {of} the last token before the completion merges with it: a prompt "
                 "that ends there is cut differently; move the blank before the template's last field into the data"
             )
 
@@ -254,15 +257,16 @@ def _chat_pair(row: Row, tokenizer: Any) -> _Pair:
 def _rows(options: ExampleOptions) -> Iterator[tuple[str, Row]]:
     """Every row with where it stands."""
     if options.data_name is not None:
-        yield from _rows_of(options, options.data_split)
+        yield from _rows_of(options, options.data_split if not Path(options.data_name).is_file() else options.data_name)
     for file in options.data_files:
         yield from _rows_of(options, file)
 
 
 def _rows_of(options: ExampleOptions, name: str) -> Iterator[tuple[str, Row]]:
     """The rows of a file, or of a split of the hub data set."""
-    rows = read_rows(name) if options.data_name is None else iter(hub_rows(options.data_name, name))
-    where = name if options.data_name is None else f"{options.data_name} ({name})"
+    from_hub = options.data_name is not None and not Path(name).is_file()
+    rows = iter(hub_rows(str(options.data_name), name)) if from_hub else read_rows(name)
+    where = f"{options.data_name} ({name})" if from_hub else name
     for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
 
