@@ -85,10 +85,10 @@ def test_a_long_text_is_cut_into_pieces_and_nothing_lost(tokenizer, tmp_path):
 
 def test_what_is_missing_is_said(tokenizer, tmp_path):
     values = [*PAIRS, {"q": "w1", "a": ""}, {"q": tiny.words(6), "a": tiny.words(9)}, {"q": tiny.words(40), "a": "w1"}]
-    told = Warnings()
+    told, name = Warnings(), tmp_path / "a.jsonl"
     sets = read(
         tokenizer,
-        rows(tmp_path / "a.jsonl", values),
+        rows(name, values),
         text_template="{q} {a}",
         seq_len=10,
         max_samples=50,
@@ -96,10 +96,10 @@ def test_what_is_missing_is_said(tokenizer, tmp_path):
     )
     assert len(sets.train) + len(sets.eval) == 21
     assert told.said == [
-        f"{tmp_path / 'a.jsonl'} holds 23 rows, --max-samples asked for 50",
-        f"{tmp_path / 'a.jsonl'}: 1 of 23 rows hold nothing and were left out",
-        f"{tmp_path / 'a.jsonl'}: 1 of 23 rows were cut at 10 tokens: --seq-len takes more",
-        f"{tmp_path / 'a.jsonl'}: 1 of 23 rows have a prompt of 10 tokens or more and were left out: --seq-len takes more",
+        f"{name} holds 23 rows, --max-samples asked for 50",
+        f"{name}: 1 of 23 rows hold nothing and were left out",
+        f"{name}: 1 of 23 rows were cut at 10 tokens: --seq-len takes more",
+        f"{name}: 1 of 23 rows have a prompt of 10 tokens or more and were left out: --seq-len takes more",
     ]
 
 

@@ -23,7 +23,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.options import ExampleOptions
 from quantcli.progress import Progress
 
-__all__ = ["IGNORED", "Example", "ExampleSets", "collate", "pack", "read_examples"]
+__all__ = ["IGNORED", "Example", "ExampleSets", "collate", "local_files", "pack", "read_examples"]
 
 IGNORED = -100
 """Label of a token that the loss does not count."""
@@ -65,7 +65,7 @@ def read_examples(options: ExampleOptions, tokenizer: Any, seed: int, progress: 
         UsageError: a template that is none, or an eval split that cannot be.
     """
     reader = _ExampleReader(options, tokenizer)
-    source = ", ".join(options.data_files) or f"data set {options.data_name} ({options.data_split})"
+    source = ", ".join(local_files(options)) or f"data set {options.data_name} ({options.data_split})"
     found = reader.read(islice(_rows(options), options.max_samples))
     reader.report(source, progress)
     wanted = _number(options.eval_split)
@@ -89,6 +89,12 @@ def read_examples(options: ExampleOptions, tokenizer: Any, seed: int, progress: 
     held = set(order[:count])
     train = [example for i, example in enumerate(found) if i not in held]
     return ExampleSets(train, [found[i] for i in sorted(held)], source)
+
+
+def local_files(options: ExampleOptions) -> tuple[str, ...]:
+    """The files that are trained on; none where the data come from the hub."""
+    named = options.data_name
+    return (named,) if named is not None and Path(named).is_file() else options.data_files
 
 
 def pack(examples: Sequence[Example], seq_len: int) -> list[list[Example]]:
@@ -256,10 +262,8 @@ def _chat_pair(row: Row, tokenizer: Any) -> _Pair:
 
 def _rows(options: ExampleOptions) -> Iterator[tuple[str, Row]]:
     """Every row with where it stands."""
-    if options.data_name is not None:
-        yield from _rows_of(options, options.data_split if not Path(options.data_name).is_file() else options.data_name)
-    for file in options.data_files:
-        yield from _rows_of(options, file)
+    for name in local_files(options) or (options.data_split,):
+        yield from _rows_of(options, name)
 
 
 def _rows_of(options: ExampleOptions, name: str) -> Iterator[tuple[str, Row]]:

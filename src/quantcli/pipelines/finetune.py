@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.data.calibration import load_tokenizer
-from quantcli.data.examples import ExampleSets, read_examples
+from quantcli.data.examples import ExampleSets, local_files, read_examples
 from quantcli.errors import UsageError
 from quantcli.finetune.loftq import begin_with_residuals
 from quantcli.finetune.lora import add_lora, save_lora
@@ -202,7 +202,7 @@ def _kind(options: FinetuneOptions) -> str:
 def _identity(options: FinetuneOptions, digest: str, source: Checkpoint | None) -> dict[str, Any]:
     """What decides the result: a run continues another only where all of it is the same."""
     examples = options.examples
-    files = [Path(name) for name in (*examples.data_files, examples.eval_split) if Path(name).is_file()]
+    files = [Path(name) for name in (*local_files(examples), examples.eval_split) if Path(name).is_file()]
     asked = {name: value for name, value in public_options(asdict(options)).items() if name != "resume"}
     asked["float_model"] = None if source is None else fingerprint(source.folder)
     return {**asked, "parent": digest, "data": {str(path): file_digest(path) for path in files}}
