@@ -31,7 +31,8 @@ def show(result: Any, console: "Console") -> None:
         console.text(f"stopped after {result.steps} steps; the adapter is that of step {result.best_step}")
     console.text(
         f"{result.output}: {result.trained_parameters:,} parameters trained in {result.steps} steps on "
-        f"{result.train_examples} examples, in {human_duration(result.seconds)}; adapter "
+        f"{result.train_examples} examples, in {human_duration(result.seconds)}, "
+        f"{human_size(result.peak_bytes)} of memory at most; adapter "
         f"{human_size(result.adapter_size_bytes)}, base {human_size(result.base_size_bytes)}; losses drawn in loss.svg"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from quantcli.data.calibration import load_tokenizer
 from quantcli.data.examples import ExampleSets, local_files, read_examples
 from quantcli.errors import UsageError
+from quantcli.evaluate.speed import peak_memory
 from quantcli.finetune.loftq import begin_with_residuals
 from quantcli.finetune.lora import add_lora, save_lora
 from quantcli.finetune.score import Score, measure, refuse_leaking_packs
@@ -75,6 +76,8 @@ class FinetuneResult:
     """Bytes of adapter/."""
     base_size_bytes: int
     """Bytes of model/."""
+    peak_bytes: int
+    """Memory above what the process held when it began, that of the GPU included."""
     seconds: float
     """How long it took."""
 
@@ -117,9 +120,11 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
     )
     require_free_bytes(options.output.absolute().parent, checkpoint.size_bytes)
     digest = fingerprint(folder)
-    with create_output(
-        options.output, plan=_identity(options, digest, source), inputs=[folder], force=options.force, resumable=True
-    ) as partial:
+    plan = _identity(options, digest, source)
+    with (
+        create_output(options.output, plan=plan, inputs=[folder], force=options.force, resumable=True) as partial,
+        peak_memory() as watched,
+    ):
         if options.resume and not partial.resumed:
             raise UsageError(f"--resume: no interrupted run left anything for {options.output}", hint="leave it out")
         place_base(checkpoint, partial, options, quantizes, progress)
@@ -135,9 +140,10 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
         last = result["best_step"] or result["steps"]
         held_out = {0: result["base_loss"]} | dict(result["eval_losses"]) | {last: result["eval_loss"]}
         (partial.root / CURVE).write_text(draw_losses(result["losses"], list(held_out.items())))
-        metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")}
+        costs: dict[str, Any] = {"peak_bytes": watched.above_start_bytes, "seconds": time.perf_counter() - begin}
+        metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")} | costs
         partial.commit(Manifest("finetuned", "finetune", resolved, describe_parent(folder, digest), metrics))
-    return FinetuneResult(output=options.output, seconds=time.perf_counter() - begin, **result)
+    return FinetuneResult(output=options.output, **costs, **result)
 
 
 def _train(
