@@ -397,9 +397,9 @@ class ExampleOptions:
     """Most rows that are read, those for evaluation included. Default: all."""
     packing: bool = False
     """Put several examples into one row of --seq-len tokens, none of which sees another."""
-    eval_split: str = "0.1"
+    eval_split: str | None = None
     """What the eval loss is measured on: a share of the rows (0.1), a number of rows (200), a file, or the name of a
-    split of the hub data set."""
+    split of the hub data set. Default: a tenth of the rows, at most 256."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "max_samples"):

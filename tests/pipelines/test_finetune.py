@@ -92,6 +92,8 @@ def test_the_loss_goes_down(bases, data, tmp_path, base, packing):
     assert result.eval_loss < 0.75 * result.base_loss
     assert result.base_accuracy < 0.2
     assert result.eval_accuracy == 1
+    assert sorted(result.labels) == ["w50", "w60"]
+    assert result.base_label_accuracy < result.eval_label_accuracy == 1
     assert (result.train_examples, result.eval_examples) == (64, 16)
 
 
@@ -207,6 +209,7 @@ def test_plain_text_and_trainer_arguments(bases, tmp_path):
     assert result.train_examples + result.eval_examples == 13  # 401 tokens in pieces of 32
     assert result.steps == 2 * 3
     assert result.eval_accuracy is None
+    assert result.labels == [] and result.eval_label_accuracy is None
 
 
 @pytest.mark.parametrize(

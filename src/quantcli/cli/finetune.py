@@ -26,6 +26,9 @@ def show(result: Any, console: "Console") -> None:
     rows = [("eval loss", f"{result.base_loss:.4f}", f"{result.eval_loss:.4f}")]
     if result.eval_accuracy is not None:
         rows.append(("completions told exactly", f"{result.base_accuracy:.1%}", f"{result.eval_accuracy:.1%}"))
+    if result.eval_label_accuracy is not None:
+        told = f"{result.base_label_accuracy:.1%}", f"{result.eval_label_accuracy:.1%}"
+        rows.append((f"right one of {len(result.labels)} labels", *told))
     console.table((f"on {result.eval_examples} held-out examples", "base", "adapted"), rows, left=1)
     if result.best_step is not None and result.best_step < result.steps:
         console.text(f"stopped after {result.steps} steps; the adapter is that of step {result.best_step}")

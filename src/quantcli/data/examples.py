@@ -23,11 +23,12 @@ from quantcli.errors import InputError, UsageError
 from quantcli.options import ExampleOptions
 from quantcli.progress import Progress
 
-__all__ = ["IGNORED", "Example", "ExampleSets", "collate", "local_files", "pack", "read_examples"]
+__all__ = ["IGNORED", "Example", "ExampleReader", "ExampleSets", "collate", "local_files", "pack", "read_examples"]
 
 IGNORED = -100
 """Label of a token that the loss does not count."""
 _Pair = tuple[str, str]
+_SHARE, _MOST = 0.1, 256  # what is held out where nothing is said
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Example:
     """The first token that the loss counts."""
     answer: tuple[int, int]
     """Where the completion lies, without an end token that was added; empty where the text has none."""
+    texts: tuple[str, str] = ("", "")
+    """Prompt and completion as they were read; empty where the text has no completion."""
 
     @property
     def labels(self) -> list[int]:
@@ -64,25 +67,27 @@ def read_examples(options: ExampleOptions, tokenizer: Any, seed: int, progress: 
         InputError: data that cannot be read, lacks a field, or holds too little.
         UsageError: a template that is none, or an eval split that cannot be.
     """
-    reader = _ExampleReader(options, tokenizer)
+    reader = ExampleReader(options, tokenizer)
     source = ", ".join(local_files(options)) or f"data set {options.data_name} ({options.data_split})"
     found = reader.read(islice(_rows(options), options.max_samples))
     reader.report(source, progress)
-    wanted = _number(options.eval_split)
-    if wanted is None:
-        judge = _ExampleReader(options, tokenizer)
-        held_out = judge.read(islice(_rows_of(options, options.eval_split), options.max_samples))
-        judge.report(options.eval_split, progress, short=False)  # fewer rows than to train on are no shortfall
+    split = options.eval_split
+    wanted = _SHARE if split is None else _number(split)
+    if split is not None and wanted is None:
+        judge = ExampleReader(options, tokenizer)
+        held_out = judge.read(islice(_rows_of(options, split), options.max_samples))
+        judge.report(split, progress, short=False)  # fewer rows than to train on are no shortfall
         if not found or not held_out:
-            raise InputError(f"{source if not found else options.eval_split} holds no text to train on or to evaluate")
+            raise InputError(f"{source if not found else split} holds no text to train on or to evaluate")
         return ExampleSets(found, held_out, source)
     if not found:
         raise InputError(f"{source} holds no text to train on", hint="give another file, or other fields")
-    count = round(wanted * len(found)) if wanted < 1 else int(wanted)
-    count = max(count, 1)
+    assert wanted is not None
+    count = max(round(wanted * len(found)) if wanted < 1 else int(wanted), 1)
+    count = min(count, _MOST) if split is None else count
     if count >= len(found):
         raise InputError(
-            f"{source} gives {len(found)} examples, --eval-split {options.eval_split} leaves none to train on",
+            f"{source} gives {len(found)} examples, --eval-split {split or _SHARE} leaves none to train on",
             hint="give more data, a smaller --eval-split, or a shorter --seq-len for one long text",
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -137,7 +142,7 @@ def collate(rows: Sequence[Sequence[Example]], pad: int) -> dict[str, Tensor]:
     return {name: torch.tensor(values) for name, values in made.items()}
 
 
-class _ExampleReader:
+class ExampleReader:
     """Turns rows into examples and counts what it had to leave out."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any):
@@ -159,7 +164,7 @@ class _ExampleReader:
             if not rest or rest.isspace():
                 self.empty += 1
                 continue
-            examples += self._pair(prompt, rest) if self.has_answers else self._pieces(rest)
+            examples += self.pair(prompt, rest) if self.has_answers else self._pieces(rest)
         return examples
 
     def report(self, source: str, progress: Progress, *, short: bool = True) -> None:
@@ -182,7 +187,8 @@ class _ExampleReader:
                 "that ends there is cut differently; move the blank before the template's last field into the data"
             )
 
-    def _pair(self, prompt: str, rest: str) -> list[Example]:
+    def pair(self, prompt: str, rest: str) -> list[Example]:
+        """A prompt and its completion; nothing where the prompt leaves no room."""
         before, tokens = self._tokens(prompt), self._tokens(prompt + rest)
         start = next((i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), len(before))
         self.merged += start < len(before)
@@ -196,7 +202,7 @@ class _ExampleReader:
             self.cut += 1
             tokens = tokens[: self.options.seq_len]
         counted = start if self.options.completion_only else 0
-        return [Example(tokens, counted, (start, min(answer_end, len(tokens))))]
+        return [Example(tokens, counted, (start, min(answer_end, len(tokens))), (prompt, rest))]
 
     def _pieces(self, text: str) -> list[Example]:
         """A long text gives several examples, of which nothing is lost."""

@@ -3,17 +3,18 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quantcli.data.calibration import load_tokenizer
 from quantcli.data.examples import ExampleSets, local_files, read_examples
+from quantcli.data.labels import find_labels, read_questions
 from quantcli.errors import UsageError
 from quantcli.evaluate.speed import peak_memory
 from quantcli.finetune.loftq import begin_with_residuals
 from quantcli.finetune.lora import add_lora, save_lora
-from quantcli.finetune.score import Score, measure, refuse_leaking_packs
+from quantcli.finetune.score import Score, measure, refuse_leaking_packs, tell_labels
 from quantcli.finetune.settings import Rhythm, read_settings
 from quantcli.finetune.train import train, training_rows
 from quantcli.folder import (
@@ -69,6 +70,12 @@ class FinetuneResult:
     base_accuracy: float | None
     """Share of held-out completions that the base tells exactly; None where examples have none."""
     eval_accuracy: float | None
+    """The same with the adapter."""
+    labels: list[str]
+    """The completions, where they are labels: few, and each many times."""
+    base_label_accuracy: float | None
+    """Share of held-out prompts behind which the base finds the right label likelier than the others; None without."""
+    eval_label_accuracy: float | None
     """The same with the adapter."""
     trained_parameters: int
     """Entries of the adapter."""
@@ -134,7 +141,7 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
             dtype=options.torch_dtype,
             trust_remote_code=options.trust_remote_code,
         )
-        result = _train(options, model, source, sets, _pad_token(tokenizer), partial, progress)
+        result = _train(options, model, source, sets, tokenizer, partial, progress)
         resolved = public_options(asdict(options))
         write_json(partial.root / "report.json", result)
         last = result["best_step"] or result["steps"]
@@ -151,11 +158,12 @@ def _train(
     model: Any,
     source: Checkpoint | None,
     sets: ExampleSets,
-    pad: int,
+    tokenizer: Any,
     partial: PartialFolder,
     progress: Progress,
 ) -> dict[str, Any]:
     """Base loss, training, adapted loss, adapter; returns the fields of a result."""
+    pad = _pad_token(tokenizer)
     adapted = add_lora(
         model,
         r=options.lora_r,
@@ -168,8 +176,15 @@ def _train(
     if options.examples.packing:
         refuse_leaking_packs(adapted, sets.train, pad)
 
+    labels = find_labels(sets)
+    questions = read_questions(sets.eval, labels, options.examples, tokenizer) if labels else []
+
     def judge(label: str) -> Score:
-        return measure(adapted, sets.eval, options.batch_size, pad, progress, label)
+        score = measure(adapted, sets.eval, options.batch_size, pad, progress, label)
+        if not questions:
+            return score
+        told = tell_labels(adapted, questions, options.batch_size, pad, progress, label.replace("loss", "labels"))
+        return replace(score, label_accuracy=told)
 
     before = _measured_once(partial.state / "base_score.json", lambda: _without_adapter(adapted, judge))
     begun = None
@@ -195,6 +210,9 @@ def _train(
         "begin_loss": None if begun is None else begun.loss,
         "base_accuracy": before.accuracy,
         "eval_accuracy": after.accuracy,
+        "labels": labels,
+        "base_label_accuracy": before.label_accuracy,
+        "eval_label_accuracy": after.label_accuracy,
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "adapter_size_bytes": folder_size_bytes(adapter),
         "base_size_bytes": folder_size_bytes(partial.model),
@@ -208,7 +226,9 @@ def _kind(options: FinetuneOptions) -> str:
 def _identity(options: FinetuneOptions, digest: str, source: Checkpoint | None) -> dict[str, Any]:
     """What decides the result: a run continues another only where all of it is the same."""
     examples = options.examples
-    files = [Path(name) for name in (*local_files(examples), examples.eval_split) if Path(name).is_file()]
+    files = [
+        Path(name) for name in (*local_files(examples), examples.eval_split or "") if name and Path(name).is_file()
+    ]
     asked = {name: value for name, value in public_options(asdict(options)).items() if name != "resume"}
     asked["float_model"] = None if source is None else fingerprint(source.folder)
     return {**asked, "parent": digest, "data": {str(path): file_digest(path) for path in files}}
