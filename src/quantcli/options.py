@@ -212,8 +212,8 @@ class QuantizeOptions:
     """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
     what the preset says, gptq for balanced."""
     preset: str | None = None
-    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: that, then scale
-    refit and coordinate descent. Default: balanced."""
+    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
+    that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
     bits: int = 4
