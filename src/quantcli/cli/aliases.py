@@ -42,10 +42,10 @@ class Each:
 
 @dataclass(frozen=True)
 class Setting:
-    """A flag that is an option of an algorithm here."""
+    """A flag with one value that is a KEY of --set here."""
 
     key: str
-    said: str
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ _GRAPHS: dict[str, Alias] = {
     "--ratios": Refused("ranges are searched for each group, not cut by fixed ratios", "use -a kquant"),
     "--enable_auto_scale": Dropped("awq searches scales; leave awq out for none", value=True, only=_TRUE),
     "--enable_mse_search": Dropped("kquant behind awq searches ranges; -a awq,rtn does not", value=True, only=_TRUE),
-    "--percdamp": Setting("damp_percent", ""),
+    "--percdamp": Setting("damp_percent"),
     "--block_size": Setting(
         "block_size", "--block_size is how many columns gptq takes at a time; those that share a scale: --group-size"
     ),
@@ -188,6 +188,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--gradient_accumulation_steps": Rename("--gradient-accumulation"),
         "--warmup_steps": Rename("--warmup"),
         "--warmup_ratio": Rename("--warmup"),
+        "--gradient_checkpointing": Switch(("--set", "activation_checkpointing=true")),
+        **{
+            f"--{key}": Setting(key)
+            for key in ("weight_decay", "max_grad_norm", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2")
+        },
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
