@@ -26,6 +26,7 @@ from quantcli.graphs.files import open_graph
 from quantcli.models.load import load
 from quantcli.options import CalibrationOptions, CaptureOptions, GenerateAdapterOptions, QuantizeOptions
 from quantcli.pipelines import capture, generate_adapter, quantize
+from quantcli.progress import Silent
 
 # peft asks transformers for a name that it is about to give up
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -72,8 +73,8 @@ def root(tmp_path_factory):
 def wanted_logits(root, base, adapter):
     """What the checkpoint computes with an adapter: peft on float weights, dequantized ones for codes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "float")
-    if base == "Q":
-        packed = load(root / "Q", device="cpu")
+    if base != "float":
+        packed = load(root / base, device="cpu")
         for name, module in packed.named_modules():
             if hasattr(module, "dequantize") and isinstance(model.get_submodule(name), torch.nn.Linear):
                 model.get_submodule(name).weight.data = module.dequantize().float()
@@ -392,3 +393,33 @@ def test_an_adapter_that_was_trained_beside_another_model(root, tmp_path, capsys
 
     assert "was trained beside" not in said("Q-onnx")
     assert "adapter 'adapter' was trained beside Q, " in said("float-onnx")
+
+
+class Snapshot(Silent):
+    """Keeps what it is warned of, and the work folder as a kill behind the capture would leave it."""
+
+    def __init__(self, work, aside):
+        self.work, self.aside, self.warnings = work, aside, []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def note(self, message):
+        if message == "comparing the base with what it was" and not self.aside.exists():
+            shutil.copytree(self.work, self.aside)
+
+
+def test_a_base_on_a_codebook_is_written_as_float_also_after_a_kill(root, tmp_path):
+    quantize.run(QuantizeOptions(str(root / "float"), root / "nf4", algorithm="nf4", group_size=32))
+    work, killed = tmp_path / "A.partial-work", tmp_path / "killed"
+    progress = Snapshot(work, killed)
+    options = GenerateAdapterOptions(str(root / "nf4"), tmp_path / "A", (str(root / "qv"),))
+    generate_adapter.run(options, progress)
+    assert any("nf4 and fp4 codes have no exact form in ONNX" in said for said in progress.warnings)
+    for name in ("qv", None):
+        assert np.abs(genai_logits(tmp_path / "A", name) - wanted_logits(root, "nf4", name)).max() < 1e-4
+    shutil.rmtree(tmp_path / "A")
+    killed.rename(work)
+    generate_adapter.run(options)
+    assert [p.name for p in tmp_path.iterdir()] == ["A"]
+    assert not np.array_equal(genai_logits(tmp_path / "A", "qv"), genai_logits(tmp_path / "A"))

@@ -33,9 +33,11 @@ from quantcli.folder import (
     write_json,
 )
 from quantcli.graphs.files import DATA_SUFFIX, open_graph, save_graph
-from quantcli.models.checkpoint import read_config
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.readers import reader_of
 from quantcli.models.skeleton import has_experts
 from quantcli.models.source import locate_model
+from quantcli.models.unpack import write_float
 from quantcli.options import CaptureOptions, GenerateAdapterOptions
 from quantcli.pipelines import capture
 from quantcli.progress import Progress, Silent
@@ -183,8 +185,19 @@ def _capture(options: GenerateAdapterOptions, folder: Path, target: Path, progre
         InputError: no graph of it takes adapters.
     """
     hint = "merge the adapter into the model, then quantize and capture that"
-    if has_experts(read_config(folder)):
+    checkpoint = Checkpoint.open(folder)
+    if has_experts(checkpoint.config):
         raise InputError(f"{folder} is a mixture of experts, for which adapters cannot be generated", hint=hint)
+    if checkpoint.config.get("quantization_config") is not None and not reader_of(checkpoint).uniform:
+        progress.warn(
+            "nf4 and fp4 codes have no exact form in ONNX: the base is written in float32, with the values that they "
+            "stand for; train beside weights of -a awq, gptq or kquant for a small one"
+        )
+        folder, packed = target.with_name("float"), folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_float(packed, folder)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
     try:
         capture.run(CaptureOptions(str(folder), target, trust_remote_code=options.trust_remote_code), progress)
     except InputError as error:
