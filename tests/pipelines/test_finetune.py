@@ -92,6 +92,8 @@ def test_the_loss_goes_down(bases, data, tmp_path, base, packing):
     assert result.eval_loss < 0.75 * result.base_loss
     assert result.base_accuracy < 0.2
     assert result.eval_accuracy == 1
+    assert sorted(result.labels) == ["w50", "w60"]
+    assert result.base_label_accuracy < result.eval_label_accuracy == 1
     assert (result.train_examples, result.eval_examples) == (64, 16)
 
 
@@ -168,6 +170,24 @@ def test_bases_in_the_formats_of_others(bases, data, tmp_path, kind, method):
     assert tiny.digests(tmp_path / "f" / "model") == before == tiny.digests(base)  # it is quantized: taken as it is
 
 
+def test_dora(bases, data, tmp_path):
+    result = finetune.run(asked(bases / "nf4", tmp_path / "f", data, use_dora=True, max_steps=10))
+    assert result.eval_loss < 0.95 * result.base_loss
+    assert json.loads((tmp_path / "f" / "adapter" / "adapter_config.json").read_text())["use_dora"] is True
+    opened = open_lora(load(tmp_path / "f"), tmp_path / "f" / "adapter")
+    assert any("lora_magnitude_vector" in name for name, _ in opened.named_parameters())
+
+
+@pytest.mark.parametrize(("base", "method"), [("float", "qlora"), ("nf4", "lora")])
+def test_loftq_begins_near_the_float_model(bases, data, tmp_path, base, method):
+    float_model = str(bases / "float") if base == "nf4" else None
+    more = {"init_lora": "loftq", "float_model": float_model, "method": method, "lora_r": 64, "max_steps": 1}
+    result = finetune.run(asked(bases / base, tmp_path / "f", data, **more))
+    plain = finetune.run(asked(bases / "float", tmp_path / "g", data, max_steps=1))
+    assert abs(result.base_loss - plain.base_loss) > 5e-3
+    assert result.begin_loss == pytest.approx(plain.base_loss, abs=5e-4)  # rank 64 holds every error
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_base_is_linked_or_copied(bases, data, tmp_path, copy):
     finetune.run(asked(bases / "float", tmp_path / "f", data, max_steps=1, copy_base=copy))
@@ -189,6 +209,7 @@ def test_plain_text_and_trainer_arguments(bases, tmp_path):
     assert result.train_examples + result.eval_examples == 13  # 401 tokens in pieces of 32
     assert result.steps == 2 * 3
     assert result.eval_accuracy is None
+    assert result.labels == [] and result.eval_label_accuracy is None
 
 
 @pytest.mark.parametrize(
@@ -205,6 +226,9 @@ def test_plain_text_and_trainer_arguments(bases, tmp_path):
             "--save-steps 6 is no multiple of --eval-steps 4",
         ),
         ({"early_stopping": 0}, UsageError, "--early-stopping must be 1 or more, got 0"),
+        ({"init_lora": "loftq"}, UsageError, "needs the float weights of .*, made from 'float'"),
+        ({"init_lora": "loftq", "use_dora": True}, UsageError, "--use-dora and --init-lora loftq exclude each other"),
+        ({"float_model": "x"}, UsageError, "--float-model would have no effect"),
         ({"target_modules": ("nothing",)}, UsageError, "--target-modules 'nothing'"),
         (
             {"examples": {"text_template": "{phrase} {mood}"}},

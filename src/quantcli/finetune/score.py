@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from quantcli.data.examples import IGNORED, Example, collate
+from quantcli.data.labels import Question
 from quantcli.errors import InputError, UsageError
 from quantcli.progress import Progress
 
-__all__ = ["Score", "keep_no_cache", "measure", "refuse_leaking_packs"]
+__all__ = ["Score", "keep_no_cache", "measure", "refuse_leaking_packs", "tell_labels"]
 
 _LEAK = 1e-3
 
@@ -26,6 +27,8 @@ class Score:
     accuracy: float | None
     """Share of completions whose every token is the most likely one: what greedy decoding would write. None where
     examples have no completion."""
+    label_accuracy: float | None = None
+    """Share of prompts whose label is the likeliest of all labels; None where completions are no labels."""
 
 
 @torch.no_grad()
@@ -61,6 +64,38 @@ def measure(
     if not math.isfinite(loss):
         raise InputError("the model's output is not finite", hint="add --torch-dtype float32")
     return Score(loss / counted, right / answers if answers else None)
+
+
+@torch.no_grad()
+def tell_labels(
+    model: Any, questions: Sequence[Question], batch_size: int, pad: int, progress: Progress, label: str
+) -> float:
+    """Share of prompts behind which the right label is the likeliest of all labels, its end included.
+
+    Args:
+        model: As for `measure`.
+        questions: At least one.
+        batch_size: Texts that go through the model together.
+        pad: Token that fills rows up.
+        progress: Told of each batch.
+        label: What the work is called.
+    """
+    keep_no_cache(model)
+    model.eval()
+    texts = [(answer, question.begin) for question in questions for answer in question.answers]
+    scores: list[float] = []
+    with progress.track(label, len(texts)) as task:
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            batch = {k: v.to(model.device) for k, v in collate([[e] for e, _ in part], pad).items() if k != "labels"}
+            logits = model(**batch).logits[:, :-1].float()
+            told = -cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+            scores += [
+                float(told[row, max(begin - 1, 0) : len(e.tokens) - 1].sum()) for row, (e, begin) in enumerate(part)
+            ]
+            task.advance(len(part))
+    chosen = torch.tensor(scores).view(len(questions), -1).argmax(1)
+    return float((chosen == torch.tensor([q.right for q in questions])).float().mean())
 
 
 @torch.no_grad()

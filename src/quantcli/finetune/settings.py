@@ -72,6 +72,13 @@ class Rhythm:
             )
         return cls(steps, save_steps, eval_steps)
 
+    def describe(self, rows: int, options: FinetuneOptions) -> str:
+        """In words: how far so many steps reach over so many rows."""
+        each = options.batch_size * options.gradient_accumulation
+        times = self.steps * each / rows
+        reach = f"{times:.2g} times through the examples" if times >= 1 else f"over {times:.0%} of the examples"
+        return f"{self.steps} steps of {each} {'rows' if options.examples.packing else 'examples'}, {reach}"
+
 
 def read_settings(settings: Mapping[str, str]) -> dict[str, Any]:
     """Arguments of transformers' Trainer out of KEY=VALUE words.

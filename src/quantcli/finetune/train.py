@@ -20,7 +20,7 @@ from quantcli.folder import write_json
 from quantcli.options import FinetuneOptions
 from quantcli.progress import Progress, Silent, Task
 
-__all__ = ["Curve", "train"]
+__all__ = ["Curve", "train", "training_rows"]
 
 _WHOLE = "whole.json"
 
@@ -42,6 +42,11 @@ class Curve:
         losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
         found = [(int(entry["step"]), float(entry["eval_loss"])) for entry in state.log_history if "eval_loss" in entry]
         return cls(losses, found, state.best_global_step if keeps_best else None)
+
+
+def training_rows(examples: Sequence[Example], options: FinetuneOptions) -> list[list[Example]]:
+    """What goes through the model as one row of a batch: an example, or several where they are packed."""
+    return pack(examples, options.examples.seq_len) if options.examples.packing else [[e] for e in examples]
 
 
 def train(
@@ -69,7 +74,7 @@ def train(
         InputError: the loss is no longer finite.
     """
     keep_no_cache(model)
-    rows = pack(examples, options.examples.seq_len) if options.examples.packing else [[e] for e in examples]
+    rows = training_rows(examples, options)
     rhythm = Rhythm.of(options, len(rows))
     keeps_best = options.early_stopping is not None
     cpu = model.device.type == "cpu"

@@ -1,24 +1,22 @@
 """`quantcli finetune`: an adapter trained beside a model, float or quantized, in a folder that holds both."""
 
 import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from quantcli.data.calibration import load_tokenizer
-from quantcli.data.examples import ExampleSets, read_examples
-from quantcli.errors import QuantcliError, UsageError
+from quantcli.data.examples import ExampleSets, local_files, read_examples
+from quantcli.data.labels import find_labels, read_questions
+from quantcli.errors import UsageError
+from quantcli.evaluate.speed import peak_memory
+from quantcli.finetune.loftq import begin_with_residuals
 from quantcli.finetune.lora import add_lora, save_lora
-from quantcli.finetune.score import Score, measure, refuse_leaking_packs
-from quantcli.finetune.settings import read_settings
-from quantcli.finetune.train import train
+from quantcli.finetune.score import Score, measure, refuse_leaking_packs, tell_labels
+from quantcli.finetune.settings import Rhythm, read_settings
+from quantcli.finetune.train import train, training_rows
 from quantcli.folder import (
     Manifest,
     PartialFolder,
@@ -31,19 +29,18 @@ from quantcli.folder import (
     require_free_bytes,
     write_json,
 )
-from quantcli.models.checkpoint import Checkpoint, copy_companions
+from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.load import load
 from quantcli.models.online import refuse_online
 from quantcli.models.source import locate_model
-from quantcli.options import FinetuneOptions, QuantizeOptions
-from quantcli.pipelines import quantize
+from quantcli.options import FinetuneOptions
+from quantcli.pipelines.finetuning.base import find_float_source, place_base
 from quantcli.progress import Progress, Silent
-from quantcli.report.curve import Series, draw_curves
+from quantcli.report.training import draw_losses
 
 __all__ = ["CURVE", "FinetuneResult", "run"]
 
 CURVE = "loss.svg"
-_NF4_BLOCKS = (64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,17 @@ class FinetuneResult:
     """Cross entropy per counted token of the held-out examples, without the adapter."""
     eval_loss: float
     """The same with it."""
+    begin_loss: float | None
+    """The same where the adapter began with the rounding error; None where it began as the base."""
     base_accuracy: float | None
     """Share of held-out completions that the base tells exactly; None where examples have none."""
     eval_accuracy: float | None
+    """The same with the adapter."""
+    labels: list[str]
+    """The completions, where they are labels: few, and each many times."""
+    base_label_accuracy: float | None
+    """Share of held-out prompts behind which the base finds the right label likelier than the others; None without."""
+    eval_label_accuracy: float | None
     """The same with the adapter."""
     trained_parameters: int
     """Entries of the adapter."""
@@ -78,6 +83,8 @@ class FinetuneResult:
     """Bytes of adapter/."""
     base_size_bytes: int
     """Bytes of model/."""
+    peak_bytes: int
+    """Memory above what the process held when it began, that of the GPU included."""
     seconds: float
     """How long it took."""
 
@@ -101,66 +108,98 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
     refuse_online(checkpoint.config, folder, "for which an adapter would serve nobody but quantcli")
     is_quantized = checkpoint.config.get("quantization_config") is not None
     quantizes = options.method == "qlora" and not is_quantized
+    source = find_float_source(options, checkpoint, quantizes)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
     sets = read_examples(options.examples, tokenizer, options.seed, progress)
+    rows = len(training_rows(sets.train, options))
+    rhythm = Rhythm.of(options, rows)
     how = "quantized" if is_quantized else "float, quantized to nf4 first" if quantizes else "float"
     progress.plan(
         "Finetune",
         [
             ("model", f"{options.model} ({how})"),
-            ("adapter", f"LoRA of rank {options.lora_r}, alpha {options.lora_alpha:g}"),
+            ("adapter", f"{_kind(options)} of rank {options.lora_r}, alpha {options.lora_alpha:g}"),
             ("examples", f"{len(sets.train)} to train on, {len(sets.eval)} held out, from {sets.source}"),
+            ("training", rhythm.describe(rows, options)),
             ("loss on", "completions" if options.examples.completion_only else "all tokens"),
             ("output", str(options.output)),
         ],
     )
     require_free_bytes(options.output.absolute().parent, checkpoint.size_bytes)
     digest = fingerprint(folder)
-    with create_output(
-        options.output, plan=_identity(options, digest), inputs=[folder], force=options.force, resumable=True
-    ) as partial:
+    plan = _identity(options, digest, source)
+    with (
+        create_output(options.output, plan=plan, inputs=[folder], force=options.force, resumable=True) as partial,
+        peak_memory() as watched,
+    ):
         if options.resume and not partial.resumed:
             raise UsageError(f"--resume: no interrupted run left anything for {options.output}", hint="leave it out")
-        _base(checkpoint, partial, options, quantizes, progress)
+        place_base(checkpoint, partial, options, quantizes, progress)
         model = load(
             partial.model,
             device=options.device,
             dtype=options.torch_dtype,
             trust_remote_code=options.trust_remote_code,
         )
-        result = _train(options, model, sets, _pad_token(tokenizer), partial, progress)
+        result = _train(options, model, source, sets, tokenizer, partial, progress)
         resolved = public_options(asdict(options))
         write_json(partial.root / "report.json", result)
-        (partial.root / CURVE).write_text(_picture(result))
-        metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")}
+        last = result["best_step"] or result["steps"]
+        held_out = {0: result["base_loss"]} | dict(result["eval_losses"]) | {last: result["eval_loss"]}
+        (partial.root / CURVE).write_text(draw_losses(result["losses"], list(held_out.items())))
+        costs: dict[str, Any] = {"peak_bytes": watched.above_start_bytes, "seconds": time.perf_counter() - begin}
+        metrics = {k: v for k, v in result.items() if k not in ("losses", "eval_losses")} | costs
         partial.commit(Manifest("finetuned", "finetune", resolved, describe_parent(folder, digest), metrics))
-    return FinetuneResult(output=options.output, seconds=time.perf_counter() - begin, **result)
+    return FinetuneResult(output=options.output, **costs, **result)
 
 
 def _train(
-    options: FinetuneOptions, model: Any, sets: ExampleSets, pad: int, partial: PartialFolder, progress: Progress
+    options: FinetuneOptions,
+    model: Any,
+    source: Checkpoint | None,
+    sets: ExampleSets,
+    tokenizer: Any,
+    partial: PartialFolder,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Base loss, training, adapted loss, adapter; returns the fields of a result."""
+    pad = _pad_token(tokenizer)
     adapted = add_lora(
         model,
         r=options.lora_r,
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
         target_modules=options.target_modules,
+        use_dora=options.use_dora,
         seed=options.seed,
     )
     if options.examples.packing:
         refuse_leaking_packs(adapted, sets.train, pad)
 
+    labels = find_labels(sets)
+    questions = read_questions(sets.eval, labels, options.examples, tokenizer) if labels else []
+
     def judge(label: str) -> Score:
-        return measure(adapted, sets.eval, options.batch_size, pad, progress, label)
+        score = measure(adapted, sets.eval, options.batch_size, pad, progress, label)
+        if not questions:
+            return score
+        told = tell_labels(adapted, questions, options.batch_size, pad, progress, label.replace("loss", "labels"))
+        return replace(score, label_accuracy=told)
 
     before = _measured_once(partial.state / "base_score.json", lambda: _without_adapter(adapted, judge))
+    begun = None
+    if source is not None:
+        share = begin_with_residuals(adapted, source, options.seed, progress, options.trust_remote_code)
+        begun = _measured_once(partial.state / "begin_score.json", lambda: judge("loss with the residuals"))
+        progress.note(f"the adapters begin with {share:.0%} of the squared rounding error, eval loss {begun.loss:.4f}")
+        if begun.loss > before.loss:
+            progress.warn(
+                f"they begin worse than the base (eval loss {before.loss:.4f}): --init-lora zero may be better"
+            )
     curve = train(adapted, sets.train, sets.eval, options, pad, partial.state / "trainer", progress)
     after = judge("loss with the adapter")
     adapter = partial.root / "adapter"
     save_lora(adapted, adapter)
-    _verify(adapted, adapter)
     return {
         "train_examples": len(sets.train),
         "eval_examples": len(sets.eval),
@@ -168,19 +207,30 @@ def _train(
         **asdict(curve),
         "base_loss": before.loss,
         "eval_loss": after.loss,
+        "begin_loss": None if begun is None else begun.loss,
         "base_accuracy": before.accuracy,
         "eval_accuracy": after.accuracy,
+        "labels": labels,
+        "base_label_accuracy": before.label_accuracy,
+        "eval_label_accuracy": after.label_accuracy,
         "trained_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "adapter_size_bytes": folder_size_bytes(adapter),
         "base_size_bytes": folder_size_bytes(partial.model),
     }
 
 
-def _identity(options: FinetuneOptions, digest: str) -> dict[str, Any]:
+def _kind(options: FinetuneOptions) -> str:
+    return ("DoRA" if options.use_dora else "LoRA") + (", begun by LoftQ," if options.init_lora == "loftq" else "")
+
+
+def _identity(options: FinetuneOptions, digest: str, source: Checkpoint | None) -> dict[str, Any]:
     """What decides the result: a run continues another only where all of it is the same."""
     examples = options.examples
-    files = [Path(name) for name in (*examples.data_files, examples.eval_split) if Path(name).is_file()]
+    files = [
+        Path(name) for name in (*local_files(examples), examples.eval_split or "") if name and Path(name).is_file()
+    ]
     asked = {name: value for name, value in public_options(asdict(options)).items() if name != "resume"}
+    asked["float_model"] = None if source is None else fingerprint(source.folder)
     return {**asked, "parent": digest, "data": {str(path): file_digest(path) for path in files}}
 
 
@@ -196,87 +246,6 @@ def _measured_once(path: Path, measured: Callable[[], Score]) -> Score:
 def _without_adapter(adapted: Any, judge: Callable[[str], Score]) -> Score:
     with adapted.disable_adapter():
         return judge("loss of the base")
-
-
-def _base(
-    checkpoint: Checkpoint, partial: PartialFolder, options: FinetuneOptions, quantizes: bool, progress: Progress
-) -> None:
-    """Fills model/, unless an interrupted run has done so."""
-    done = partial.state / "base.json"
-    if done.is_file():
-        return
-    shutil.rmtree(partial.model, ignore_errors=True)
-    if quantizes:
-        _quantize_base(checkpoint.folder, partial, options, progress)
-    else:
-        partial.model.mkdir()
-        _place_base(checkpoint, partial.model, options.copy_base)
-    write_json(done, {"files": sorted(p.name for p in partial.model.iterdir())})
-
-
-def _picture(result: Mapping[str, Any]) -> str:
-    """The losses over the steps; the eval loss from the base's to that of the adapter that was kept."""
-    last = result["best_step"] or result["steps"]
-    measured = {0: result["base_loss"]} | dict(result["eval_losses"]) | {last: result["eval_loss"]}
-    return draw_curves(
-        "Loss while finetuning",
-        "step",
-        [
-            Series("training", list(enumerate(result["losses"], 1))),
-            Series("held out", sorted(measured.items()), marked=True),
-        ],
-    )
-
-
-def _place_base(checkpoint: Checkpoint, target: Path, copy: bool) -> None:
-    """The base as it is: weights linked where the file system can, unless they are to be copied; the rest copied."""
-    names = {"config.json", *(p.name for p in checkpoint.folder.glob("*.safetensors*"))}
-    for name in sorted(names):
-        source = (checkpoint.folder / name).resolve()  # the hub's cache holds links
-        if copy or not name.endswith(".safetensors"):
-            shutil.copyfile(source, target / name)
-            continue
-        try:
-            os.link(source, target / name)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(source, target / name)
-    copy_companions(checkpoint.folder, target)
-
-
-def _quantize_base(folder: Path, partial: PartialFolder, options: FinetuneOptions, progress: Progress) -> None:
-    """The base as nf4, in the largest blocks that divide every linear's inputs."""
-    made = partial.state / "nf4"
-    if (made / "model").is_dir():  # finished, and not yet put in its place
-        (made / "model").rename(partial.model)
-        return
-    shutil.rmtree(made, ignore_errors=True)
-    for size in _NF4_BLOCKS:
-        try:
-            wanted = QuantizeOptions(
-                str(folder),
-                made,
-                "nf4",
-                group_size=size,
-                device=options.device,
-                trust_remote_code=options.trust_remote_code,
-            )
-            quantize.run(wanted, progress)
-            break
-        except QuantcliError as error:
-            if "do not divide" not in error.message or size == _NF4_BLOCKS[-1]:
-                raise
-    (made / "model").rename(partial.model)
-
-
-def _verify(adapted: Any, folder: Path) -> None:
-    """What was written reads back as what was trained."""
-    trained = {n.replace(".default.", "."): p for n, p in adapted.named_parameters() if p.requires_grad}
-    written = load_file(folder / "adapter_model.safetensors")
-    if written.keys() != trained.keys():
-        raise AssertionError("the adapter that was written has other tensors than the one that was trained")
-    for name, tensor in written.items():
-        if not torch.equal(tensor, trained[name].detach().cpu()) or not bool(torch.isfinite(tensor).all()):
-            raise AssertionError(f"adapter tensor {name} is not what was trained, or not finite")
 
 
 def _pad_token(tokenizer: Any) -> int:
