@@ -599,6 +599,9 @@ class GenerateAdapterOptions:
     finetune's output folder."""
     adapter_format: str = "onnx_adapter"
     """File format of the adapters: onnx_adapter, which ONNX Runtime loads, safetensors or npz."""
+    only_adapted: bool = False
+    """Let only linears that these adapters change take adapters: faster where they are few, but later adapters can
+    change no others. Default: every linear of the blocks."""
     trust_remote_code: bool = False
     """Run model code that the folder brings along."""
     force: bool = False

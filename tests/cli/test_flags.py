@@ -180,6 +180,7 @@ GIVEN = {
         "output": (["--output", "there"], Path("there")),
         "adapters": (["--adapter-path", "a=A", "--adapter-path", "B"], ("a=A", "B")),
         "adapter_format": (["--adapter-format", "npz"], "npz"),
+        "only_adapted": (["--only-adapted"], True),
         "trust_remote_code": (["--trust-remote-code"], True),
         "force": (["--force"], True),
     },

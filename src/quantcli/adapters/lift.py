@@ -62,6 +62,8 @@ def lift(model: ir.Model) -> Lifted:
         for node, old, new in ((down, name, slot.a), (up, other, slot.b)):
             node.replace_input_with(1, optional_input(model.graph, new, shapes[new]))
             del model.graph.initializers[old]
+        # the builder says what rank it had; the runtime would reuse buffers of that size
+        down.outputs[0].shape = None
         values[slot.a], values[slot.b] = a, b
         products.append(product)
     write_products(model, [*read_products(model), *products])
@@ -73,17 +75,12 @@ def _product(graph: ir.Graph, name: str) -> tuple[ir.Node, np.ndarray]:
     """The one MatMul by a constant, and its values [in, out] float32."""
     value = graph.initializers.get(name)
     tensor = None if value is None else value.const_value
-    if value is None or tensor is None:
+    uses = [] if value is None else list(value.uses())
+    kinds = sorted({node.op_type for node, _ in uses})
+    if tensor is None or len(tensor.shape) != 2 or kinds != ["MatMul"] or len(uses) != 1 or uses[0][1] != 1:
         raise InputError(
-            f"the graph has no float matrix {name}",
-            hint="where the LoRA matrices were quantized, build the graph again with them in nodes_to_exclude, "
-            "or give the base without adapter and --adapter-path",
-        )
-    uses = list(value.uses())
-    if len(uses) != 1 or uses[0][0].op_type != "MatMul" or uses[0][1] != 1 or len(tensor.shape) != 2:
-        kinds = ", ".join(sorted({node.op_type for node, _ in uses})) or "nothing"
-        raise InputError(
-            f"{name} is used by {kinds}, expected one product x @ {name}",
-            hint="give the base without adapter and --adapter-path",
+            f"the LoRA matrix {name} is used by {', '.join(kinds) or 'nothing'}, expected one product x @ {name}",
+            hint="give the base without adapter and --adapter-path; or, where the builder quantized the LoRA matrices, "
+            "build the graph again with them in nodes_to_exclude",
         )
     return uses[0][0], np.ascontiguousarray(tensor.numpy(), np.float32)

@@ -5,14 +5,14 @@ stay what they are, codes included. A node that stands for several linears (q, k
 their matrices side by side, B theirs on the diagonal. Two more products per node instead of two per linear.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from quantcli.adapters.peft_folder import LoraLayer
-from quantcli.errors import InputError, nearest
+from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.products import Product, read_products
 
 __all__ = ["Slot", "add_slots", "find_slots", "fit", "optional_input"]
@@ -48,13 +48,23 @@ def find_slots(model: ir.Model) -> list[Slot]:
     return [slot for slot in map(Slot, read_products(model)) if slot.a in inputs]
 
 
-def add_slots(model: ir.Model) -> list[Slot]:
+def add_slots(model: ir.Model, only: Collection[str] | None = None) -> list[Slot]:
     """Adds a slot to every linear of the blocks; a graph that has them stays as it is.
+
+    Args:
+        model: The graph, changed in place.
+        only: Linears by module name; others get none, and cost no time where the graph runs.
 
     Raises:
         InputError: the graph does not say where its linears are.
+        UsageError: `only` some are to have slots, and the graph has them already.
     """
     found = find_slots(model)
+    if found and only is not None:
+        raise UsageError(
+            "--only-adapted: the base takes adapters already, its inputs stay",
+            hint="leave it out, or give the captured graph or the checkpoint",
+        )
     if found:
         return found
     products = read_products(model)
@@ -63,7 +73,7 @@ def add_slots(model: ir.Model) -> list[Slot]:
             "the graph does not say which of its products belongs to which linear",
             hint="capture it again with `quantcli capture-onnx-graph --exporter genai`",
         )
-    slots = [Slot(product) for product in products]
+    slots = [Slot(p) for p in products if only is None or any(r.name in only for r in p.ranges)]
     for number, slot in enumerate(slots):
         _add(model.graph, slot, number)
     return slots
@@ -82,8 +92,10 @@ def fit(layers: Sequence[LoraLayer], slots: Sequence[Slot]) -> dict[str, np.ndar
     by_name = {layer.module: layer for layer in layers}
     for layer in layers:
         if layer.module not in rows:
-            raise InputError(f"the adapter changes {layer.module}, the base has no such linear: "
-                             f"{nearest(layer.module, rows)[:200]}")  # fmt: skip
+            raise InputError(
+                f"the adapter changes {layer.module}, where the base takes none: {nearest(layer.module, rows)[:200]}",
+                hint="give the model that the adapter was trained on; a base of --only-adapted takes its own alone",
+            )
     values: dict[str, np.ndarray] = {}
     for slot in slots:
         _fit_one(slot, by_name, rows, values)

@@ -114,5 +114,8 @@ def _adapter_file(folder: Path, adapter: str) -> Path:
         )
     names = [file.name.removesuffix(_SUFFIX) for file in folder.glob("*" + _SUFFIX)]
     if not names:
-        raise UsageError(f"{folder} has no adapters", hint="make them with `quantcli generate-adapter`")
+        raise UsageError(
+            f"{folder} has no adapters",
+            hint="make them with `quantcli generate-adapter` (without another --adapter-format)",
+        )
     raise UsageError(f"{folder} has no adapter {adapter!r}, {nearest(adapter, names)}")

@@ -17,7 +17,7 @@ from quantcli.models.checkpoint import TensorEntry, read_config
 from quantcli.models.experts import unfuse_experts
 from quantcli.models.online import OnlineRotations
 
-__all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "load_config", "materialize"]
+__all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "has_experts", "load_config", "materialize"]
 
 # module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
 _RENAMED = {
@@ -111,6 +111,12 @@ def check_counts(config: Any, entries: Sized, folder: Path) -> None:
         count = getattr(text, name, None)
         if isinstance(count, int) and count > most:
             raise InputError(f"{folder / 'config.json'} says {name} {count}, the files hold {len(entries)} tensors")
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes a mixture of experts."""
+    text = config.get("text_config") or config
+    return any(text.get(name) for name in _EXPERT_COUNTS)
 
 
 def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:

@@ -22,16 +22,22 @@ from quantcli.evaluate.genai_model import GenaiModel
 from quantcli.evaluate.language_model import is_genai_folder
 from quantcli.export.companions import probe_tokens, read_tokenizer
 from quantcli.folder import (
+    MANIFEST,
     Manifest,
     create_output,
     describe_parent,
     fingerprint,
     folder_size_bytes,
     public_options,
+    read_manifest,
     write_json,
 )
 from quantcli.graphs.files import DATA_SUFFIX, open_graph, save_graph
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.readers import reader_of
+from quantcli.models.skeleton import has_experts
 from quantcli.models.source import locate_model
+from quantcli.models.unpack import write_float
 from quantcli.options import CaptureOptions, GenerateAdapterOptions
 from quantcli.pipelines import capture
 from quantcli.progress import Progress, Silent
@@ -99,7 +105,9 @@ def run(options: GenerateAdapterOptions, progress: Progress | None = None) -> Ge
         beside = Path(options.model).absolute().parent / _FINETUNED
         word = os.path.relpath(beside) if beside.is_dir() else "NAME=FOLDER"
         raise UsageError(f"{options.model} brings no adapter along", hint=f"add --adapter-path {word}")
-    adapters = {name: read_peft(path) for name, path in given.items()}
+    adapters, digest = {name: read_peft(path) for name, path in given.items()}, fingerprint(folder)
+    for name, path in given.items():
+        _warn_of_other_base(name, path, folder, digest, progress)
     progress.plan(
         "Generate adapter",
         [
@@ -114,9 +122,7 @@ def run(options: GenerateAdapterOptions, progress: Progress | None = None) -> Ge
     with create_output(options.output, plan=resolved, inputs=inputs, force=options.force) as partial:
         base = folder
         if not is_graph:
-            captured = partial.state / "captured"
-            capture.run(CaptureOptions(str(folder), captured, trust_remote_code=options.trust_remote_code), progress)
-            base = captured / "model"
+            base = _capture(options, folder, partial.state / "captured", progress)
         files = _write(options, base, partial.model, adapters)
         progress.note("comparing the base with what it was")
         _verify(options, base, partial.model, [file.name for file in files], built_in)
@@ -127,7 +133,7 @@ def run(options: GenerateAdapterOptions, progress: Progress | None = None) -> Ge
             seconds=round(time.perf_counter() - begin, 2),
         )
         metrics = {k: v for k, v in result.to_dict().items() if k != "output"}
-        parent = describe_parent(folder, fingerprint(folder))
+        parent = describe_parent(folder, digest)
         partial.commit(Manifest("onnx", "generate-adapter", public_options(resolved), parent, metrics))
     return result
 
@@ -156,13 +162,59 @@ def _adapter_folders(options: GenerateAdapterOptions) -> dict[str, Path]:
     return named
 
 
+def _warn_of_other_base(name: str, adapter: Path, folder: Path, digest: str, progress: Progress) -> None:
+    """Says so where finetune trained the adapter beside another model than this, or than this graph was captured of."""
+    home = adapter if (adapter / MANIFEST).is_file() else adapter.resolve().parent
+    trained, made = read_manifest(home), read_manifest(folder)
+    if trained is None or trained.command != "finetune" or (made is not None and made.command == "generate-adapter"):
+        return
+    beside = home / "model"
+    known = {trained.parent.get("fingerprint"), *([fingerprint(beside)] if beside.is_dir() else [])}
+    ours = {digest, made.parent.get("fingerprint") if made is not None and made.kind == "onnx" else digest}
+    if not known & ours:
+        progress.warn(
+            f"adapter {name!r} was trained beside {trained.parent.get('name')}, {folder} is another model or another "
+            "quantization of it: the shapes fit, the answers may not"
+        )
+
+
+def _capture(options: GenerateAdapterOptions, folder: Path, target: Path, progress: Progress) -> Path:
+    """The graph of a checkpoint.
+
+    Raises:
+        InputError: no graph of it takes adapters.
+    """
+    hint = "merge the adapter into the model, then quantize and capture that"
+    checkpoint = Checkpoint.open(folder)
+    if has_experts(checkpoint.config):
+        raise InputError(f"{folder} is a mixture of experts, for which adapters cannot be generated", hint=hint)
+    if checkpoint.config.get("quantization_config") is not None and not reader_of(checkpoint).uniform:
+        progress.warn(
+            "nf4 and fp4 codes have no exact form in ONNX: the base is written in float32, with the values that they "
+            "stand for; train beside weights of -a awq, gptq or kquant for a small one"
+        )
+        folder, packed = target.with_name("float"), folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_float(packed, folder)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+    try:
+        capture.run(CaptureOptions(str(folder), target, trust_remote_code=options.trust_remote_code), progress)
+    except InputError as error:
+        if "--exporter" not in (error.hint or ""):
+            raise
+        raise InputError(error.message, hint=hint) from error  # adapters need the builder's graph
+    return target / "model"
+
+
 def _write(
     options: GenerateAdapterOptions, base: Path, target: Path, adapters: Mapping[str, list[LoraLayer]]
 ) -> tuple[AdapterFile, ...]:
     """Writes the base with slots, its companions and the adapters."""
     model = open_graph(base / _GRAPH)
     lifted = lift(model) if has_lora(model) else None
-    slots = add_slots(model)
+    changed = {layer.module for layers in adapters.values() for layer in layers}
+    slots = add_slots(model, changed if options.only_adapted else None)
     fitted = {name: fit(layers, slots) for name, layers in adapters.items()}
     save_graph(model, target / _GRAPH)
     for path in base.iterdir():
