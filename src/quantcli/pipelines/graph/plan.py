@@ -18,7 +18,7 @@ from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "plan_graph", "plan_weights"]
+__all__ = ["GraphPlan", "plan_graph", "plan_weights", "scheme_target"]
 
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
@@ -178,7 +178,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
             raise InputError(
                 f"MatMulBnb4 can hold none of the weights of {plan.source.path}: {next(iter(kept.values()))}"
             )
-    targets = {t.name: _scheme_target(t, options, codebook) for t in found}
+    targets = {t.name: scheme_target(t, options, codebook) for t in found}
     if getattr(step.settings, "zero", None) == "float":
         _refuse_float_zeros(found, targets, graph)
     for bits in sorted({t.scheme.bits for t in targets.values()}):
@@ -263,7 +263,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
             )
 
 
-def _scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
+def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
     bits, size, symmetric = options.bits, options.group_size, options.symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
