@@ -28,7 +28,7 @@ PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 GRAPH_ENCODINGS = ("nbits", "qdq")
-GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather")
+GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather", "Conv")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -175,7 +175,7 @@ class GraphOptions:
     accuracy_level: int = 0
     """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
     op_types: tuple[str, ...] = ("MatMul", "Gemm")
-    """Operators whose weights are quantized, joined by commas: MatMul, Gemm, Gather (embeddings)."""
+    """Operators whose weights are quantized, joined by commas: MatMul, Gemm, Gather (embeddings), Conv (with qdq)."""
     nodes_include: tuple[str, ...] = ()
     """Name or regular expression of nodes; given once or more, only these are quantized."""
     nodes_exclude: tuple[str, ...] = ()
@@ -196,6 +196,8 @@ class GraphOptions:
         for name in self.op_types:
             if name not in GRAPH_OP_TYPES:
                 raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+        if "Conv" in self.op_types and self.encoding != "qdq":
+            raise UsageError("Conv has no operator with quantized weights", hint="add --encoding qdq")
         for pattern in self.nodes_include:
             compile_regex(pattern, "--nodes-include")
         for pattern in self.nodes_exclude:
