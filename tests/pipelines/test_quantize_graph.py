@@ -146,6 +146,39 @@ def test_codebooks_and_fractions(algorithm, settings, folder):
         assert graph.initializers["a.zeros"].dtype == ir.DataType.FLOAT
 
 
+def test_awq_with_nothing_to_scale_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_graph(graph_model([N("MatMul", "x a", "y", "n")], {"a": weights()["a"]}), source / "net.onnx")
+    np.savez(tmp_path / "0.npz", x=inputs(8, 0))
+    with pytest.raises(InputError, match="awq can scale none of the graph's 1 tensors"):
+        quantize(source, graph=GraphOptions(calibration_inputs=tmp_path / "0.npz"), algorithm="awq")
+
+
+def test_one_bit_and_kernels(tmp_path):
+    """One bit with fractions as zero points; Conv as the graph's other operator, by QDQ."""
+    source, random = tmp_path / "source", np.random.default_rng(2)
+    source.mkdir()
+    k = random.standard_normal((32, 16, 3, 3)).astype(np.float32)
+    nodes = [N("Conv", "x k", "y", "conv", {"pads": [1, 1, 1, 1]}), N("MatMul", "x2 a", "y2", "product")]
+    model = graph_model(nodes, {"k": k, "a": weights()["a"]}, "x x2", "y y2", ranks={"x": 4, "y": 4})
+    save_graph(model, source / "net.onnx")
+    one = quantize(source, "one", bits=1, algorithm="hqq", settings={"zero": "float"})
+    assert one.kept == {"k": "Conv is not among the operators to quantize"}
+    assert one.bits_per_weight == pytest.approx(2 + 64 / 32)
+    assert one.information_bits_per_weight == pytest.approx(1 + 64 / 32)
+    both = quantize(
+        source, "both", GraphOptions(encoding="qdq", op_types=("MatMul", "Conv")), bits=8, algorithm="kquant"
+    )
+    assert {layer.name: layer.relative_error < 1e-4 for layer in both.layers} == {"k": True, "a": True}
+    feed = {"x": random.standard_normal((1, 16, 8, 8)).astype(np.float32), "x2": inputs(4, 1)}
+    paths = (source / "net.onnx", both.output / "model" / "net.onnx")
+    wanted, found = (onnxruntime.InferenceSession(str(p)).run(None, feed) for p in paths)
+    np.testing.assert_allclose(found[0], wanted[0], atol=0.02 * np.abs(wanted[0]).max())
+    with pytest.raises(UsageError, match="Conv has no operator with quantized weights"):
+        GraphOptions(op_types=("Conv",))
+
+
 def test_selection_and_overrides(folder):
     graph = GraphOptions(quantize_last_matmul=False, accuracy_level=4)
     result = quantize(folder, graph=graph, overrides=(Override("^b$", bits=8),))

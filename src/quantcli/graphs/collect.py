@@ -123,7 +123,10 @@ def _session(model: ir.Model, folder: Path, outputs: Sequence[str]):  # type: ig
     """A session of the part of the graph that gives these tensors."""
     import onnxruntime
 
-    part = model.clone()
+    try:
+        part = model.clone()
+    except RuntimeError as error:
+        raise InputError(f"the graph cannot be run: {_line(error.__cause__ or error)}") from error
     values = {str(v.name): v for node in part.graph for v in node.outputs}
     missing = [name for name in outputs if name not in values]
     if missing:
@@ -148,5 +151,5 @@ def _check(model: ir.Model, feed: Feed) -> None:
         raise InputError(f"the calibration inputs {what}; the graph's inputs are {', '.join(sorted(wanted))}")
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

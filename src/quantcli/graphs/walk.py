@@ -265,11 +265,15 @@ def _swaps(node: ir.Node) -> bool:
     source = node.inputs[0]
     if source is None or source.const_value is None or len(source.const_value.shape) != 2:
         return False
-    return "perm" not in node.attributes or list(node.attributes["perm"].as_ints()) == [1, 0]
+    perm = node.attributes.get("perm")
+    return perm is None or (perm.type == ir.AttributeType.INTS and list(perm.as_ints()) == [1, 0])
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
+    try:
+        return int(node.attributes[name].as_int()) if name in node.attributes else default
+    except TypeError as error:
+        raise InputError(f"attribute {name!r} of node {node.name!r} is no whole number") from error
 
 
 def _matches(patterns: Sequence[str], node: ir.Node) -> bool:

@@ -18,7 +18,7 @@ from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "plan_graph", "plan_weights"]
+__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target"]
 
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
@@ -173,12 +173,12 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     codebook = step.algorithm.codebook
     if codebook is not None:
         _refuse_codebook(step, graph)
-        found = [t for t in found if not _lacks_codebook_blocks(model, t, options, kept)]
+        found = [t for t in found if not lacks_codebook_blocks(model, t, options, kept)]
         if not found:
             raise InputError(
                 f"MatMulBnb4 can hold none of the weights of {plan.source.path}: {next(iter(kept.values()))}"
             )
-    targets = {t.name: _scheme_target(t, options, codebook) for t in found}
+    targets = {t.name: scheme_target(t, options, codebook) for t in found}
     if getattr(step.settings, "zero", None) == "float":
         _refuse_float_zeros(found, targets, graph)
     for bits in sorted({t.scheme.bits for t in targets.values()}):
@@ -236,7 +236,7 @@ def _refuse_codebook(step: Step, graph: GraphOptions) -> None:
         raise UsageError("MatMulBnb4 has float32 scales, double_quant does not apply", hint="leave it out")
 
 
-def _lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOptions, kept: dict[str, str]) -> bool:
+def lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOptions, kept: dict[str, str]) -> bool:
     """Whether MatMulBnb4 cannot hold a matrix; the reason is noted."""
     stored = model.graph.initializers[target.name].const_value
     if stored is not None and stored.dtype.name != "FLOAT":
@@ -263,7 +263,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
             )
 
 
-def _scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
+def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
     bits, size, symmetric = options.bits, options.group_size, options.symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
