@@ -105,7 +105,7 @@ def test_trainer_arguments_of_others_become_settings():
         "optim": "adafactor",
     }
     assert finetune("--gradient_checkpointing False").settings == {}
-    with pytest.raises(UsageError, match="--set needs a value"):
+    with pytest.raises(UsageError, match="--weight_decay needs a value"):
         finetune("--weight_decay")
     with pytest.raises(UsageError, match="unknown flag --weight_decays"):
         finetune("--weight_decays 1")
