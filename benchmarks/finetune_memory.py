@@ -4,7 +4,7 @@
         [--steps 5] [--batch-size 4] [--seq-len 128] [--again] [--output FILE.json]
 
 Each run is a process of its own on the CPU, in float32, and takes a few steps: memory is at its highest in the first.
-It counts above what the process holds once everything is imported, evaluation included. Losses mean nothing.
+It counts above what the process held when the run began, evaluation included. Losses mean nothing.
 """
 
 import argparse
