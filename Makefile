@@ -8,13 +8,16 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test quick check format bench docs clean
+.PHONY: help demo demo-finetune test quick check format bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## quantize, capture, generate, evaluate a real model; prints one table
 	@$(BIN)/python scripts/demo.py
+
+demo-finetune: $(INSTALLED) ## train two adapters beside a quantized model, answer with them in ONNX Runtime; two tables
+	@$(BIN)/python scripts/demo_finetune.py
 
 test: quick ## the whole suite, with coverage
 	$(BIN)/python -m pytest -m real --cov --cov-append --cov-report=term

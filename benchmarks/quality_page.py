@@ -21,12 +21,12 @@ Written by `benchmarks/quality.py`; what stands between the two marks is replace
 {END}
 """
 _LEGEND = """\
-KL is the mean divergence of the float model's distribution from the quantized model's in nats per token, ± its standard
-error clustered by window; in brackets the perplexity. Cost is the size of the weight files (embedding and norms stay
-float), the seconds of `quantcli quantize` from checkpoint to verified checkpoint, and its peak memory above what the
-process held when it began. `best` is `--preset best`; after a rotation, `--set refit=true --set sweeps=2`. awq is
-followed by kquant where no rounder is named. In an order, ≈ joins methods whose KL differs by less than the larger
-standard error."""
+KL is the mean divergence of the float model's distribution from the quantized model's in nats per token, ± its
+standard error clustered by window; in brackets the perplexity. Cost is the size of the weight files (embedding and
+norms stay float), the processor seconds of `quantcli quantize` from start to exit, and its peak memory above what the
+process held when it began. `best` is `--preset best` (awq, then gptq with refit and sweeps), `quarot,best` the same
+behind a rotation; awq is followed by kquant where no rounder is named. In an order, ≈ joins methods whose KL differs
+by less than the larger standard error. A cell that is empty was not measured, or the method has no such scheme."""
 
 
 def write_page(path: Path, found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str]) -> None:
@@ -65,19 +65,19 @@ def _circumstances(found: Mapping[str, Any]) -> str:
     machine, settings = found["machine"], found["settings"]
     dates = sorted({cell["date"] for cell in found["cells"].values()}) or ["no date yet"]
     versions = sorted({cell["version"] for cell in found["cells"].values()})
+    loads = [cell["load"] for cell in found["cells"].values()] or [0.0]
     codes = {cell["code"] for cell in found["cells"].values()}
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     words = (
         f"{when}, {'; '.join(versions)}; {machine['cores']} cores of {machine['processor']}, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, Python {machine['python']}. Model {settings['model']}, "
         f"{settings['rows']} x {settings['seq_len']} tokens to calibrate, {settings['samples']} x "
-        f"{settings['seq_len']} tokens of other articles to judge."
+        f"{settings['seq_len']} tokens of other articles to judge. Processor seconds are those of "
+        f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}, on a machine that also did other work "
+        f"(load {min(loads):.1f} to {max(loads):.1f})."
     )
     if len(codes) > 1:
         words += f" The code changed between cells ({len(codes)} versions)."
-    busy = max((cell["load"] for cell in found["cells"].values()), default=0)
-    if busy > 1.5 * machine["cores"]:
-        words += f" The machine was busy (load {busy:.0f}): seconds mislead."
     return fill(words, 120, break_on_hyphens=False)
 
 
@@ -96,7 +96,7 @@ def _quality(cell: Mapping[str, Any]) -> str:
 
 def _cost(cell: Mapping[str, Any]) -> str:
     size = "float" if cell["float_result"] else f"{cell['size_bytes'] / 1e6:.0f} MB"
-    return f"{size}, {cell['seconds']:.0f} s, {cell['peak_bytes'] / 1e9:.2f} GB"
+    return f"{size}, {cell['cpu_seconds']:.0f} s, {cell['peak_bytes'] / 1e9:.2f} GB"
 
 
 def _order(own: Mapping[str, Any], methods: Sequence[str], scheme: str) -> str:

@@ -5,6 +5,7 @@ Works in `.demo/`. A step is skipped where its output stands there undamaged, ma
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ class Steps:
     code: str
     """Digest of the package: other code makes every step run again."""
     done: dict[str, Any] = field(default_factory=dict)
-    """Step to the key that it ran with and, for an evaluation, its figures."""
+    """Step to the key that it ran with and its figures: what it cost, or what an evaluation found."""
 
     @classmethod
     def open(cls, file: Path) -> "Steps":
@@ -62,14 +63,15 @@ class Steps:
             print(f"\n{folder.relative_to(ROOT)} is there and intact")
             return
         shutil.rmtree(folder, ignore_errors=True)
-        run(command)
-        self.keep(name, key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        ran = run(command)
+        self.keep(name, key, {"seconds": ran.seconds, "peak_bytes": ran.peak_bytes})
 
     def measure(self, name: str, command: list[str], *inputs: Path) -> dict[str, Any]:
         """The figures of an evaluation, unless they were measured before on the same folders."""
         key = self.key(command, *inputs)
         if self.done.get(name, {}).get("key") != key:
-            self.keep(name, key, json.loads(run(command, capture=True)))
+            self.keep(name, key, json.loads(run(command, capture=True).output))
         figures: dict[str, Any] = self.done[name]["figures"]
         return figures
 
@@ -82,16 +84,32 @@ def intact(folder: Path) -> bool:
         return False
 
 
-def run(command: list[str], capture: bool = False) -> str:
+@dataclass(frozen=True)
+class Ran:
+    """A command that ended well."""
+
+    output: str
+    """What it wrote to stdout, where that was captured."""
+    seconds: float
+    """How long it took."""
+    peak_bytes: int
+    """The most memory that it held."""
+
+
+def run(command: list[str], capture: bool = False) -> Ran:
     """Runs quantcli as a user would."""
     print(f"\n$ quantcli {shlex.join(command)}", flush=True)
     begun = time.perf_counter()
     output = subprocess.PIPE if capture else None
-    done = subprocess.run([sys.executable, "-m", "quantcli", *command], stdout=output, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    return done.stdout or ""
+    with subprocess.Popen([sys.executable, "-m", "quantcli", *command], stdout=output, text=True, cwd=ROOT) as child:
+        text = child.stdout.read() if child.stdout else ""
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    seconds = time.perf_counter() - begun
+    print(f"({seconds:.0f} s)", flush=True)
+    return Ran(text, seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 def sentence(folder: Path) -> str:

@@ -11,7 +11,6 @@ import random
 import re
 import sys
 import tarfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
 TABLES = {"movie": "movieReviewSnippets_GroundTruth.txt", "amazon": "amazonReviewSnippets_GroundTruth.txt"}
 TONES = ("negative", "positive")
-HELD_OUT = 200  # of each tone
+HELD_OUT = 160  # of each tone
 MIN_SCORE = 0.5  # sentences nearer to 0 have no clear tone
 MIN_WORDS, MAX_WORDS = 3, 40
 SHARED_WORDS = 5  # a run of so many words in common makes two sentences near copies
@@ -67,7 +66,7 @@ def read(table: str) -> list[Sentence]:
 def split(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Those to train on and those held out, in random order, whole reviews at a time."""
     reviews: dict[str, list[Sentence]] = {}
-    for sentence in sentences:
+    for sentence in distinct(sentences):
         reviews.setdefault(sentence.review, []).append(sentence)
     order = sorted(reviews)
     dice = random.Random(SEED)
@@ -76,13 +75,13 @@ def split(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     while order and min(map(len, held.values())) < HELD_OUT:
         for sentence in reviews[order.pop()]:
             held[sentence.tone].append(sentence)
-    held_out = balanced([s for tone in TONES for s in distinct(held[tone])], HELD_OUT, dice)
+    held_out = balanced([s for tone in TONES for s in held[tone]], HELD_OUT, dice)
     seen = set().union(*(s.runs for s in held_out))
-    rest = distinct(s for review in order for s in reviews[review])
-    return balanced([s for s in rest if seen.isdisjoint(s.runs)], None, dice), held_out
+    rest = [s for review in order for s in reviews[review] if seen.isdisjoint(s.runs)]
+    return balanced(rest, None, dice), held_out
 
 
-def distinct(sentences: Iterable[Sentence]) -> list[Sentence]:
+def distinct(sentences: list[Sentence]) -> list[Sentence]:
     """One of those with the same words."""
     return list({tuple(s.words): s for s in sentences}.values())
 

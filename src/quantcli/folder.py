@@ -261,7 +261,7 @@ def create_output(
         if partial is not None and partial.committed:
             hint = f"{target} is complete"
         raise InterruptedRunError("interrupted", hint=hint) from error
-    except ResourceError:
+    except (ResourceError, InterruptedRunError):  # the latter of a command that this one ran
         keep = resumable
         raise
     except OSError as error:

@@ -30,6 +30,7 @@ __all__ = [
 
 PRESETS = ("fast", "balanced", "best")
 METHODS = ("lora", "qlora")
+INITS = ("zero", "loftq")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
@@ -215,8 +216,8 @@ class QuantizeOptions:
     """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
     what the preset says, gptq for balanced."""
     preset: str | None = None
-    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: that, then scale
-    refit and coordinate descent. Default: balanced."""
+    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
+    that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
     bits: int = 4
@@ -383,7 +384,7 @@ class ExampleOptions:
     data_files: tuple[str, ...] = ()
     """Files to train on: jsonl, csv, tsv, parquet or txt, joined by commas."""
     data_name: str | None = None
-    """Data set on the Hugging Face hub or in its cache."""
+    """Data set on the Hugging Face hub or in its cache; the path of a file is taken as --data-files."""
     data_split: str = "train"
     """Split of the hub data set."""
     text_field: str | None = None
@@ -400,9 +401,9 @@ class ExampleOptions:
     """Most rows that are read, those for evaluation included. Default: all."""
     packing: bool = False
     """Put several examples into one row of --seq-len tokens, none of which sees another."""
-    eval_split: str = "0.1"
+    eval_split: str | None = None
     """What the eval loss is measured on: a share of the rows (0.1), a number of rows (200), a file, or the name of a
-    split of the hub data set."""
+    split of the hub data set. Default: a tenth of the rows, at most 256."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "max_samples"):
@@ -449,6 +450,12 @@ class FinetuneOptions:
     target_modules: tuple[str, ...] = ()
     """Linears that get an adapter, by the ends of their names, joined by commas, as q_proj,v_proj. Default: every
     linear in the blocks but routers and experts."""
+    use_dora: bool = False
+    """DoRA: learn the length of each row of a weight beside its direction. ONNX Runtime adapters cannot hold it."""
+    init_lora: str = "zero"
+    """How adapters begin. zero: as the base; loftq: with the part of the rounding error that their rank can hold."""
+    float_model: str | None = None
+    """The float model that a quantized base was rounded from, for --init-lora loftq."""
     torch_dtype: str | None = None
     """Type that the model computes in: float32, float16 or bfloat16; adapters are float32. Default: float32 on CPU,
     else the checkpoint's."""
@@ -464,6 +471,15 @@ class FinetuneOptions:
     """Batches whose gradients make one step."""
     warmup: float = 0.03
     """Steps in which the learning rate rises from 0: a share of all steps below 1, else their number."""
+    eval_steps: int | None = None
+    """Steps between measurements of the eval loss while training. Default: none, or a tenth of all steps with
+    --early-stopping."""
+    early_stopping: int | None = None
+    """Stop when so many measurements in a row have not improved the eval loss, and keep the best adapter."""
+    save_steps: int | None = None
+    """Steps between checkpoints, from which an interrupted run continues. Default: --eval-steps, or a tenth of all."""
+    resume: bool = False
+    """Only continue an interrupted run, refuse to begin one. The same command continues without it, too."""
     settings: dict[str, str] = field(default_factory=dict)
     """Any other argument of transformers' Trainer, as weight_decay=0.01."""
     seed: int = 0
@@ -480,9 +496,19 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}, {nearest(self.method, METHODS)}")
+        if self.init_lora not in INITS:
+            raise UsageError(f"unknown --init-lora {self.init_lora!r}, {nearest(self.init_lora, INITS)}")
+        if self.init_lora == "loftq" and self.use_dora:
+            raise UsageError(
+                "--use-dora and --init-lora loftq exclude each other: the lengths of DoRA are those of the base",
+                hint="leave one out",
+            )
+        if self.init_lora != "loftq" and self.float_model is not None:
+            raise UsageError("--float-model would have no effect", hint="add --init-lora loftq, or leave it out")
         if self.torch_dtype is not None and self.torch_dtype not in DTYPES[1:]:
             raise UsageError(f"unknown dtype {self.torch_dtype!r}, {nearest(self.torch_dtype, DTYPES[1:])}")
-        for name in ("lora_r", "max_steps", "batch_size", "gradient_accumulation"):
+        counts = ("lora_r", "max_steps", "batch_size", "gradient_accumulation")
+        for name in (*counts, "eval_steps", "early_stopping", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")

@@ -76,6 +76,40 @@ def test_documented_finetune_block_as_written():
     assert made.examples.text_template.endswith(r"<|end_header_id|>\n{tone}")
 
 
+def finetune(words):
+    return parse(shell_words(f"quantcli finetune -m M --data_files D.jsonl {words}")).options
+
+
+def test_finetune_flags_of_others():
+    made = finetune(
+        "--lora_r 64 --lora_alpha 16 --target_modules q_proj,v_proj --torch_dtype bfloat16 --max_seq_len 1024 "
+        "--text_field text --max_samples 256 --eval_split held.jsonl --per_device_train_batch_size 2 "
+        "--gradient_accumulation_steps 8 --num_train_epochs 2 --warmup_ratio 0.1 --learning_rate 1e-4 "
+        "--use_dora --disable_telemetry --log_level 3"
+    )
+    assert (made.lora_r, made.lora_alpha, made.target_modules) == (64, 16, ("q_proj", "v_proj"))
+    assert (made.torch_dtype, made.batch_size, made.gradient_accumulation) == ("bfloat16", 2, 8)
+    assert (made.num_epochs, made.warmup, made.learning_rate, made.use_dora) == (2, 0.1, 1e-4, True)
+    examples = made.examples
+    assert (examples.seq_len, examples.text_field, examples.max_samples) == (1024, "text", 256)
+    assert examples.eval_split == "held.jsonl"
+
+
+def test_trainer_arguments_of_others_become_settings():
+    made = finetune("--weight_decay 0.01 --lr_scheduler_type=cosine --gradient_checkpointing True --optim adafactor")
+    assert made.settings == {
+        "weight_decay": "0.01",
+        "lr_scheduler_type": "cosine",
+        "activation_checkpointing": "true",
+        "optim": "adafactor",
+    }
+    assert finetune("--gradient_checkpointing False").settings == {}
+    with pytest.raises(UsageError, match="--set needs a value"):
+        finetune("--weight_decay")
+    with pytest.raises(UsageError, match="unknown flag --weight_decays"):
+        finetune("--weight_decays 1")
+
+
 def test_several_algorithms_are_joined():
     assert quantize("--algorithms quarot gptq --bits 4").algorithm == "quarot,gptq"
     assert quantize("--algorithms quarot, gptq").algorithm == "quarot,gptq"

@@ -85,10 +85,10 @@ def test_a_long_text_is_cut_into_pieces_and_nothing_lost(tokenizer, tmp_path):
 
 def test_what_is_missing_is_said(tokenizer, tmp_path):
     values = [*PAIRS, {"q": "w1", "a": ""}, {"q": tiny.words(6), "a": tiny.words(9)}, {"q": tiny.words(40), "a": "w1"}]
-    told = Warnings()
+    told, name = Warnings(), tmp_path / "a.jsonl"
     sets = read(
         tokenizer,
-        rows(tmp_path / "a.jsonl", values),
+        rows(name, values),
         text_template="{q} {a}",
         seq_len=10,
         max_samples=50,
@@ -96,11 +96,27 @@ def test_what_is_missing_is_said(tokenizer, tmp_path):
     )
     assert len(sets.train) + len(sets.eval) == 21
     assert told.said == [
-        f"{tmp_path / 'a.jsonl'} holds 23 rows, --max-samples asked for 50",
-        "1 of 23 rows hold nothing and were left out",
-        "1 of 23 rows were cut at 10 tokens: --seq-len takes more",
-        "1 of 23 rows have a prompt of 10 tokens or more and were left out: --seq-len takes more",
+        f"{name} holds 23 rows, --max-samples asked for 50",
+        f"{name}: 1 of 23 rows hold nothing and were left out",
+        f"{name}: 1 of 23 rows were cut at 10 tokens: --seq-len takes more",
+        f"{name}: 1 of 23 rows have a prompt of 10 tokens or more and were left out: --seq-len takes more",
     ]
+
+
+def test_what_is_missing_is_said_of_each_file(tokenizer, tmp_path):
+    held = rows(tmp_path / "b.jsonl", [{"q": "w1", "a": "w2"}, {"q": "w1", "a": " "}])
+    told = Warnings()
+    file = rows(tmp_path / "a.jsonl", PAIRS)
+    sets = read(tokenizer, file, text_template="{q} {a}", eval_split=held, max_samples=20, progress=told)
+    assert (len(sets.train), len(sets.eval)) == (20, 1)
+    assert told.said == [f"{held}: 1 of 2 rows hold nothing and were left out"]
+
+
+def test_a_data_name_that_is_a_file(tokenizer, tmp_path):
+    file = rows(tmp_path / "a.jsonl", PAIRS)
+    named = read_examples(ExampleOptions(data_name=file, text_template="{q} {a}"), tokenizer, 0, Silent())
+    given = read_examples(ExampleOptions((file,), text_template="{q} {a}"), tokenizer, 0, Silent())
+    assert (named.train, named.eval) == (given.train, given.eval)
 
 
 def test_chat(tokenizer, tmp_path):

@@ -85,6 +85,38 @@ def test_gradients_are_those_of_the_dequantized_model(packed, algorithm):
         assert (gradient - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_dora_is_that_of_the_dequantized_model(tmp_path, model_type):
+    tiny.checkpoint(tmp_path / "float", model_type)
+    quantize.run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", "kquant", group_size=32))
+    before = load(tmp_path / "q")(TOKENS).logits
+    fresh = add_lora(load(tmp_path / "q"), r=4, alpha=8, use_dora=True)
+    torch.testing.assert_close(fresh(TOKENS).logits, before, rtol=1e-5, atol=1e-5)
+    ours = shaken(fresh)
+    theirs = shaken(add_lora(dequantized(load(tmp_path / "q")), r=4, alpha=8, use_dora=True))
+    torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    assert (ours(TOKENS).logits - before).abs().max() > 0.01
+    found, expected = gradients(ours), gradients(theirs)
+    assert found.keys() == expected.keys()
+    assert any("lora_magnitude_vector" in name for name in found)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+    save_lora(ours, tmp_path / "adapter")
+    again = open_lora(load(tmp_path / "q"), tmp_path / "adapter")
+    torch.testing.assert_close(again(TOKENS).logits, ours.eval()(TOKENS).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_dora_beside_float_linears_that_stand_the_other_way(tmp_path):
+    tiny.checkpoint(tmp_path / "float", "gpt2")
+    quantize.run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", "rtn", group_size=32, exclude=("mlp",)))
+    adapted = add_lora(load(tmp_path / "q"), r=4, alpha=8, use_dora=True)
+    assert {type(m.get_base_layer()).__name__ for m in adapted.modules() if hasattr(m, "lora_A")} == {
+        "PackedLinear",
+        "Conv1D",
+    }
+    torch.testing.assert_close(adapted(TOKENS).logits, load(tmp_path / "q")(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
 @pytest.mark.parametrize("rows", [3, 40])  # few rows are multiplied by another kernel than many
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,6 +1,7 @@
 """`finetune`: the loss goes down on float and packed bases, and the folder holds what the next command needs."""
 
 import json
+from xml.etree import ElementTree
 
 import peft
 import pytest
@@ -50,6 +51,39 @@ def asked(base, output, data, *, examples=None, **more):
     return FinetuneOptions(str(base), ExampleOptions((str(data),), **given), output, **values)
 
 
+def test_early_stopping_keeps_the_best_adapter(bases, tmp_path):
+    noise = tmp_path / "noise.jsonl"
+    rows = [{"phrase": tiny.words(4, 9 * i), "tone": f"w{50 + (i * i + i // 3) % 7}"} for i in range(40)]
+    noise.write_text("\n".join(json.dumps(row) for row in rows))  # nothing to learn but by heart
+    more = {"max_steps": 60, "learning_rate": 3e-2, "eval_steps": 3, "early_stopping": 3}
+    result = finetune.run(asked(bases / "float", tmp_path / "f", noise, **more))
+    assert result.steps == len(result.losses) < 60
+    assert [step for step, _ in result.eval_losses] == list(range(3, result.steps + 1, 3))
+    losses = dict(result.eval_losses)
+    assert result.best_step == min(losses, key=losses.get) == result.steps - 3 * 3
+    assert result.eval_loss == pytest.approx(losses[result.best_step], rel=1e-5)
+    assert result.eval_loss < losses[result.steps]
+
+
+def test_the_report_and_its_picture(bases, data, tmp_path):
+    result = finetune.run(asked(bases / "nf4", tmp_path / "f", data, max_steps=5, eval_steps=2))
+    report = json.loads((tmp_path / "f" / "report.json").read_text())
+    assert report["losses"] == result.losses
+    assert [step for step, _ in report["eval_losses"]] == [2, 4, 5]  # the last step is always measured
+    assert (report["base_loss"], report["eval_loss"]) == (result.base_loss, result.eval_loss)
+    assert result.eval_loss == pytest.approx(result.eval_losses[-1][1], rel=1e-5)
+    root = ElementTree.fromstring((tmp_path / "f" / "loss.svg").read_text())
+    lines = [len(e.get("points").split()) for e in root if e.tag.endswith("polyline")]
+    assert lines == [5, 4]  # each step; the base and three measurements
+    assert {"report.json", "loss.svg"} <= read_manifest(tmp_path / "f").files.keys()
+
+
+def test_nothing_to_resume(bases, data, tmp_path):
+    with pytest.raises(UsageError, match="no interrupted run left anything"):
+        finetune.run(asked(bases / "nf4", tmp_path / "f", data, resume=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("base", ["float", "gptq", "nf4"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_loss_goes_down(bases, data, tmp_path, base, packing):
@@ -58,6 +92,8 @@ def test_the_loss_goes_down(bases, data, tmp_path, base, packing):
     assert result.eval_loss < 0.75 * result.base_loss
     assert result.base_accuracy < 0.2
     assert result.eval_accuracy == 1
+    assert sorted(result.labels) == ["w50", "w60"]
+    assert result.base_label_accuracy < result.eval_label_accuracy == 1
     assert (result.train_examples, result.eval_examples) == (64, 16)
 
 
@@ -101,6 +137,57 @@ def test_qlora_makes_a_float_base_nf4(bases, data, tmp_path):
     )
 
 
+# as the tools of others describe what they wrote
+OTHERS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True,
+             "checkpoint_format": "gptq"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+    "compressed-tensors": {},
+    "bnb": {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8"},
+}  # fmt: skip
+MADE = {
+    "gptq": {"algorithm": "gptq", "settings": {"order": "desc_act"}},
+    "awq": {"algorithm": "rtn", "format": "awq"},
+    "compressed-tensors": {"algorithm": "rtn", "format": "compressed-tensors"},
+    "bnb": {"algorithm": "nf4", "settings": {"double_quant": "true"}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_bases_in_the_formats_of_others(bases, data, tmp_path, kind, method):
+    calibration = CalibrationOptions(str(bases / "text.txt"), num_samples=2, seq_len=32)
+    more = MADE[kind] | ({"calibration": calibration} if kind == "gptq" else {})
+    quantize.run(QuantizeOptions(str(bases / "float"), tmp_path / "q", group_size=32, **more))
+    base = (tmp_path / "q" / "model").rename(tmp_path / "base")  # no manifest says that we made it
+    own = json.loads((base / "config.json").read_text())["quantization_config"]
+    tiny.edit_json(base / "config.json", quantization_config=OTHERS[kind] or own)
+    before = tiny.digests(base)
+    steps = 10 if method == "lora" else 1
+    result = finetune.run(asked(base, tmp_path / "f", data, method=method, max_steps=steps))
+    assert method == "qlora" or result.eval_loss < 0.95 * result.base_loss
+    assert tiny.digests(tmp_path / "f" / "model") == before == tiny.digests(base)  # it is quantized: taken as it is
+
+
+def test_dora(bases, data, tmp_path):
+    result = finetune.run(asked(bases / "nf4", tmp_path / "f", data, use_dora=True, max_steps=10))
+    assert result.eval_loss < 0.95 * result.base_loss
+    assert json.loads((tmp_path / "f" / "adapter" / "adapter_config.json").read_text())["use_dora"] is True
+    opened = open_lora(load(tmp_path / "f"), tmp_path / "f" / "adapter")
+    assert any("lora_magnitude_vector" in name for name, _ in opened.named_parameters())
+
+
+@pytest.mark.parametrize(("base", "method"), [("float", "qlora"), ("nf4", "lora")])
+def test_loftq_begins_near_the_float_model(bases, data, tmp_path, base, method):
+    float_model = str(bases / "float") if base == "nf4" else None
+    more = {"init_lora": "loftq", "float_model": float_model, "method": method, "lora_r": 64, "max_steps": 1}
+    result = finetune.run(asked(bases / base, tmp_path / "f", data, **more))
+    plain = finetune.run(asked(bases / "float", tmp_path / "g", data, max_steps=1))
+    assert abs(result.base_loss - plain.base_loss) > 5e-3
+    assert result.begin_loss == pytest.approx(plain.base_loss, abs=5e-4)  # rank 64 holds every error
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_base_is_linked_or_copied(bases, data, tmp_path, copy):
     finetune.run(asked(bases / "float", tmp_path / "f", data, max_steps=1, copy_base=copy))
@@ -122,6 +209,7 @@ def test_plain_text_and_trainer_arguments(bases, tmp_path):
     assert result.train_examples + result.eval_examples == 13  # 401 tokens in pieces of 32
     assert result.steps == 2 * 3
     assert result.eval_accuracy is None
+    assert result.labels == [] and result.eval_label_accuracy is None
 
 
 @pytest.mark.parametrize(
@@ -131,6 +219,16 @@ def test_plain_text_and_trainer_arguments(bases, tmp_path):
         ({"settings": {"max_steps": "1"}}, UsageError, "--set max_steps has a flag of its own"),
         ({"settings": {"push_to_hub": "true"}}, UsageError, "--set push_to_hub is not taken"),
         ({"settings": {"optim": "none_such"}}, UsageError, "Trainer refuses its arguments"),
+        ({"settings": {"save_steps": "1"}}, UsageError, "--set save_steps has a flag of its own"),
+        (
+            {"early_stopping": 2, "eval_steps": 4, "save_steps": 6},
+            UsageError,
+            "--save-steps 6 is no multiple of --eval-steps 4",
+        ),
+        ({"early_stopping": 0}, UsageError, "--early-stopping must be 1 or more, got 0"),
+        ({"init_lora": "loftq"}, UsageError, "needs the float weights of .*, made from 'float'"),
+        ({"init_lora": "loftq", "use_dora": True}, UsageError, "--use-dora and --init-lora loftq exclude each other"),
+        ({"float_model": "x"}, UsageError, "--float-model would have no effect"),
         ({"target_modules": ("nothing",)}, UsageError, "--target-modules 'nothing'"),
         (
             {"examples": {"text_template": "{phrase} {mood}"}},

@@ -245,3 +245,17 @@ def test_outliers_are_spread(models, text, tmp_path):
 def test_refusals_of_rotations(values, message, models, tmp_path):
     with pytest.raises(UsageError, match=message):
         make_plan(QuantizeOptions(str(models("llama")), tmp_path / "q", **values))
+
+
+def test_the_preset_best_scales_first(models, text, tmp_path):
+    steps = {"refit": "true", "sweeps": "2"}
+    spelled = quantize.run(options(models("llama"), tmp_path / "a", text, algorithm="awq,gptq", settings=steps))
+    preset = quantize.run(options(models("llama"), tmp_path / "b", text, preset="best"))
+    alone = quantize.run(options(models("llama"), tmp_path / "c", text, algorithm="gptq", preset="best"))
+    mixed = quantize.run(options(models("llama"), tmp_path / "d", text, preset="best", target_bits=3.9))
+    a, b, c = (Checkpoint.open(tmp_path / n / "model") for n in "abc")
+    assert all(torch.equal(a.read(n), b.read(n)) for n in a.entries)
+    assert not all(torch.equal(a.read(n), c.read(n)) for n in a.entries)
+    assert any(layer.scaled for layer in preset.layers) and not any(layer.scaled for layer in alone.layers)
+    assert any(layer.scaled for layer in mixed.layers) and len({layer.bits for layer in mixed.layers}) > 1
+    assert spelled.bits_per_weight == preset.bits_per_weight

@@ -27,6 +27,13 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A flag with one value that is a KEY of --set here."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class Words:
     """A flag that took several words; ours takes them joined by commas."""
 
@@ -74,7 +81,7 @@ class Refused:
     hint: str | None = None
 
 
-Alias = Rename | Words | Switch | Rounder | Dropped | Always | Refused
+Alias = Rename | Setting | Words | Switch | Rounder | Dropped | Always | Refused
 
 _BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in range(1, 9) for sign in ("", "u")}
 _SHOWN = 5
@@ -146,6 +153,11 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--gradient_accumulation_steps": Rename("--gradient-accumulation"),
         "--warmup_steps": Rename("--warmup"),
         "--warmup_ratio": Rename("--warmup"),
+        "--gradient_checkpointing": Switch(("--set", "activation_checkpointing=true")),
+        **{
+            f"--{key}": Setting(key)
+            for key in ("weight_decay", "max_grad_norm", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2")
+        },
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
@@ -275,6 +287,8 @@ def describe(alias: Alias) -> str:
             return f"{_code(on)}; False: {_code(off)}"
         case Rounder(on, off):
             return f"`-a quarot` becomes `-a quarot,{on}`; False: `-a quarot,{off}`"
+        case Setting(key):
+            return _code(["--set", f"{key}=VALUE"])
         case Words(to):
             return f"{_code([to])}, several words joined by commas"
         case Rename(to, words, _, follow):
@@ -307,12 +321,12 @@ def _values(alias: Alias, following: Sequence[str]) -> list[str]:
         return list(following[:end])
     if isinstance(alias, Switch | Rounder | Always):
         return [following[0]] if following and following[0].lower() in ("true", "false") else []
-    takes_one = isinstance(alias, Rename) or (isinstance(alias, Dropped) and alias.value)
+    takes_one = isinstance(alias, Rename | Setting) or (isinstance(alias, Dropped) and alias.value)
     return list(following[:1]) if takes_one else []
 
 
 def _apply(
-    alias: Rename | Words | Switch | Dropped | Always | Refused,
+    alias: Rename | Setting | Words | Switch | Dropped | Always | Refused,
     name: str,
     values: list[str],
     command: str,
@@ -334,6 +348,8 @@ def _apply(
             return []
         case Switch(on, off):
             return list(off if _is_false(name, values) else on)
+        case Setting(key):
+            return ["--set", *(f"{key}={value}" for value in values)]
         case Words(to):
             return [to, ",".join(w.strip(",") for w in values)] if values else [to]
         case Rename(to, words, only):

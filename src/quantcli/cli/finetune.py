@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.flags import parse_settings
-from quantcli.options import DTYPES, METHODS, FinetuneOptions
+from quantcli.options import DTYPES, INITS, METHODS, FinetuneOptions
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
@@ -26,11 +26,17 @@ def show(result: Any, console: "Console") -> None:
     rows = [("eval loss", f"{result.base_loss:.4f}", f"{result.eval_loss:.4f}")]
     if result.eval_accuracy is not None:
         rows.append(("completions told exactly", f"{result.base_accuracy:.1%}", f"{result.eval_accuracy:.1%}"))
+    if result.eval_label_accuracy is not None:
+        told = f"{result.base_label_accuracy:.1%}", f"{result.eval_label_accuracy:.1%}"
+        rows.append((f"right one of {len(result.labels)} labels", *told))
     console.table((f"on {result.eval_examples} held-out examples", "base", "adapted"), rows, left=1)
+    if result.best_step is not None and result.best_step < result.steps:
+        console.text(f"stopped after {result.steps} steps; the adapter is that of step {result.best_step}")
     console.text(
         f"{result.output}: {result.trained_parameters:,} parameters trained in {result.steps} steps on "
-        f"{result.train_examples} examples, in {human_duration(result.seconds)}; adapter "
-        f"{human_size(result.adapter_size_bytes)}, base {human_size(result.base_size_bytes)}"
+        f"{result.train_examples} examples, in {human_duration(result.seconds)}, "
+        f"{human_size(result.peak_bytes)} of memory at most; adapter "
+        f"{human_size(result.adapter_size_bytes)}, base {human_size(result.base_size_bytes)}; losses drawn in loss.svg"
     )
 
 
@@ -48,6 +54,7 @@ COMMAND = Command(
         "model": FlagStyle(("-m", "--model")),
         "output": FlagStyle(("-o", "--output")),
         "method": FlagStyle(choices=METHODS, metavar="|".join(METHODS)),
+        "init_lora": FlagStyle(choices=INITS, metavar="|".join(INITS)),
         "target_modules": FlagStyle(metavar="NAME,NAME,...", read=_words),
         "torch_dtype": FlagStyle(choices=DTYPES[1:], metavar="|".join(DTYPES[1:])),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
@@ -55,7 +62,14 @@ COMMAND = Command(
     },
     panels={
         "Data": ("examples",),
-        "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+        "Adapter": (
+            *("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+            *("use_dora", "init_lora", "float_model"),
+        ),
+        "Training": (
+            *("max_steps", "num_epochs", "learning_rate", "batch_size", "gradient_accumulation", "warmup"),
+            *("eval_steps", "early_stopping", "save_steps", "resume", "settings"),
+        ),
         "Run": ("seed", "copy_base", "device", "trust_remote_code", "force"),
     },
     examples=(

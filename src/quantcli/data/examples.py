@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from quantcli.errors import InputError, UsageError
 from quantcli.options import ExampleOptions
 from quantcli.progress import Progress
 
-__all__ = ["IGNORED", "Example", "ExampleSets", "collate", "pack", "read_examples"]
+__all__ = ["IGNORED", "Example", "ExampleReader", "ExampleSets", "collate", "local_files", "pack", "read_examples"]
 
 IGNORED = -100
 """Label of a token that the loss does not count."""
 _Pair = tuple[str, str]
+_SHARE, _MOST = 0.1, 256  # what is held out where nothing is said
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Example:
     """The first token that the loss counts."""
     answer: tuple[int, int]
     """Where the completion lies, without an end token that was added; empty where the text has none."""
+    texts: tuple[str, str] = ("", "")
+    """Prompt and completion as they were read; empty where the text has no completion."""
 
     @property
     def labels(self) -> list[int]:
@@ -63,29 +67,39 @@ def read_examples(options: ExampleOptions, tokenizer: Any, seed: int, progress: 
         InputError: data that cannot be read, lacks a field, or holds too little.
         UsageError: a template that is none, or an eval split that cannot be.
     """
-    reader = _ExampleReader(options, tokenizer)
-    source = ", ".join(options.data_files) or f"data set {options.data_name} ({options.data_split})"
+    reader = ExampleReader(options, tokenizer)
+    source = ", ".join(local_files(options)) or f"data set {options.data_name} ({options.data_split})"
     found = reader.read(islice(_rows(options), options.max_samples))
     reader.report(source, progress)
-    wanted = _number(options.eval_split)
-    if wanted is None:
-        held_out = reader.read(islice(_rows_of(options, options.eval_split), options.max_samples))
+    split = options.eval_split
+    wanted = _SHARE if split is None else _number(split)
+    if split is not None and wanted is None:
+        judge = ExampleReader(options, tokenizer)
+        held_out = judge.read(islice(_rows_of(options, split), options.max_samples))
+        judge.report(split, progress, short=False)  # fewer rows than to train on are no shortfall
         if not found or not held_out:
-            raise InputError(f"{source if not found else options.eval_split} holds no text to train on or to evaluate")
+            raise InputError(f"{source if not found else split} holds no text to train on or to evaluate")
         return ExampleSets(found, held_out, source)
     if not found:
         raise InputError(f"{source} holds no text to train on", hint="give another file, or other fields")
-    count = round(wanted * len(found)) if wanted < 1 else int(wanted)
-    count = max(count, 1)
+    assert wanted is not None
+    count = max(round(wanted * len(found)) if wanted < 1 else int(wanted), 1)
+    count = min(count, _MOST) if split is None else count
     if count >= len(found):
         raise InputError(
-            f"{source} gives {len(found)} examples, --eval-split {options.eval_split} leaves none to train on",
+            f"{source} gives {len(found)} examples, --eval-split {split or _SHARE} leaves none to train on",
             hint="give more data, a smaller --eval-split, or a shorter --seq-len for one long text",
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     held = set(order[:count])
     train = [example for i, example in enumerate(found) if i not in held]
     return ExampleSets(train, [found[i] for i in sorted(held)], source)
+
+
+def local_files(options: ExampleOptions) -> tuple[str, ...]:
+    """The files that are trained on; none where the data come from the hub."""
+    named = options.data_name
+    return (named,) if named is not None and Path(named).is_file() else options.data_files
 
 
 def pack(examples: Sequence[Example], seq_len: int) -> list[list[Example]]:
@@ -128,7 +142,7 @@ def collate(rows: Sequence[Sequence[Example]], pad: int) -> dict[str, Tensor]:
     return {name: torch.tensor(values) for name, values in made.items()}
 
 
-class _ExampleReader:
+class ExampleReader:
     """Turns rows into examples and counts what it had to leave out."""
 
     def __init__(self, options: ExampleOptions, tokenizer: Any):
@@ -150,30 +164,31 @@ class _ExampleReader:
             if not rest or rest.isspace():
                 self.empty += 1
                 continue
-            examples += self._pair(prompt, rest) if self.has_answers else self._pieces(rest)
+            examples += self.pair(prompt, rest) if self.has_answers else self._pieces(rest)
         return examples
 
-    def report(self, source: str, progress: Progress) -> None:
-        """Says what is missing and why."""
-        seq_len = self.options.seq_len
-        if self.options.max_samples is not None and self.rows < self.options.max_samples:
+    def report(self, source: str, progress: Progress, *, short: bool = True) -> None:
+        """Says what is missing and why; `short`: fewer rows than asked for, too."""
+        seq_len, of = self.options.seq_len, f"of {self.rows} rows"
+        if short and self.options.max_samples is not None and self.rows < self.options.max_samples:
             progress.warn(f"{source} holds {self.rows} rows, --max-samples asked for {self.options.max_samples}")
         if self.empty:
-            progress.warn(f"{self.empty} of {self.rows} rows hold nothing and were left out")
+            progress.warn(f"{source}: {self.empty} {of} hold nothing and were left out")
         if self.cut:
-            progress.warn(f"{self.cut} of {self.rows} rows were cut at {seq_len} tokens: --seq-len takes more")
+            progress.warn(f"{source}: {self.cut} {of} were cut at {seq_len} tokens: --seq-len takes more")
         if self.lost:
             progress.warn(
-                f"{self.lost} of {self.rows} rows have a prompt of {seq_len} tokens or more and were left out: "
+                f"{source}: {self.lost} {of} have a prompt of {seq_len} tokens or more and were left out: "
                 "--seq-len takes more"
             )
         if self.merged:
             progress.warn(
-                f"in {self.merged} of {self.rows} rows the last token before the completion merges with it: a prompt "
+                f"{source}: in {self.merged} {of} the last token before the completion merges with it: a prompt "
                 "that ends there is cut differently; move the blank before the template's last field into the data"
             )
 
-    def _pair(self, prompt: str, rest: str) -> list[Example]:
+    def pair(self, prompt: str, rest: str) -> list[Example]:
+        """A prompt and its completion; nothing where the prompt leaves no room."""
         before, tokens = self._tokens(prompt), self._tokens(prompt + rest)
         start = next((i for i, (a, b) in enumerate(zip(before, tokens, strict=False)) if a != b), len(before))
         self.merged += start < len(before)
@@ -187,7 +202,7 @@ class _ExampleReader:
             self.cut += 1
             tokens = tokens[: self.options.seq_len]
         counted = start if self.options.completion_only else 0
-        return [Example(tokens, counted, (start, min(answer_end, len(tokens))))]
+        return [Example(tokens, counted, (start, min(answer_end, len(tokens))), (prompt, rest))]
 
     def _pieces(self, text: str) -> list[Example]:
         """A long text gives several examples, of which nothing is lost."""
@@ -253,16 +268,15 @@ def _chat_pair(row: Row, tokenizer: Any) -> _Pair:
 
 def _rows(options: ExampleOptions) -> Iterator[tuple[str, Row]]:
     """Every row with where it stands."""
-    if options.data_name is not None:
-        yield from _rows_of(options, options.data_split)
-    for file in options.data_files:
-        yield from _rows_of(options, file)
+    for name in local_files(options) or (options.data_split,):
+        yield from _rows_of(options, name)
 
 
 def _rows_of(options: ExampleOptions, name: str) -> Iterator[tuple[str, Row]]:
     """The rows of a file, or of a split of the hub data set."""
-    rows = read_rows(name) if options.data_name is None else iter(hub_rows(options.data_name, name))
-    where = name if options.data_name is None else f"{options.data_name} ({name})"
+    from_hub = options.data_name is not None and not Path(name).is_file()
+    rows = iter(hub_rows(str(options.data_name), name)) if from_hub else read_rows(name)
+    where = f"{options.data_name} ({name})" if from_hub else name
     for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
 

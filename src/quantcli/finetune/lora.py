@@ -8,6 +8,7 @@ is saved is an ordinary adapter, which plain peft opens on the float model of th
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.models.linear import QuantizedLinear
 
-__all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "save_lora"]
+__all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "quiet_peft", "save_lora"]
 
 _ROUTERS = ("router", "gate", "shared_expert_gate")
 _BASE = "../model"
@@ -30,6 +31,12 @@ _BASE = "../model"
 
 class PackedLoraLinear(LoraLinear):  # type: ignore[misc]
     """A packed linear with adapters beside it: y = x W^T + scaling (dropout(x) A^T) B^T, W frozen in its codes."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
+        """As peft makes one; codes stand by outputs, also where the model's float linears stand the other way."""
+        config = copy(config)
+        config.fan_in_fan_out = False
+        super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: codes cannot take up a float update.
@@ -74,7 +81,14 @@ def find_targets(model: nn.Module, wanted: Sequence[str] = ()) -> list[str]:
 
 
 def add_lora(
-    model: Any, *, r: int, alpha: float, dropout: float = 0.0, target_modules: Sequence[str] = (), seed: int = 0
+    model: Any,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (),
+    use_dora: bool = False,
+    seed: int = 0,
 ) -> PeftModel:
     """Freezes a model and puts fresh adapters beside its linears; its outputs are what they were until trained.
 
@@ -84,6 +98,7 @@ def add_lora(
         alpha: The update is scaled by alpha / r.
         dropout: Share of the adapters' inputs that training leaves out.
         target_modules: As in `find_targets`.
+        use_dora: Learn the length of each row of the weight beside its direction.
         seed: Of the adapters' A, which starts random; B starts as zero.
 
     Raises:
@@ -95,13 +110,14 @@ def add_lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_dora=use_dora,
         target_modules=targets,
         task_type="CAUSAL_LM",
         bias="none",
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
     )
     config._register_custom_module({QuantizedLinear: PackedLoraLinear})
-    with torch.random.fork_rng(), _without_warnings():
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
@@ -127,7 +143,7 @@ def open_lora(model: Any, folder: Path) -> PeftModel:
         if not isinstance(config, LoraConfig):
             raise InputError(f"{folder} holds a {config.peft_type} adapter, expected LoRA")
         config._register_custom_module({QuantizedLinear: PackedLoraLinear})
-        with _without_warnings():
+        with quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device=str(device))
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -149,10 +165,37 @@ def _refuse_other_tensors(adapted: PeftModel, folder: Path) -> None:
 
 
 def save_lora(model: PeftModel, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as peft does; the base is named by relative path."""
+    """Writes adapter_config.json and adapter_model.safetensors as peft does; the base is named by relative path.
+
+    What was written is read back: it is what was trained, and finite.
+    """
     model.peft_config["default"].base_model_name_or_path = _BASE
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
+    _verify(model, folder)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silences peft on a class that it does not know, whose sizes it reads rightly, and on a name of transformers 6."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type .*quantcli.*", UserWarning)
+        yield
+
+
+def _verify(adapted: PeftModel, folder: Path) -> None:
+    """What was written reads back as what was trained."""
+    # peft stores the lengths of DoRA without the end of their name
+    names = {n: n.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector")
+             for n, p in adapted.named_parameters() if p.requires_grad}  # fmt: skip
+    trained = {names[n]: p for n, p in adapted.named_parameters() if n in names}
+    written = load_file(folder / "adapter_model.safetensors")
+    if written.keys() != trained.keys():
+        raise AssertionError("the adapter that was written has other tensors than the one that was trained")
+    for name, tensor in written.items():
+        if not torch.equal(tensor, trained[name].detach().cpu()) or not bool(torch.isfinite(tensor).all()):
+            raise AssertionError(f"adapter tensor {name} is not what was trained, or not finite")
 
 
 def _short(name: str, left_out: set[str]) -> str:
@@ -160,12 +203,3 @@ def _short(name: str, left_out: set[str]) -> str:
     parts = name.split(".")
     last_number = max(i for i, part in enumerate(parts) if part.isdigit())
     return parts[-1] if parts[-1] not in left_out else ".".join(parts[last_number + 1 :])
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silences peft on a class that it does not know, whose sizes it reads rightly, and on a name of transformers 6."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "Unsupported layer type .*quantcli.*", UserWarning)
-        yield

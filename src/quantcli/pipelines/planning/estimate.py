@@ -81,7 +81,7 @@ def with_source(plan: Plan, config: Any) -> Plan:
         return estimate_sampling(config, parameters, text.num_samples, text.seq_len, rate, bandwidth)
 
     if given and given != SELF:
-        judges = max(1, calibration.num_samples // HELD_OUT_SHARE) if plan.options.preset == "best" else 0
+        judges = max(1, calibration.num_samples // HELD_OUT_SHARE) if plan.improves else 0
         sampling, needed = estimate(replace(plan, judges=judges).judge_text) if judges else (0.0, 0)
         if needed > budget or sampling > solving:
             judges, sampling = 0, 0.0

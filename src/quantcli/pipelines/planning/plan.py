@@ -170,10 +170,14 @@ class Plan:
         return min(rows, self.options.calibration.num_samples)
 
     @property
+    def improves(self) -> bool:
+        """Whether codes and scales are changed after the solve: the steps that fit the wrong text hardest."""
+        return bool(getattr(self.settings, "refit", False) or getattr(self.settings, "sweeps", 0))
+
+    @property
     def holds_out(self) -> bool:
         """Whether some rows only judge."""
-        improves = bool(getattr(self.settings, "refit", False) or getattr(self.settings, "sweeps", 0))
-        return self.calibrates and (improves or self.scaling is not None or self.options.correct_earlier)
+        return self.calibrates and (self.improves or self.scaling is not None or self.options.correct_earlier)
 
     @property
     def scaling(self) -> Step | None:

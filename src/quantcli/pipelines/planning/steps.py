@@ -14,7 +14,7 @@ _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
     "fast": ("kquant", {}),
     "balanced": ("gptq", {}),
-    "best": ("gptq", _BEST),
+    "best": ("awq,gptq", _BEST),
 }
 
 
@@ -30,12 +30,13 @@ def resolve_steps(options: QuantizeOptions) -> list[Step]:
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
     chain = algorithms.find_chain(options.algorithm or name)
     rounder = chain[-1]
-    if preset and name != rounder.name:
+    meant = name.rpartition(",")[2]  # with -a, a preset is only its settings of the rounder
+    if preset and meant != rounder.name:
         named = options.algorithm or ""
         transforms = ",".join(a.name for a in chain[:-1])
         raise UsageError(
-            f"preset {preset} is a setting of {name}, not of {rounder.name}",
-            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{name}"
+            f"preset {preset} is a setting of {meant}, not of {rounder.name}",
+            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{meant}"
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:

@@ -1,0 +1,1 @@
+"""What a finetune run needs besides its loop."""
