@@ -70,6 +70,7 @@ def test_an_error_leaves_nothing(tmp_path, resumable):
         (OSError(errno.ENOSPC, "full"), ResourceError),
         (OSError(errno.EDQUOT, "full"), ResourceError),
         (ResourceError("memory"), ResourceError),
+        (InterruptedRunError("a command within"), InterruptedRunError),
     ],
 )
 def test_what_can_be_continued_is_kept(tmp_path, error, expected):

@@ -1,6 +1,7 @@
 """`finetune`: the loss goes down on float and packed bases, and the folder holds what the next command needs."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import peft
@@ -17,10 +18,19 @@ from quantcli.folder import read_manifest
 from quantcli.models.load import load
 from quantcli.options import CalibrationOptions, ExampleOptions, FinetuneOptions, QuantizeOptions
 from quantcli.pipelines import finetune, quantize
+from quantcli.progress import Silent
 
 # peft asks transformers by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TEMPLATE = "{phrase} w7 {tone}"
+
+
+class Warnings(Silent):
+    def __init__(self):
+        self.said = []
+
+    def warn(self, message):
+        self.said.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +126,19 @@ def test_what_is_written(bases, data, tmp_path, base):
     on_float = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / "float"), moved / "adapter")
     if base == "float":
         assert (on_float(tokens).logits - adapted).abs().max() < 1e-4
+
+
+def test_a_folder_outlives_its_base_and_can_be_finetuned_anew(bases, data, tmp_path):
+    shutil.copytree(bases / "nf4", tmp_path / "q")
+    finetune.run(asked(tmp_path / "q", tmp_path / "f", data, max_steps=1))
+    before = tiny.digests(tmp_path / "f")
+    shutil.rmtree(tmp_path / "q")
+    told = Warnings()
+    finetune.run(asked(tmp_path / "f", tmp_path / "g", data, max_steps=1), told)
+    assert told.said == [f"{tmp_path / 'f' / 'adapter'} is not taken along: a new adapter is trained on the base alone"]
+    assert tiny.digests(tmp_path / "f") == before
+    with pytest.raises(InputError, match="q does not exist"):
+        finetune.run(asked(tmp_path / "q", tmp_path / "h", data))
 
 
 def test_the_same_seed_gives_the_same_adapter(bases, data, tmp_path):
@@ -267,7 +290,6 @@ def test_online_rotations_are_refused(bases, data, tmp_path):
 
 def test_examples_are_the_same_for_a_seed(bases, data):
     from quantcli.data.calibration import load_tokenizer
-    from quantcli.progress import Silent
 
     tokenizer = load_tokenizer(bases / "float")
     options = ExampleOptions((str(data),), text_template=TEMPLATE)

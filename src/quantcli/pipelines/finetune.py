@@ -106,6 +106,8 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     refuse_online(checkpoint.config, folder, "for which an adapter would serve nobody but quantcli")
+    if (folder.parent / "adapter").is_dir() and folder.name == "model":
+        progress.warn(f"{folder.parent / 'adapter'} is not taken along: a new adapter is trained on the base alone")
     is_quantized = checkpoint.config.get("quantization_config") is not None
     quantizes = options.method == "qlora" and not is_quantized
     source = find_float_source(options, checkpoint, quantizes)
