@@ -1,4 +1,4 @@
-"""Decode speed with an adapter, relative to the base alone: one int4 graph, with and without places for adapters.
+"""Decode speed with an adapter, relative to the base alone: an int4 graph, with and without places for adapters.
 
     python benchmarks/adapter_speed.py --model DIR --output benchmarks/results/adapter_speed.json
 
@@ -8,13 +8,15 @@ Adapters are random: their values do not matter to the time.
 """
 
 import argparse
+import io
 import json
-import os
 import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ ADAPTERS: Mapping[str, tuple[int, Sequence[str]]] = {
     "rank 8, q and v": (8, ("q_proj", "v_proj")),
 }
 _FEW = "rank 8, q and v"
+_BASE, _BUILDER = "base alone", "model builder's own int4 base"
 
 
 def main() -> None:
@@ -46,8 +49,11 @@ def main() -> None:
         folders = _make(args.model, work, args.accuracy_level)
         for folder in folders:
             _set_threads(folder / "model" / "genai_config.json", args.threads)
-        results = _measure(_variants(*(folder / "model" for folder in folders)), args.tokens, args.repeats)
-        machine = describe_machine() | {"load": os.getloadavg(), "threads": args.threads}
+        variants = _variants(*(folder / "model" for folder in folders))
+        if args.builder:
+            variants |= _builder_variants(args.model, work, args.threads)
+        results = _measure(variants, args.tokens, args.repeats)
+        machine = describe_machine() | {"threads": args.threads}
         said = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "tokens": args.tokens, "variants": results}
         _print(said)
         if args.output is not None:
@@ -65,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9, help="turns of every variant")
     parser.add_argument("--threads", type=int, help="of ONNX Runtime; default: its own choice")
     parser.add_argument("--accuracy-level", type=int, default=0, help="of MatMulNBits, 0 or 4")
+    parser.add_argument("--builder", action="store_true", help="also the graphs that the model builder makes by itself")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
@@ -107,14 +114,48 @@ def _set_threads(path: Path, threads: int | None) -> None:
 
 
 def _variants(base: Path, everywhere: Path, few: Path) -> dict[str, GenaiModel]:
-    found = {"base alone": GenaiModel(base), "base with places, no adapter": GenaiModel(everywhere)}
+    found = {_BASE: GenaiModel(base), "base with places, no adapter": GenaiModel(everywhere)}
     found |= {name: GenaiModel(everywhere, _file_name(name)) for name in ADAPTERS}
     found["places for q and v only, no adapter"] = GenaiModel(few)
     return found | {f"places for q and v only, {_FEW}": GenaiModel(few, _file_name(_FEW))}
 
 
+def _builder_variants(model: Path, work: Path, threads: int | None) -> dict[str, GenaiModel]:
+    """Int4 graphs of the model builder, its own LoRA products in them, lifted to inputs: the usual way."""
+    adapter = work / "builder-rank-8"
+    if not adapter.exists():
+        save_lora(add_lora(load(model), r=8, alpha=8), adapter)
+    base, built_in, lifted = (work / f"builder-{name}" for name in ("base", "built-in", "lifted"))
+    if not base.exists():
+        _run_builder(model, base)
+    if not built_in.exists():
+        layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        linears = [f"attn/{n}_proj" for n in "qkvo"] + [f"mlp/{n}_proj" for n in ("gate", "up", "down")]
+        nodes = [
+            f"/model/layers.{number}/{linear}/lora_{part}/MatMul"
+            for number in range(layers) for linear in linears for part in "AB"
+        ]  # fmt: skip
+        _run_builder(model, built_in, f"adapter_path={adapter}", f"nodes_to_exclude={','.join(nodes)}")
+    if not lifted.exists():
+        generate_adapter.run(GenerateAdapterOptions(str(built_in), lifted))
+    for folder in (base, lifted / "model"):
+        _set_threads(folder / "genai_config.json", threads)
+    return {_BUILDER: GenaiModel(base), f"{_BUILDER}, rank 8": GenaiModel(lifted / "model", "adapter")}
+
+
+def _run_builder(model: Path, target: Path, *extra: str) -> None:
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnxruntime_genai.models import builder
+
+        given = (str(model), str(target), "int4", "cpu", str(target / ".cache"))
+        options = builder.parse_extra_options(None, *given, ["hf_token=false", *extra])
+        builder.create_model(None, *given, **options)
+
+
 def _measure(variants: Mapping[str, GenaiModel], tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds per token of each variant, wall and processor, with the median of its ratios to the first."""
+    """Milliseconds per token of each variant, with the median of its ratios to its base."""
     prompt = torch.arange(3, 3 + _PROMPT_TOKENS)
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
@@ -123,16 +164,16 @@ def _measure(variants: Mapping[str, GenaiModel], tokens: int, repeats: int) -> d
             spent = _decode(variants[name], prompt, tokens)
             if repeat:  # the first warms up
                 turns[name].append(spent)
-    first = next(iter(variants))
     results = {}
     for name, spent in turns.items():
-        ratios = [a / b for (a, _), (b, _) in zip(turns[first], spent, strict=True)]
+        base = turns[_BUILDER if name.startswith(_BUILDER) else _BASE]
+        ratios = [a / b for (a, _), (b, _) in zip(base, spent, strict=True)]
         results[name] = {
             "tokens_per_second": 1 / statistics.median(w for w, _ in spent),
+            "speed_ratio": statistics.median(ratios),
+            "speed_ratio_spread": statistics.quantiles(ratios, n=4, method="inclusive")[::2] if repeats > 1 else None,
             "fastest_turn_ms_per_token": 1000 * min(w for w, _ in spent),
             "cpu_ms_per_token": 1000 * statistics.median(c for _, c in spent),
-            "speed_ratio": statistics.median(ratios),
-            "speed_ratio_spread": statistics.quantiles(ratios, n=4)[::2] if repeats > 1 else None,
         }
     return results
 
@@ -149,9 +190,7 @@ def _decode(model: GenaiModel, prompt: torch.Tensor, tokens: int) -> tuple[float
 
 def _print(said: Mapping[str, Any]) -> None:
     print(f"{said['date']}, {said['machine']}")
-    print(
-        "| variant | tokens/s | speed, of base alone | fastest turn, ms/token | CPU ms/token |\n|---|---|---|---|---|"
-    )
+    print("| variant | tokens/s | speed, of its base | fastest turn, ms/token | CPU ms/token |\n|---|---|---|---|---|")
     for name, row in said["variants"].items():
         low, high = row["speed_ratio_spread"] or (row["speed_ratio"],) * 2
         print(

@@ -615,9 +615,10 @@ class GenerateAdapterOptions:
         found: dict[str, Path] = {}
         for word in self.adapters:
             name, equals, folder = word.partition("=")
-            path = Path(folder if equals else word)
-            name = name if equals else path.resolve().name
-            if not re.fullmatch(r"[\w.-]+", name) or not str(path):
+            is_named = bool(equals) and "/" not in name  # else the sign is part of the folder's path
+            path = Path(folder if is_named else word)
+            name = name if is_named else path.resolve().name
+            if not re.fullmatch(r"[\w.-]+", name) or (is_named and not folder):
                 raise UsageError(f"--adapter-path {word!r} is not of the form NAME=FOLDER")
             if name in found:
                 raise UsageError(f"two adapters are named {name!r}", hint="name them: --adapter-path NAME=FOLDER")

@@ -177,7 +177,10 @@ def test_adapters_that_do_not_fit(root, tmp_path):
 
     assert refused().endswith("brings no adapter along")
     assert refused(str(root / "qv"), f"qv={root / 'all'}") == "two adapters are named 'qv'"
-    assert "not of the form" in refused(f"a/b={root / 'qv'}")
+    assert "not of the form" in refused(f"a b={root / 'qv'}")
+    assert "not of the form" in refused("a=")
+    assert "not of the form" in refused("runs/rate=1")
+    assert "runs=1/tone is not an adapter folder" in refused("./runs=1/tone")
     other = tiny.checkpoint(tmp_path / "other", hidden_size=32, num_hidden_layers=3)
     for name, values in {"wide": {"layers_to_transform": [0]}, "deep": {"layers_to_transform": [2]}}.items():
         model = peft.get_peft_model(

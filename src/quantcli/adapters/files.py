@@ -24,6 +24,7 @@ def write_adapter(path: Path, values: Mapping[str, np.ndarray], file_format: str
         with path.open("wb") as stream:
             np.savez(stream, **values)  # type: ignore[arg-type]
     else:
+        # an OrtValue borrows the array: `values` keeps them alive until they are written
         held = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
         adapter = ort.AdapterFormat()
         adapter.set_adapter_version(_VERSION)
