@@ -64,6 +64,8 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
     constants = sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lifted = constants - sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
+    # before IR version 4 weights had to be inputs too, which the converter relies on
+    model.ir_version = max(model.ir_version, 10 if opset >= 21 else 8)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.IdentityEliminationPass()(model)
     passes.DeduplicateInitializersPass()(model)
@@ -89,8 +91,6 @@ def _lift_opset(model: ir.Model, path: Path, opset: int) -> ir.Model:
             f"opset {model.opset_imports['']} cannot be lifted to {opset}: {_first_line(error)}",
             hint=f"export the model with opset {opset} or later",
         ) from error
-    # the file of a lower opset may lack what the IR version of the new one asks for
-    lifted.ir_version = max(lifted.ir_version, 8)
     onnx.save(lifted, str(path))
     found = open_graph(path)
     if found.opset_imports.get("") != opset:
