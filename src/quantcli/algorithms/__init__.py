@@ -25,8 +25,9 @@ class Algorithm:
 
     name: str
     """As on the command line; the file's name."""
-    kind: Literal["rounder", "transform"]
-    """rounder: weight to codes; transform: float model to float model of the same function."""
+    kind: Literal["rounder", "transform", "graph"]
+    """rounder: weight to codes; transform: float model to float model of the same function; graph: ONNX graph to ONNX
+    graph, activations too."""
     summary: str
     """One line."""
     bits: tuple[int, ...]
@@ -36,7 +37,8 @@ class Algorithm:
     options: type
     """Frozen dataclass of its own options; the fields' docstrings are their help."""
     run: Callable[..., Any]
-    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file."""
+    """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file;
+    graph: (source file, target file, options, reader of samples or None) -> what became of it."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes."""
     formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
@@ -100,6 +102,11 @@ def find_chain(text: str) -> list[Algorithm]:
     chain = [find(name.strip()) for name in text.split(",")]
     if chain[-1].kind == "transform":
         chain.append(KEEP_FLOAT if chain[-1].then is None else find(chain[-1].then))
+    for algorithm in chain:
+        if algorithm.kind == "graph" and len(chain) > 1:
+            raise UsageError(
+                f"{algorithm.name} quantizes whole graphs, it stands alone", hint=f"use -a {algorithm.name}"
+            )
     for algorithm in chain[:-1]:
         if algorithm.kind != "transform":
             raise UsageError(

@@ -106,6 +106,11 @@ def _infer_types(path: Path) -> list[str]:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:  # onnx raises InferenceError, which has no public name
         raise InputError(f"types and shapes of {path.name} contradict: {_first_line(error)}") from error
+    # types of weights are their own: one that onnxruntime's quantizers replace must not contradict an entry here
+    weights = {t.name for t in inferred.graph.initializer}
+    kept = [v for v in inferred.graph.value_info if v.name not in weights]
+    del inferred.graph.value_info[:]
+    inferred.graph.value_info.extend(kept)
     onnx.save(inferred, str(path))
     model = ir.load(path)
     return [v.name or "" for n in model.graph for v in n.outputs if v.name and v.dtype is None]

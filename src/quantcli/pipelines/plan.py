@@ -403,6 +403,12 @@ def _resolve_steps(options: QuantizeOptions) -> list[Step]:
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
     chain = algorithms.find_chain(options.algorithm or name)
     rounder = chain[-1]
+    if "checkpoint" not in rounder.inputs:
+        raise UsageError(
+            f"{rounder.name} quantizes ONNX graphs, not checkpoints",
+            hint=f"quantcli capture-onnx-graph -m {options.model} -o GRAPH, then quantcli quantize -m GRAPH "
+            f"-a {rounder.name}",
+        )
     if preset and name != rounder.name:
         named = options.algorithm or ""
         transforms = ",".join(a.name for a in chain[:-1])
