@@ -166,6 +166,18 @@ def test_what_would_have_no_effect_or_fail_is_refused(name, settings, message):
         make_options(ALGORITHMS[name], settings)
 
 
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_weights_that_may_overflow_are_pointed_out(name, tmp_path):
+    for settings, noted in (
+        ({"weight_type": "int8"}, True),
+        ({"weight_type": "int8", "reduce_range": True}, False),
+        ({}, False),
+    ):
+        error, result, _ = quantize(tmp_path, "cnn", name, **settings)
+        assert any("VNNI" in note for note in result.notes) is noted
+        assert noted or error < 0.03
+
+
 def test_dynamic_conv_has_no_scales_per_channel(tmp_path):
     with pytest.raises(UsageError, match="per_channel would have no effect on conv1"):
         quantize(tmp_path, "cnn", "dynamic", per_channel=True)

@@ -16,8 +16,12 @@ from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.prepare import Prepared
 
-__all__ = ["IntegerGraph", "captured_warnings", "finish", "float_nodes", "select_nodes", "split_gemms"]
+__all__ = ["FULL_INT8", "IntegerGraph", "captured_warnings", "finish", "float_nodes", "select_nodes", "split_gemms"]
 
+FULL_INT8 = (
+    "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
+)
+"""Said where weights are int8 in 8 bits and activations have 8 bits too."""
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 

@@ -96,7 +96,9 @@ def quantize(source: Path, target: Path, options: DynamicOptions, reader: None =
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
         integers.finish(folder / "made.onnx", target)
-    done = [name for name, _ in asked]
+    if options.weight_type == "int8" and not options.reduce_range:
+        notes.append(integers.FULL_INT8)
+    done = {name for name, _ in asked}
     return integers.IntegerGraph(
         tuple(n for n in weighted if n in done), tuple(n for n in weighted if n not in done), prepared, tuple(notes)
     )

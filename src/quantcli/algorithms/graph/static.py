@@ -165,6 +165,8 @@ def quantize(
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
         integers.finish(folder / "made.onnx", target)
+    if options.weight_type == "int8" and options.activation_type.endswith("int8") and not options.reduce_range:
+        notes.append(integers.FULL_INT8)
     done = {name for name, _ in asked}
     return integers.IntegerGraph(
         tuple(n for n in weighted if n in done),
