@@ -74,6 +74,8 @@ def test_text_feeds_a_language_model_with_empty_caches():
     assert samples[1]["input_ids"].tolist() == [[8, 9, 1]] and samples[1]["position_ids"].tolist() == [[0, 1, 2]]
     assert samples[0]["attention_mask"].tolist() == [[1, 1, 1]]
     assert samples[0]["past_key_values.0.value"].shape == (1, 2, 0, 16)
+    unnamed = (InputSpec("past_key_values.0.key", ("s10", 2, "s69", 16), F),)
+    assert token_samples(np.array([[5]]), unnamed).get_next()["past_key_values.0.key"].shape == (1, 2, 0, 16)
     with pytest.raises(InputError, match="the size 'dim' of the cache"):
         token_samples(np.array([[5]]), specs)
     with pytest.raises(InputError, match="no value can be made from text for the input 'pixel_values'"):

@@ -111,3 +111,21 @@ def test_onnxruntimes_entropy_defaults_cut_nothing(graph, tmp_path, capsys):
     full = measure_ranges(graph, ["x"], Reader(), RangeOptions()).values["x"]
     assert (float(low), float(high)) == pytest.approx(full)
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op_type", ["Concat", "Sum"])
+def test_an_empty_cache_has_the_range_of_what_it_will_hold(op_type, tmp_path):
+    b = small_graphs.Builder("n", 4)
+    past = ir.Value(name="past", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("p", 4)))
+    y = b.node("Concat", [past, b.x], "y", "join", axis=0) if op_type == "Concat" else b.node("Sum", [past], "y", "sum")
+    y.dtype = ir.DataType.FLOAT
+    graph = ir.Graph([b.x, past], [y], nodes=b.nodes, opset_imports={"": 17}, name="g")
+    ir.save(ir.Model(graph, ir_version=8), tmp_path / "m.onnx")
+    reader = Reader(0)
+    reader.left = iter([{"x": np.array([[1, -2, 3, 4]], np.float32), "past": np.zeros((0, 4), np.float32)}])
+    if op_type == "Concat":
+        found = measure_ranges(tmp_path / "m.onnx", ["x", "past", "y"], reader, RangeOptions())
+        assert found.values["past"] == (-2, 4)
+    else:
+        with pytest.raises(InputError, match="past was empty in every sample"):
+            measure_ranges(tmp_path / "m.onnx", ["past"], reader, RangeOptions())

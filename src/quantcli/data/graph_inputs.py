@@ -147,6 +147,9 @@ def _token_feed(ids: np.ndarray, specs: Specs, sizes: Mapping[str, int]) -> Feed
 
 def _empty_cache(spec: InputSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a cache [batch, heads, past, head_dim] that holds nothing yet."""
+    named = [i for i, dim in enumerate(spec.shape) if isinstance(dim, str) and any(w in dim for w in _PAST_WORDS)]
+    # exporters that name no axis keep this order
+    past = named or ([2] if len(spec.shape) == 4 else [])
     shape = []
     for axis, dim in enumerate(spec.shape):
         if isinstance(dim, int):
@@ -155,7 +158,7 @@ def _empty_cache(spec: InputSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
             shape.append(sizes[dim])
         elif axis == 0:
             shape.append(1)
-        elif any(word in dim for word in _PAST_WORDS):
+        elif axis in past:
             shape.append(0)
         else:
             raise InputError(

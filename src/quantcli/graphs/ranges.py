@@ -95,7 +95,26 @@ def measure_ranges(path: Path, names: Sequence[str], reader: CalibrationReader, 
         samples += 1
     if not samples:
         raise InputError("there are no samples to calibrate with")
-    return Ranges({n: _range(h, options) for n, h in histograms.items() if math.isfinite(h.lowest)}, samples)
+    found_ranges = {n: _range(h, options) for n, h in histograms.items() if math.isfinite(h.lowest)}
+    return Ranges(found_ranges | _empty_caches(path, set(names) - set(found_ranges), found_ranges), samples)
+
+
+def _empty_caches(
+    path: Path, names: Collection[str], known: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Ranges of tensors that were empty in every sample: a cache will hold what the Concat that reads it gives."""
+    found: dict[str | None, tuple[float, float]] = {}
+    for node in ir.load(path).graph:
+        output = str(node.outputs[0].name)
+        if node.op_type == "Concat" and output in known:
+            found |= {v.name: known[output] for v in node.inputs if v is not None and v.name in names}
+    left = sorted(set(names) - set(found))
+    if left:
+        raise InputError(
+            f"{left[0]} was empty in every sample, it has no range",
+            hint="exclude the nodes that read it with nodes_exclude, or choose op_types",
+        )
+    return {str(name): bounds for name, bounds in found.items()}
 
 
 def _range(histogram: StreamedHistogram, options: RangeOptions) -> tuple[float, float]:
