@@ -107,13 +107,5 @@ ROTATABLE = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma"
 def exact(model: torch.nn.Module) -> torch.nn.Module:
     """A float64 model that computes in float64 throughout."""
     model.set_experts_implementation("eager")  # grouped products know no float64
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_norm, module, float(type(module).__name__.startswith("Gemma")))
+    norms_in_float64(model)
     return model
-
-
-def _norm(module: torch.nn.Module, offset: float, hidden: torch.Tensor) -> torch.Tensor:
-    """Models compute their norms in float32, whatever they are given."""
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return (offset + module.weight) * hidden / (hidden.square().mean(-1, keepdim=True) + eps).sqrt()

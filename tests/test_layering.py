@@ -1,6 +1,7 @@
 """Imports point left, heavy packages stay where they belong, and no module is a drawer for odds and ends."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,26 @@ def test_neighbours_do_not_import_each_other_in_circles():
     edges = {(a, b) for a, b in edges if a != b and a in RANK and b in RANK}
     circles = {frozenset(e) for e in edges if e[::-1] in edges}
     assert not circles
+
+
+@pytest.mark.parametrize("top", sorted(set(RANK) - {"cli"}))
+def test_modules_of_a_package_do_not_import_each_other_in_circles(top):
+    """Deferred and type-checking imports count; in `cli`, commands and their console name each other's types."""
+    names = {f"quantcli.{name_of(path)}" for path in FILES}
+    graph = {}
+    for path in FILES:
+        if name_of(path).split(".")[0] == top:
+            here = f"quantcli.{name_of(path)}"
+            found = {f"{a}.{b}" if f"{a}.{b}" in names else a for a, b in names_in(path)}
+            graph[here] = (found & names) - {here}
+    TopologicalSorter(graph).prepare()  # raises, and names the circle
+
+
+def names_in(path):
+    """(module, name) of every name that is imported from a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 def test_terminal_packages_stay_in_cli():

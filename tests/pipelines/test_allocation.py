@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from quantcli.pipelines.allocation import choose_bits
+from quantcli.pipelines.mixed_bits.allocation import choose_bits
 
 
 def try_everything(costs, sizes, groups, limit, lowest):

@@ -90,7 +90,7 @@ def test_killed_again_and_again(scene, tmp_path):
     runs = 0
     while runs < 40 and not scene.finished(tmp_path / "Q"):
         child = scene.nursery.start(scene.line(tmp_path / "Q"))
-        time.sleep(scene.seconds * (0.5 + 0.03 * runs))
+        time.sleep(scene.seconds * (0.5 + 0.1 * runs))
         child.send(signal.SIGKILL)
         assert child.wait() in (0, -signal.SIGKILL)
         runs += 1

@@ -10,35 +10,20 @@ import torch
 
 import families
 import quantcli
+from quantcli.data.calibration import calibration_rows
 from quantcli.errors import InterruptedRunError, UsageError
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import mixed, quantize
-from quantcli.pipelines.plan import make_plan
-from quantcli.pipelines.sensitivity import REFERENCE_BITS, measure
+from quantcli.pipelines import quantize
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.mixed_bits import choose as mixed
+from quantcli.pipelines.mixed_bits.sensitivity import REFERENCE_BITS, measure
+from quantcli.pipelines.planning.decide import make_plan
 from quantcli.progress import Silent
 from quantcli.tensors.affine import round_to_grid, searched_grid
 from tiny import digests
 
 SENSITIVE = "model.layers.1."
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +63,7 @@ def bits_of(result):
 def measured(folder, text, output, **values):
     """What `measure` gives, and the text that it read."""
     plan = make_plan(options(folder, output, text, target_bits=4.0, **values))
-    tokens = quantize.calibration_rows(
+    tokens = calibration_rows(
         plan.options.calibration, plan.folder, model_digest=plan.model_digest, progress=Silent()
     ).tokens
     with torch.inference_mode():
@@ -278,20 +263,20 @@ def test_experts_of_a_block_share_their_bits(models, tmp_path):
 @pytest.mark.parametrize("stop", ["chosen", 1])
 def test_an_interrupted_run_keeps_its_choice(stop, uneven, text, tmp_path, monkeypatch):
     quantize.run(options(uneven, tmp_path / "whole", text, target_bits=4.3))
-    remember = quantize._Run._remember
+    remember = Journal.remember
 
-    def interrupted(self, done):
-        remember(self, done)
+    def interrupted(self, done, streams):
+        remember(self, done, streams)
         raise KeyboardInterrupt
 
-    def interrupted_early(self):
+    def interrupted_early(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         if stop == "chosen":
-            patch.setattr(quantize._Run, "blocks", interrupted_early)
+            patch.setattr(quantize, "begin_streams", interrupted_early)
         else:
-            patch.setattr(quantize._Run, "_remember", interrupted)
+            patch.setattr(Journal, "remember", interrupted)
         with pytest.raises(InterruptedRunError):
             quantize.run(options(uneven, tmp_path / "q", text, target_bits=4.3))
     with pytest.raises(UsageError, match=r"target_bits was 4\.3, is 4\.4"):

@@ -22,15 +22,10 @@ from quantcli.options import (
 )
 from quantcli.pipelines import capture, evaluate, quantize
 from quantcli.pipelines.inspect import run as inspect_run
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.planning.decide import make_plan
 
 ONLINE = {"online": "true"}
 W4A4KV4 = SimulationOptions(a_bits=4, k_bits=4, v_bits=4)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +95,15 @@ def test_others_refuse_the_folder_and_we_know_what_it_is(source, rotated):
 
 
 @pytest.mark.parametrize(("chain", "tolerance"), [("quarot,gptq", 1e-5), ("quarot,awq,gptq", 2e-3)])
-def test_what_is_written_is_what_ran(chain, tolerance, source, text, tmp_path, monkeypatch):
+def test_what_is_written_is_what_ran(chain, tolerance, source, text, tmp_path, ran):
     """The stream of the run saw turned inputs: its last hidden states are those of the loaded folder."""
-    ended, tokens = [], []
-    write, begin = quantize._Run._write, quantize._Run._tokens
-
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended[:] = [h.clone() for h in self.hidden]
-        return write(self, number, results)
-
-    def note(self):
-        found = begin(self)
-        tokens.append(found["rows"])
-        return found
-
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
     quantize.run(options(source, tmp_path / "q", text, algorithm=chain, bits=4, settings=ONLINE))
     model, seen = quantcli.load(tmp_path / "q"), []
     model.model.layers[-1].register_forward_hook(lambda _module, _args, out: seen.append(out))
     with torch.no_grad():
-        model(tokens[0], use_cache=False)
+        model(ran.tokens, use_cache=False)
     # awq divides scales that are already float16
-    assert (seen[0] - torch.cat(ended)).abs().max() < tolerance * seen[0].abs().max()
+    assert (seen[0] - ran.hidden).abs().max() < tolerance * seen[0].abs().max()
 
 
 @pytest.mark.parametrize("correct", [False, True])

@@ -18,25 +18,10 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines import solve as solve_module
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
+from quantcli.pipelines.blockwise import solve as solve_module
+from quantcli.pipelines.blockwise import stages
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.planning.decide import make_plan
 
 
 def options(model, output, text=None, **values):
@@ -108,7 +93,7 @@ def test_exported_is_computed(bits, symmetric, group_size, models, text, tmp_pat
         computed.update(results)
         return results, reports
 
-    monkeypatch.setattr(quantize, "solve_linears", spy)
+    monkeypatch.setattr(stages, "solve_linears", spy)
     source = models("llama")
     quantize.run(options(source, tmp_path / "q", text, bits=bits, symmetric=symmetric, group_size=group_size))
     checkpoint = Checkpoint.open(tmp_path / "q/model")
@@ -258,18 +243,18 @@ def test_forwards_run_again_give_the_same_codes(models, text, tmp_path, monkeypa
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_interrupted_run_continues_to_the_same_result(stop_after, settings, models, text, tmp_path, monkeypatch):
     quantize.run(options(models("llama"), tmp_path / "whole", text, **settings))
-    remember = quantize._Run._remember
+    remember = Journal.remember
 
-    def interrupted(self, done):
-        remember(self, done)
+    def interrupted(self, done, streams):
+        remember(self, done, streams)
         if done == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize._Run, "_remember", interrupted)
+    monkeypatch.setattr(Journal, "remember", interrupted)
     with pytest.raises(quantcli.errors.InterruptedRunError):
         quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     assert not (tmp_path / "q").exists()
-    monkeypatch.setattr(quantize._Run, "_remember", remember)
+    monkeypatch.setattr(Journal, "remember", remember)
     with pytest.raises(UsageError, match="bits was 4, is 3"):
         quantize.run(options(models("llama"), tmp_path / "q", text, bits=3, **settings))
     result = quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
@@ -336,33 +321,18 @@ def test_quantized_input_is_refused(models, tmp_path):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_streams_are_what_the_models_compute(family, models, text, tmp_path, monkeypatch):
+def test_streams_are_what_the_models_compute(family, models, text, tmp_path, ran):
     """The quantized stream ends where the written model does, the float stream where the float model does.
 
     With experts as well, and over a block in which nothing is quantized.
     """
-    ended, tokens = {}, []
-    write, begin = quantize._Run._write, quantize._Run._tokens
-
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended["q"], ended["f"] = torch.cat(self.hidden).clone(), torch.cat(self.float_hidden).clone()
-            ended["block"] = self.plan.layout.blocks[-1]
-        return write(self, number, results)
-
-    def note(self):
-        found = begin(self)
-        tokens.append(found["rows"])
-        return found
-
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
+    last = make_plan(options(models(family), tmp_path / "none", text)).layout.blocks[-1]
     for number, exclude in enumerate(((), (r"\.0\.",))):
         output = tmp_path / str(number)
         quantize.run(options(models(family), output, text, correct_earlier=True, exclude=exclude, bits=3))
-        for stream, folder in (("q", output), ("f", models(family))):
-            found = block_output(quantcli.load(folder), ended["block"], tokens[-1])
-            worst = float((ended[stream] - found).abs().max())
+        for stream, folder in (("hidden", output), ("float_hidden", models(family))):
+            found = block_output(quantcli.load(folder), last, ran.tokens)
+            worst = float((getattr(ran, stream) - found).abs().max())
             assert worst < 1e-3 * float(found.abs().max()), (stream, exclude, worst)
 
 

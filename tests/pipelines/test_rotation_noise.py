@@ -12,7 +12,7 @@ from quantcli.models.layout import find_layout
 from quantcli.models.rotate import rotate
 from quantcli.models.rotated_forward import RotatedForward
 from quantcli.models.skeleton import build_skeleton, disk_name, load_config, materialize
-from quantcli.pipelines.rotation_noise import RoundingNoise
+from quantcli.pipelines.rotation.noise import RoundingNoise
 from quantcli.tensors.activations import quantize_per_token
 from quantcli.tensors.hadamard import Rotation, make_rotation
 

@@ -10,15 +10,14 @@ import quantcli
 from quantcli.errors import InputError, InterruptedRunError, ResourceError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
-from quantcli.pipelines import quantize, train_rotation
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines import quantize
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.blockwise.shards import ShardWriter
+from quantcli.pipelines.planning.decide import make_plan
+from quantcli.pipelines.rotation import learn as trained
+from quantcli.pipelines.rotation import train as train_rotation
 
 QUICK = {"steps": "4", "batch_rows": "4", "row_len": "16"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +97,8 @@ def test_the_function_stays(family, text, tmp_path):
 
 def test_every_block_has_value_heads_of_its_own(model, text, tmp_path, monkeypatch):
     kept = []
-    see_through = quantize.see_through
-    monkeypatch.setattr(quantize, "see_through", lambda c, m: kept.extend(m) or see_through(c, m))
+    see_through = trained.see_through
+    monkeypatch.setattr(trained, "see_through", lambda c, m: kept.extend(m) or see_through(c, m))
     quantize.run(options(model, tmp_path / "q", text, QUICK | {"a_bits": "3"}))
     assert [len(m) for m in kept] == [64, 16, 16]
     assert all((m.T @ m - torch.eye(len(m))).abs().max() < 1e-13 for m in kept)
@@ -155,16 +154,16 @@ def test_stopped_and_continued(model, text, tmp_path, monkeypatch):
     quantize.run(options(model, tmp_path / "whole", text, **values))
     trainings = []
     train = train_rotation.train_rotations
-    monkeypatch.setattr(quantize, "train_rotations", lambda *a: trainings.append(1) or train(*a))
-    for name in ("train", "_remember"):  # after training, then after the first block
-        method = getattr(quantize._Run, name)
+    monkeypatch.setattr(trained, "train_rotations", lambda *a: trainings.append(1) or train(*a))
+    for home, name in ((quantize, "learn_rotations"), (Journal, "remember")):  # after training, then the first block
+        original = getattr(home, name)
 
-        def stop(self, *args, method=method):
-            method(self, *args)
+        def stop(*args, original=original):
+            original(*args)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-            patched.setattr(quantize._Run, name, stop)
+            patched.setattr(home, name, stop)
             quantize.run(options(model, tmp_path / "q", text, **values))
     result = quantize.run(options(model, tmp_path / "q", text, **values))
     assert len(trainings) == 1 and result.training.seconds < result.seconds
@@ -177,7 +176,7 @@ def test_stopped_and_continued(model, text, tmp_path, monkeypatch):
 
 def test_other_options_do_not_continue(model, text, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-        patched.setattr(quantize._Run, "blocks", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(ShardWriter, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         quantize.run(options(model, tmp_path / "q", text))
     with pytest.raises(UsageError, match="settings"):
         quantize.run(options(model, tmp_path / "q", text, QUICK | {"a_bits": "4"}))

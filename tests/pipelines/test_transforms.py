@@ -12,28 +12,11 @@ from quantcli.errors import InputError, InterruptedRunError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines.plan import make_plan
+from quantcli.pipelines.blockwise.journal import Journal
+from quantcli.pipelines.planning.decide import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer_norm.weight")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return families.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-
-    def get(family):
-        folder = root / family
-        if not folder.exists():
-            families.save(families.build(family), folder)
-        return folder
-
-    return get
 
 
 def options(model, output, text, **values):
@@ -44,23 +27,8 @@ def options(model, output, text, **values):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, monkeypatch):
+def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, ran):
     """The loaded folder's last block gives the hidden states that the run ended with; at 8 bits, nearly the model's."""
-    ended, tokens = [], []
-    write, begin = quantize._Run._write, quantize._Run._tokens
-
-    def spy(self, number, results):
-        if number == len(self.plan.layout.blocks) - 1:
-            ended[:] = [h.clone() for h in self.hidden]
-        return write(self, number, results)
-
-    def note(self):
-        found = begin(self)
-        tokens.append(found["rows"])
-        return found
-
-    monkeypatch.setattr(quantize._Run, "_write", spy)
-    monkeypatch.setattr(quantize._Run, "_tokens", note)
     source = models(family)
     result = quantize.run(options(source, tmp_path / "q", text, algorithm=transform, bits=8))
     scaled = [layer.scaled for layer in result.layers]
@@ -71,9 +39,9 @@ def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, 
     assert any(not torch.equal(before.read(n), after.read(n)) for n in gains) == (family != "olmo2")
     loaded, original = quantcli.load(tmp_path / "q"), quantcli.load(source)
     last = make_plan(options(source, tmp_path / "r", text)).layout.blocks[-1]
-    found, wanted = (outputs(m, last, tokens[0]) for m in (loaded, original))
+    found, wanted = (outputs(m, last, ran.tokens) for m in (loaded, original))
     size = wanted.square().mean().sqrt()
-    assert (found - torch.cat(ended)).abs().max() < 2e-3 * wanted.abs().max()
+    assert (found - ran.hidden).abs().max() < 2e-3 * wanted.abs().max()
     assert (found - wanted).square().mean().sqrt() < 0.05 * size
 
 
@@ -122,14 +90,14 @@ def test_a_producer_that_stays_float_is_divided_too(models, text, tmp_path):
 def test_stopped_and_continued(models, text, tmp_path, monkeypatch):
     settings = {"algorithm": "awq,gptq", "bits": 3}
     quantize.run(options(models("llama"), tmp_path / "whole", text, **settings))
-    remember = quantize._Run._remember
+    remember = Journal.remember
 
-    def stop(self, done):
-        remember(self, done)
+    def stop(self, done, streams):
+        remember(self, done, streams)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-        patched.setattr(quantize._Run, "_remember", stop)
+        patched.setattr(Journal, "remember", stop)
         quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     whole, again = Checkpoint.open(tmp_path / "whole/model"), Checkpoint.open(tmp_path / "q/model")
@@ -164,8 +132,6 @@ def test_options_reach_the_member_that_has_them(models, text, tmp_path):
 
 # -- rotations --------------------------------------------------------------------------------------------------------
 
-ROTATABLE = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma", "mixtral", "qwen2_moe", "qwen3_moe"]
-
 
 def logits(folder, dtype):
     model = quantcli.load(folder, dtype=dtype)
@@ -177,7 +143,7 @@ def logits(folder, dtype):
 
 
 @pytest.mark.parametrize("mode", ["hadamard", "random"])
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", families.ROTATABLE)
 def test_a_rotated_model_computes_the_same(family, mode, tmp_path):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         source = tmp_path / f"source-{dtype}"
@@ -191,6 +157,24 @@ def test_a_rotated_model_computes_the_same(family, mode, tmp_path):
         assert all(entry.dtype == dtype for entry in after.entries.values())
         wanted, found = logits(source, dtype), logits(output, dtype)
         assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", families.ROTATABLE)
+def test_rotated_weights_are_rounded_once(family, tmp_path):
+    """However many rotations a matrix goes through, it ends within half a unit in the last place of bfloat16."""
+    model, rotated = noisy(families.build(family)), []
+    for dtype in (torch.bfloat16, torch.float64):  # the same numbers
+        source, output = (tmp_path / f"{name}-{dtype}" for name in ("source", "rotated"))
+        families.save(model.to(dtype), source)
+        quantize.run(QuantizeOptions(str(source), output, "quarot", settings={"online": "true"}))
+        rotated.append(Checkpoint.open(output / "model"))
+    half, exact = rotated
+    for name in exact.entries:
+        assert half.entries[name].dtype == torch.bfloat16
+        wanted = exact.read(name)
+        unit = torch.ldexp(torch.ones_like(wanted), torch.frexp(wanted).exponent - 8)
+        # torch rounds float64 to bfloat16 by way of float32
+        assert ((half.read(name).double() - wanted).abs() <= unit / 2 * (1 + 2**-14)).all(), name
 
 
 def noisy(model):

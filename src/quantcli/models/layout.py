@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "is_linear", "is_transposed", "weight_shape"]
+__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "head_size", "is_linear", "is_transposed", "weight_shape"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def head_size(model: Any) -> int:
+    """Columns of an attention head, by the model's configuration."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def find_layout(model: Any) -> Layout:

@@ -4,6 +4,7 @@ Symbols: K inputs, N outputs, G groups. The weight is never kept in float unless
 multiplied straight from the codes, more rows by blocks of outputs that are dequantized, used and dropped.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ _FEW_ROWS = 16
 _BLOCK_ELEMENTS = 1 << 23
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """`y = x @ dequantized.T + bias`; the codes are frozen, gradients reach x and the bias.
 
     Subclasses keep the codes and say how outputs are dequantized.
@@ -41,13 +42,13 @@ class QuantizedLinear(nn.Module):
         self._dense: Tensor | None = None
 
     @property
+    @abstractmethod
     def bits(self) -> int:
         """Bits per code."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantized(self) -> QuantizedTensor:
         """The codes and scales, unpacked."""
-        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [N, K]."""
@@ -80,9 +81,9 @@ class QuantizedLinear(nn.Module):
         """Drops what was derived from the buffers."""
         self._dense = None
 
+    @abstractmethod
     def _transposed(self, start: int, stop: int) -> Tensor:
         """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
-        raise NotImplementedError
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """[M, K] to [M, N], both in the dtype that the device computes in."""

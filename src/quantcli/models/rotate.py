@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.layout import Layout
+from quantcli.models.layout import Layout, head_size
 from quantcli.models.online import OnlineRotations, down_linears
 from quantcli.models.skeleton import disk_name
 from quantcli.tensors.hadamard import Rotation
@@ -89,28 +89,32 @@ class RotatedCheckpoint(Checkpoint):
         self._base, self.parts, self._stream, self._heads, self._offset = base, parts, stream, heads, offset
 
     def read(self, name: str) -> Tensor:
-        """One rotated tensor; products in float64."""
+        """One rotated tensor; products in float64, rounded once."""
         part = self.parts.get(name)
         if part is None:
             return super().read(name)
         tensor = super().read(part.source or name)
         if part.is_gain:
             return torch.zeros_like(tensor) if self._offset else torch.ones_like(tensor)
-        if part.rotate_columns:
-            gain = 1.0 if part.gain is None else super().read(part.gain).double() + self._offset
+        gain = 1.0 if part.gain is None else super().read(part.gain).double() + self._offset
+        if part.rotate_columns and not part.value_rows:
             for rows in torch.split(tensor, _ROWS):  # in place: a vocabulary is not wanted in float64 at once
                 rows.copy_(self._stream.rows(rows.double() * gain))
+            return tensor
+        return self._turned(tensor.double() * gain, part).to(tensor.dtype).contiguous()
+
+    def _turned(self, tensor: Tensor, part: Part) -> Tensor:
+        """A float64 tensor through all rotations of its part: what is rounded between two is rounded twice."""
+        if part.rotate_columns:
+            tensor = self._stream.rows(tensor)
         elif part.rotate_rows:
-            tensor = self._stream.columns(tensor).to(tensor.dtype)
+            tensor = self._stream.columns(tensor)
         if part.value_rows:
-            first = len(tensor) - part.value_rows
-            turned = _heads(self._heads[part.block], tensor[first:].movedim(0, -1)).movedim(-1, 0)
-            tensor[first:] = turned.to(tensor.dtype)
+            heads, first = self._heads[part.block], len(tensor) - part.value_rows
+            tensor = torch.cat([tensor[:first], _heads(heads, tensor[first:].movedim(0, -1)).movedim(-1, 0)])
         if part.value_columns:
-            tensor = _heads(self._heads[part.block], tensor).to(tensor.dtype)
-        if part.online is not None:
-            tensor = part.online.rows(tensor).to(tensor.dtype)
-        return tensor.contiguous()
+            tensor = _heads(self._heads[part.block], tensor)
+        return tensor if part.online is None else part.online.rows(tensor)
 
     def turned(self, stream: Rotation, heads: Sequence[Rotation]) -> "RotatedCheckpoint":
         """The same original through other rotations; of value heads, one per block."""
@@ -189,8 +193,7 @@ def rotate(
 def _value_size(model: Any) -> int:
     """Rows of the value projection."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int((getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size(model)
 
 
 def _heads(rotation: Rotation, x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Whether a tensor holds nothing but finite numbers."""
+"""Whether a tensor holds nothing but finite numbers, and the refusal of one that does not."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite"]
+from quantcli.errors import InputError
+
+__all__ = ["all_finite", "require_finite"]
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -12,3 +14,13 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor of a model's files.
+
+    Raises:
+        InputError: it holds NaN or infinity; the message names it.
+    """
+    if not all_finite(tensor):
+        raise InputError(f"tensor {name} holds NaN or infinite values", hint="download the model again")

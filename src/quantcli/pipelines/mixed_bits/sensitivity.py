@@ -25,8 +25,8 @@ from quantcli.models.block import BlockCall, block_stages, forward, stage_hooks
 from quantcli.models.layout import is_transposed
 from quantcli.models.tail import tail_logits
 from quantcli.models.walk import embed_tokens
-from quantcli.pipelines.loading import load_block, outside_loaded
-from quantcli.pipelines.plan import Plan, Target
+from quantcli.pipelines.blockwise.loading import load_block, outside_loaded
+from quantcli.pipelines.planning.plan import Plan, Target
 from quantcli.progress import Progress
 from quantcli.tensors.affine import round_to_grid, searched_grid
 

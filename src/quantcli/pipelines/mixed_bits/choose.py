@@ -6,7 +6,7 @@ same choice.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,23 @@ from torch import Tensor
 
 from quantcli.errors import UsageError
 from quantcli.folder import write_json
-from quantcli.pipelines.allocation import choose_bits
-from quantcli.pipelines.budget import Budget, Choice
-from quantcli.pipelines.plan import Plan, with_choice
-from quantcli.pipelines.sensitivity import measure
+from quantcli.pipelines.blockwise.tokens import measured_tokens
+from quantcli.pipelines.mixed_bits.allocation import choose_bits
+from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.mixed_bits.sensitivity import measure
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.sizes import with_choice
 from quantcli.progress import Progress
 
 __all__ = ["mix_bits"]
 
 
-def mix_bits(plan: Plan, state: Path, tokens: Callable[[], Tensor], progress: Progress) -> Plan:
+def mix_bits(plan: Plan, state: Path, progress: Progress) -> Plan:
     """The plan with the bits of each linear chosen for its target.
 
     Args:
         plan: With a budget.
         state: Where an interrupted run keeps what it needs.
-        tokens: Gives text to measure on, [rows, T] int64.
         progress: Told of the measurement and of what was chosen.
 
     Raises:
@@ -40,7 +41,7 @@ def mix_bits(plan: Plan, state: Path, tokens: Callable[[], Tensor], progress: Pr
     if file.is_file():
         choice = _read(json.loads(file.read_text()), plan)
     else:
-        choice = _choose(plan, plan.budget, tokens(), progress)
+        choice = _choose(plan, plan.budget, measured_tokens(plan, state, progress), progress)
         write_json(file, _written(choice))
     progress.plan("Bits", plan.budget.choice_rows(choice))
     return with_choice(plan, choice)

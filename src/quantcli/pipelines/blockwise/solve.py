@@ -12,10 +12,10 @@ from torch import Tensor
 from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.pipelines.plan import Target
+from quantcli.pipelines.planning.plan import Target
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import LARGEST_SCALE, minmax_grid, round_to_grid
-from quantcli.tensors.finite import all_finite
+from quantcli.tensors.finite import require_finite
 from quantcli.tensors.hessian import Statistics, output_error
 from quantcli.tensors.quantized import QuantizedTensor
 
@@ -60,8 +60,7 @@ def read_weight(checkpoint: Checkpoint, target: Target, disk: str) -> Tensor:
         weight = weight.T.contiguous()
     if tuple(weight.shape) != (target.rows, target.columns):
         raise InputError(f"tensor {disk} has shape {list(weight.shape)}, expected {[target.rows, target.columns]}")
-    if not all_finite(weight):
-        raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+    require_finite(weight, disk)
     if weight.numel() and float(weight.abs().max()) > LARGEST_SCALE:
         raise InputError(f"tensor {disk} holds values beyond float16's range, which scales are stored in")
     return weight

@@ -15,13 +15,13 @@ from torch import Tensor
 from quantcli.algorithms import Step
 from quantcli.algorithms.transforms.spinquant import FLOAT, SpinquantOptions, fake_quantize
 from quantcli.errors import InputError
-from quantcli.models.layout import Layout, weight_shape
+from quantcli.models.layout import Layout, head_size, weight_shape
 from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.models.rotated_forward import RotatedForward
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.pipelines.rotation_noise import RoundingNoise
+from quantcli.pipelines.rotation.noise import RoundingNoise
 from quantcli.progress import Progress
-from quantcli.tensors.finite import all_finite
+from quantcli.tensors.finite import require_finite
 from quantcli.tensors.hadamard import Rotation, make_rotation
 
 __all__ = ["RotationReport", "TrainingCost", "see_through", "train_rotations", "training_cost"]
@@ -202,9 +202,7 @@ class _Trial:
         device: torch.device,
     ):
         self._settings, self._blocks, self._device = settings, len(layout.blocks), device
-        config = skeleton.config.get_text_config()
-        self._hidden = config.hidden_size
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._hidden, self._head_dim = skeleton.config.get_text_config().hidden_size, head_size(skeleton)
         self._model = deepcopy(skeleton)
         materialize(self._model, _tensors(checkpoint, skeleton))
         self._model.to(device)
@@ -291,8 +289,7 @@ def _tensors(checkpoint: RotatedCheckpoint, skeleton: Any) -> dict[str, Tensor]:
         disk = disk_name(name, skeleton, checkpoint.entries)
         assert disk is not None
         found[name] = checkpoint.read(disk).float()
-        if not all_finite(found[name]):
-            raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
+        require_finite(found[name], disk)
     return found
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from quantcli.errors import InputError
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.pipelines.plan import Plan
-from quantcli.tensors.finite import all_finite
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.tensors.finite import require_finite
 
 __all__ = ["load_block", "outside_loaded", "read_float"]
 
@@ -23,9 +23,8 @@ def read_float(plan: Plan, disk: str) -> Tensor:
         InputError: it holds NaN or infinity.
     """
     tensor = plan.checkpoint.read(disk)
+    require_finite(tensor, disk)
     if tensor.is_floating_point():
-        if not all_finite(tensor):
-            raise InputError(f"tensor {disk} holds NaN or infinite values", hint="download the model again")
         tensor = tensor.to(plan.dtype)
     return tensor.to(plan.device)
 

@@ -1,0 +1,85 @@
+"""Calibrated blocks: each is read, its stages are solved as the streams come through, and it is forgotten."""
+
+from copy import deepcopy
+from typing import Any
+
+from quantcli.models.block import block_stages
+from quantcli.models.folds import Fold, find_folds
+from quantcli.models.layout import head_size
+from quantcli.models.machine import Heap
+from quantcli.models.paused import Pause, Shelf, study_pauses
+from quantcli.models.walk import StageMoments, run_block
+from quantcli.pipelines.blockwise.loading import load_block
+from quantcli.pipelines.blockwise.scaling import Place
+from quantcli.pipelines.blockwise.stages import StageSolver
+from quantcli.pipelines.blockwise.streams import Streams
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["CalibratedBlocks"]
+
+
+class CalibratedBlocks:
+    """Quantizes blocks in order; what is learned of one serves those that are built alike."""
+
+    def __init__(self, plan: Plan, streams: Streams, solver: StageSolver, heap: Heap):
+        """No block is read yet.
+
+        Args:
+            plan: What runs.
+            streams: Hidden states in front of the first block; each block moves them on.
+            solver: Of the stages.
+            heap: Gives memory back while a block runs.
+        """
+        self._plan, self._streams, self._solver, self._heap = plan, streams, solver, heap
+        self._pauses: dict[tuple[Any, ...], dict[int, Pause]] = {}
+        self._folds: dict[tuple[Any, ...], dict[str, Fold]] = {}
+        self._shelf = Shelf(len(streams.hidden) * (2 if plan.options.correct_earlier else 1))
+
+    def quantize(self, number: int) -> dict[str, QuantizedTensor]:
+        """Quantizes one block, by module path; the streams are behind it afterwards."""
+        plan, streams = self._plan, self._streams
+        path = plan.layout.blocks[number]
+        block = load_block(plan, number)
+        reference = deepcopy(block) if plan.options.correct_earlier else None
+        linears = [t.name.removeprefix(path + ".") for t in plan.block_targets(number)]
+        calls = {size: found[number] for size, found in streams.calls.items()}
+        first = streams.hidden[0]
+        stages = block_stages(block, linears, first, calls[len(first)])
+        kind = (type(block), *map(tuple, stages))
+        if kind not in self._pauses:
+            self._pauses[kind] = study_pauses(block, stages, first, calls[len(first)])
+            if plan.scaling is not None:
+                head_dim = head_size(plan.skeleton)
+                self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
+        folds = self._folds.get(kind, {})
+        results: dict[str, QuantizedTensor] = {}
+
+        def solve(names: list[str], moments: StageMoments | None) -> None:
+            targets = [plan.targets[f"{path}.{name}"] for name in names]
+            fold = folds.get(names[0])
+            place = Place(path, fold, results) if fold is not None else None
+            solved, scale = self._solver.solve(targets, moments, place)
+            for target, tensor in solved.items():
+                results[target] = tensor
+                module = block.get_submodule(target.removeprefix(path + "."))
+                weight = tensor.dequantize().to(module.weight.device)
+                weight = (weight if scale is None else weight / scale).to(module.weight.dtype)
+                module.weight.data.copy_(weight.T if plan.targets[target].transposed else weight)
+
+        run_block(
+            block,
+            streams.hidden,
+            calls,
+            stages,
+            solve,
+            held_out=streams.held_out,
+            keep=plan.keep_paused,
+            pauses=self._pauses[kind],
+            shelf=self._shelf,
+            between=self._heap.watch,
+            reference=reference,
+            reference_inputs=streams.float_hidden,
+            path=path,
+        )
+        return results

@@ -1,0 +1,49 @@
+"""config.json of the result."""
+
+from typing import Any
+
+from quantcli import __version__
+from quantcli.formats.codec import Described
+from quantcli.models.layout import is_linear
+from quantcli.pipelines.planning.plan import Plan
+
+__all__ = ["result_config"]
+
+
+def result_config(plan: Plan) -> dict[str, Any]:
+    """What config.json of the result says: the model's own, how its linears are quantized, and what changed."""
+    config = dict(plan.checkpoint.config)
+    targets = plan.targets
+    damp = getattr(plan.settings, "damp_percent", None)
+    quantization = plan.codec.config(
+        Described(
+            plan.default,
+            {t.stem: t.scheme for t in targets.values() if t.scheme != plan.default},
+            [n for n in plan.layout.linears if n not in targets],
+            desc_act=getattr(plan.settings, "order", "") == "desc_act",
+            lm_head=plan.layout.head in targets,
+            producer=f"quantcli:{__version__}",
+            damp_percent=damp,
+            quantized=list(targets),
+            float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
+            dtype=plan.float_dtype_of(next(iter(targets.values()))) if targets else plan.dtype,
+        )
+    )
+    if plan.embedding is not None and quantization is not None:
+        scheme = plan.embedding.scheme
+        quantization["quantcli"] = {
+            "embedding": {
+                "name": plan.embedding.name,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "sym": scheme.symmetric,
+            }
+        }
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if plan.untie_head:
+        config["tie_word_embeddings"] = False
+    if plan.options.dtype != "keep":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.options.dtype
+    return config if plan.online is None else plan.online.mark(config)

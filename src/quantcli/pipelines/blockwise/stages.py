@@ -1,0 +1,89 @@
+"""One stage: linears that share an input, read, solved by what was seen of that input, and reported."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from quantcli.algorithms import find
+from quantcli.models.walk import StageMoments
+from quantcli.pipelines.blockwise.scaling import Place, Scaling
+from quantcli.pipelines.blockwise.solve import LayerReport, read_weight, solve_linears
+from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.progress import Progress
+from quantcli.tensors.hessian import Statistics
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["StageSolver"]
+
+
+class StageSolver:
+    """Quantizes the linears of a run, stage by stage."""
+
+    def __init__(self, plan: Plan, scaling: Scaling, reports: list[LayerReport], progress: Progress):
+        """Nothing is quantized yet.
+
+        Args:
+            plan: With the rounder and the scheme of every linear.
+            scaling: Keeps what scales of inputs change elsewhere.
+            reports: To which one is added for each linear.
+            progress: Warned where a linear saw no token.
+        """
+        self._plan, self._scaling, self._reports, self._progress = plan, scaling, reports, progress
+
+    def solve(
+        self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None = None
+    ) -> tuple[dict[str, QuantizedTensor], Tensor | None]:
+        """Quantizes linears that share an input.
+
+        Args:
+            targets: The linears.
+            moments: Of their input, where tokens reached it.
+            place: What makes their input, where that may be scaled.
+
+        Returns:
+            What was computed, and [K] by which their columns were scaled beforehand, if they were.
+        """
+        plan = self._plan
+        weights = {t.name: read_weight(plan.checkpoint, t, plan.source_of(t)).to(plan.device) for t in targets}
+        algorithm, settings, statistics = plan.algorithm, plan.settings, None
+        if moments is not None and moments.train.tokens:
+            statistics = _statistics(moments)
+        elif algorithm.calibration == "required":
+            self._progress.warn(
+                f"no calibration token reached {targets[0].name}; it is quantized by kquant, without data"
+            )
+            algorithm = find("kquant")
+            settings = algorithm.options()
+        scale = None
+        if place is not None and statistics is not None:
+            scale = self._scaling.scale(targets, list(weights.values()), statistics, place)
+        results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
+        self._reports += reports
+        return results, scale
+
+    def solve_without_data(self, targets: Sequence[Target]) -> dict[str, QuantizedTensor]:
+        """Quantizes linears by their weights alone."""
+        results: dict[str, QuantizedTensor] = {}
+        for target in targets:
+            results |= self.solve([target], None)[0]
+        return results
+
+    def solve_embedding(self, target: Target) -> dict[str, QuantizedTensor]:
+        """Quantizes an embedding: to the nearest, whatever rounds the linears."""
+        weight = {target.name: read_weight(self._plan.checkpoint, target, target.disk).to(self._plan.device)}
+        rtn = find("rtn")
+        results, reports = solve_linears([target], weight, rtn, rtn.options(), None)
+        self._reports += reports
+        return results
+
+
+def _statistics(moments: StageMoments) -> Statistics:
+    held = moments.held_out if moments.held_out is not None and moments.held_out.tokens else None
+    return Statistics(
+        moments.train.matrix(),
+        moments.train.tokens,
+        held_out=held.matrix() if held else None,
+        held_out_tokens=held.tokens if held else 0,
+        cross=moments.train.cross(),
+        held_out_cross=held.cross() if held else None,
+    )

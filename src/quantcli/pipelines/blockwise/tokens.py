@@ -1,0 +1,60 @@
+"""The tokens that a run reads: rows to calibrate on, rows that only judge, and rows to measure sensitivities on."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantcli.data.calibration import calibration_rows
+from quantcli.models.checkpoint import write_tensors
+from quantcli.options import CalibrationOptions
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.progress import Progress
+
+__all__ = ["measured_tokens", "read_tokens", "saved_tokens"]
+
+
+def read_tokens(plan: Plan, progress: Progress) -> dict[str, Tensor]:
+    """The text that calibrates, from where the plan says.
+
+    Returns:
+        rows: [rows, T] int64 to calibrate on.
+        judges: [judges, T] int64 that only judge: with `best` on other text, a little of the model's own.
+    """
+    calibration = plan.options.calibration
+    rows = _read_rows(plan, calibration, progress)
+    judges = rows[:0]
+    if plan.judges:
+        judges = _read_rows(plan, plan.judge_text, progress).reshape(plan.judges, calibration.seq_len)
+    return {"rows": rows, "judges": judges}
+
+
+def saved_tokens(plan: Plan, state: Path, progress: Progress) -> dict[str, Tensor]:
+    """What `read_tokens` gave this run or the interrupted one; kept in `state`."""
+    file = state / "tokens.safetensors"
+    if file.is_file():
+        saved: dict[str, Tensor] = load_file(file)
+        return saved
+    saved = read_tokens(plan, progress)
+    write_tensors(saved, state / "tokens.tmp")
+    (state / "tokens.tmp").replace(file)
+    return saved
+
+
+def measured_tokens(plan: Plan, state: Path, progress: Progress) -> Tensor:
+    """A few rows of calibration text, or, where the algorithm reads none, of text for this alone."""
+    if plan.source is not None:
+        return saved_tokens(plan, state, progress)["rows"][: plan.measured_rows]
+    return _read_rows(plan, plan.measured_text, progress)
+
+
+def _read_rows(plan: Plan, text: CalibrationOptions, progress: Progress) -> Tensor:
+    return calibration_rows(
+        text,
+        plan.folder,
+        source=plan.source,
+        model_digest=plan.model_digest,
+        progress=progress,
+        device=plan.device,
+        trust_remote_code=plan.options.trust_remote_code,
+    ).tokens

@@ -1,0 +1,1 @@
+"""Bits per layer, chosen to meet a target by what each costs."""

@@ -1,0 +1,1 @@
+"""What a quantize run will do, decided before anything is written."""

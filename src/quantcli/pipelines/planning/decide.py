@@ -1,0 +1,75 @@
+"""Plans a quantize run before it begins: every default resolved, whatever cannot work refused."""
+
+from dataclasses import replace
+
+from quantcli.algorithms import Step
+from quantcli.folder import fingerprint
+from quantcli.formats import CODECS
+from quantcli.models.machine import compute_dtype, pick_device
+from quantcli.options import QuantizeOptions
+from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
+from quantcli.pipelines.planning.opening import open_model
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.sizes import written_bytes
+from quantcli.pipelines.planning.steps import resolve_format, resolve_steps
+from quantcli.pipelines.planning.targets import choose_zero_points, find_embedding, find_targets, refuse_format
+from quantcli.scheme import Scheme
+
+__all__ = ["make_plan"]
+
+
+def make_plan(options: QuantizeOptions) -> Plan:
+    """Resolves every default and refuses what cannot work, before anything is written.
+
+    Raises:
+        UsageError: options that contradict each other.
+        InputError: a model that cannot be quantized.
+        ResourceError: not enough memory or disk.
+    """
+    *transforms, rounder = resolve_steps(options)
+    algorithm, settings = rounder.algorithm, rounder.settings
+    options = replace(options, format=resolve_format(options.format, algorithm))
+    codec = CODECS[options.format or ""]
+    rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
+    model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
+    default = Scheme(
+        options.bits,
+        options.group_size,
+        options.symmetric,
+        codec.lowest_zero,
+        algorithm.codebook,
+        getattr(settings, "double_quant", False),
+    )
+    targets = find_targets(options, model, default, algorithm)
+    settings = choose_zero_points(settings, codec, targets)
+    refuse_format(codec, options, targets, default, Step(algorithm, settings), model)
+    embedding = find_embedding(options, model)
+    device = pick_device(options.device)
+    plan = Plan(
+        folder=model.folder,
+        transforms=tuple(transforms),
+        algorithm=algorithm,
+        settings=settings,
+        options=options,
+        checkpoint=model.checkpoint,
+        skeleton=model.skeleton,
+        layout=model.layout,
+        default=default,
+        targets=targets,
+        embedding=embedding,
+        untie_head=model.tied and (model.layout.head in targets or rotation is not None),
+        source=None,
+        device=device,
+        dtype=compute_dtype(device, model.stored_dtype),
+        keep_paused=True,
+        size_bytes=0,
+        peak_bytes=0,
+        seconds=0.0,
+        model_digest=fingerprint(model.folder),
+        online=model.online,
+    )
+    plan = with_source(with_training(plan), model.config)
+    plan = replace(plan, size_bytes=written_bytes(plan))
+    if options.mixes:
+        plan = with_budget(plan)
+    return with_memory(plan)

@@ -1,0 +1,275 @@
+"""What a quantize run will do: algorithm, scheme of every linear, text, size, memory, time. `planning` decides it."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantcli.algorithms import Algorithm, Step
+from quantcli.formats import CODECS
+from quantcli.formats.codec import Codec
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import Layout
+from quantcli.models.online import OnlineRotations
+from quantcli.models.skeleton import disk_name
+from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.rotation.train import TrainingCost
+from quantcli.scheme import PER_CHANNEL, Scheme
+
+__all__ = ["DTYPES", "HELD_OUT_SHARE", "MEASURED_TOKENS", "Plan", "Target", "is_trained"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HELD_OUT_SHARE = 8
+"""One row in so many is held out where candidates compete."""
+MEASURED_TOKENS = 1024
+"""On so many the sensitivity of the linears is measured where bits are mixed."""
+_PIECE = 128
+"""Tokens that the model writes in one go where its text only judges."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix that will be quantized."""
+
+    name: str
+    """Module path."""
+    disk: str
+    """Name of its weight in the files."""
+    rows: int
+    columns: int
+    transposed: bool
+    """Whether the file holds [K, N] (GPT-2's Conv1D)."""
+    scheme: Scheme
+    stored_bytes: int
+    """What it takes on disk."""
+
+    @property
+    def stem(self) -> str:
+        """The disk name without `.weight`."""
+        return self.disk.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided beforehand."""
+
+    folder: Path
+    transforms: tuple[Step, ...]
+    """What the float model goes through first."""
+    algorithm: Algorithm
+    """The rounder."""
+    settings: Any
+    options: QuantizeOptions
+    """With the format that was chosen."""
+    checkpoint: Checkpoint
+    skeleton: Any
+    layout: Layout
+    default: Scheme
+    targets: dict[str, Target]
+    """By module path: block linears in order, then the head where it is quantized."""
+    embedding: Target | None
+    untie_head: bool
+    """Whether the head gets codes of its own although it shares the embedding's matrix."""
+    source: str | None
+    """self, builtin or data; None where no statistics are gathered."""
+    device: torch.device
+    dtype: torch.dtype
+    """What blocks are run in."""
+    keep_paused: bool
+    size_bytes: int
+    peak_bytes: int
+    seconds: float
+    model_digest: str
+    why_source: str = ""
+    judges: int = 0
+    """Rows of the model's own text that only judge."""
+    online: OnlineRotations | None = None
+    """Rotations that the result's weights expect at run time."""
+    budget: Budget | None = None
+    """What may be spent, where bits are mixed."""
+    choice: Choice | None = None
+    """How it is spent, once that has been measured."""
+    training: TrainingCost | None = None
+    """What training rotations will take, where there are some to train."""
+
+    @property
+    def codec(self) -> Codec:
+        """How linears are stored."""
+        assert self.options.format is not None
+        return CODECS[self.options.format]
+
+    def float_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What a float tensor of the input is written in."""
+        return DTYPES.get(self.options.dtype, stored)
+
+    def block_targets(self, number: int) -> list[Target]:
+        """The linears of one block that are quantized."""
+        inside = self.layout.blocks[number] + "."
+        return [target for target in self.targets.values() if target.name.startswith(inside)]
+
+    def source_of(self, target: Target) -> str:
+        """The tensor on disk that a target is read from: a tied head is the embedding's."""
+        if target.disk in self.checkpoint.entries:
+            return target.disk
+        disk = disk_name(f"{self.layout.embedding}.weight", self.skeleton, self.checkpoint.entries)
+        assert disk is not None
+        return disk
+
+    def float_dtype_of(self, target: Target) -> torch.dtype:
+        """What a target would be written in if it stayed float."""
+        return self.float_dtype(self.checkpoint.entries[self.source_of(target)].dtype)
+
+    @property
+    def judge_text(self) -> CalibrationOptions:
+        """How the text that judges is written: in short pieces that fill rows; a step of writing reads all weights."""
+        calibration = self.options.calibration
+        pieces = calibration.seq_len // _PIECE if calibration.seq_len % _PIECE == 0 else 1
+        return CalibrationOptions(
+            SELF, num_samples=self.judges * pieces, seq_len=calibration.seq_len // pieces, seed=calibration.seed
+        )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether statistics are gathered."""
+        return self.source is not None and self.gathers
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics would be, whatever text is chosen; kquant uses them only where text was named."""
+        if not self.targets:
+            return False
+        used = [self.algorithm.calibration, *(s.algorithm.calibration for s in self.transforms if not is_trained(s))]
+        if "required" in used:
+            return True
+        named = bool(self.options.calibration.data or self.options.calibration.data_name)
+        return "optional" in used and named and self.options.preset != "fast"
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether text is read."""
+        return self.trained is not None or self.gathers
+
+    @property
+    def trained(self) -> Step | None:
+        """The transform whose rotations are trained before blocks are quantized."""
+        return next((step for step in self.transforms if is_trained(step)), None)
+
+    @property
+    def measured_text(self) -> CalibrationOptions:
+        """The text on which sensitivities are measured where the algorithm itself reads none."""
+        calibration = self.options.calibration
+        given = calibration.data or (None if calibration.data_name else BUILTIN)
+        return replace(calibration, data=given, num_samples=self.measured_rows)
+
+    @property
+    def measured_rows(self) -> int:
+        """Rows of text on which sensitivities are measured."""
+        rows = max(1, MEASURED_TOKENS // self.options.calibration.seq_len)
+        return min(rows, self.options.calibration.num_samples)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rows only judge."""
+        improves = bool(getattr(self.settings, "refit", False) or getattr(self.settings, "sweeps", 0))
+        return self.calibrates and (improves or self.scaling is not None or self.options.correct_earlier)
+
+    @property
+    def scaling(self) -> Step | None:
+        """The transform that works on each input."""
+        return next((step for step in self.transforms if step.algorithm.scope == "stage"), None)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        calibration = self.options.calibration
+        text = "none"
+        if self.source is not None:
+            named = {"self": "text that the model writes itself", "builtin": "Python's documentation"}
+            text = named.get(self.source or "", calibration.data or calibration.data_name or "")
+            text += f", {calibration.num_samples} rows of {calibration.seq_len} tokens{self.why_source}"
+            text += f"; {self.judges} rows of the model's own judge" if self.judges else ""
+        rows = [
+            ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
+            *(("transform", _words(step)) for step in self.transforms),
+            *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
+            *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
+            ("calibration", text),
+            *self._training_rows(),
+            ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
+            ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
+            ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
+            ("estimated time", f"{self.seconds:.0f} s"),
+        ]
+        if self.options.simulation.simulates:
+            rows.append(("evaluated with", self.options.simulation.describe()))
+        return rows
+
+    def _training_rows(self) -> list[tuple[str, str]]:
+        if self.training is None:
+            return []
+        cost = self.training
+        return [("training", f"about {cost.seconds:.0f} s and {cost.peak_bytes / 1e9:.2f} GB, the whole float model")]
+
+    def _rounding_rows(self) -> list[tuple[str, str]]:
+        scheme = self.default
+        bits = str(scheme.bits) if self.budget is None else ", ".join(map(str, self.budget.widths))
+        group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        kind = scheme.codebook or ("sym" if scheme.symmetric else "asym")
+        return [
+            ("algorithm", _words(Step(self.algorithm, self.settings))),
+            ("scheme", f"{bits} bits, group size {group}, {kind}"),
+            *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
+            ("format", self.codec.name),
+            ("linears", f"{len(self.targets)}{self._exceptions()}"),
+        ]
+
+    def _mixed_words(self, budget: Budget) -> str:
+        text = "the calibration text"
+        if self.source is None:
+            text = self.measured_text.data or self.measured_text.data_name or ""
+            text = {BUILTIN: "Python's documentation", SELF: "text that the model writes"}.get(text, text)
+        return f"{budget.summary()}; which linear gets which is measured first, on {self.measured_rows} rows of {text}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "model": str(self.folder),
+            "transforms": {step.algorithm.name: asdict(step.settings) for step in self.transforms},
+            "algorithm": self.algorithm.name,
+            "settings": asdict(self.settings),
+            "scheme": self.default.to_dict(),
+            "linears": len(self.targets),
+            "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
+            "online_rotations": None if self.online is None else asdict(self.online),
+            "mixed_bits": None if self.budget is None else self.budget.to_dict(self.choice),
+            "calibration": self.source,
+            "device": str(self.device),
+            "estimated_size_bytes": self.size_bytes,
+            "estimated_peak_bytes": self.peak_bytes,
+            "estimated_seconds": round(self.seconds, 1),
+            "training": None if self.training is None else asdict(self.training),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the written codes: a run resumes only what has the same."""
+        options = asdict(self.options)
+        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model"):
+            options.pop(name)
+        return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
+
+    def _exceptions(self) -> str:
+        other = sum(t.scheme != self.default for t in self.targets.values())
+        left = len(self.layout.linears) - sum(name in self.targets for name in self.layout.linears)
+        parts = [f"{other} with another scheme"] * bool(other) + [f"{left} left float"] * bool(left)
+        return f" ({', '.join(parts)})" if parts else ""
+
+
+def is_trained(step: Step) -> bool:
+    """Whether a step's rotations are trained."""
+    return step.algorithm.scope == "model" and step.algorithm.calibration == "required"
+
+
+def _words(step: Step) -> str:
+    settings = ", ".join(f"{k}={v}" for k, v in asdict(step.settings).items())
+    return step.algorithm.name + (f" ({settings})" if settings else "")

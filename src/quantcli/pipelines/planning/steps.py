@@ -1,0 +1,116 @@
+"""Which algorithms run, with which settings and into which format; flags that none of them reads are refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from quantcli import algorithms
+from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
+from quantcli.errors import UsageError
+from quantcli.options import CalibrationOptions, QuantizeOptions
+
+__all__ = ["resolve_format", "resolve_steps"]
+
+_BEST = {"refit": "true", "sweeps": "2"}
+_PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "fast": ("kquant", {}),
+    "balanced": ("gptq", {}),
+    "best": ("gptq", _BEST),
+}
+
+
+def resolve_steps(options: QuantizeOptions) -> list[Step]:
+    """Transforms and, last, the rounder, each with its settings.
+
+    Raises:
+        UsageError: algorithms, bits or flags that do not go together.
+    """
+    preset = options.preset
+    if preset is None and options.algorithm is None:
+        preset = "balanced"
+    name, preset_settings = _PRESETS[preset] if preset else ("", {})
+    chain = algorithms.find_chain(options.algorithm or name)
+    rounder = chain[-1]
+    if "checkpoint" not in rounder.inputs:
+        raise UsageError(
+            f"{rounder.name} quantizes ONNX graphs, not checkpoints",
+            hint=f"quantcli capture-onnx-graph -m {options.model} -o GRAPH, then quantcli quantize -m GRAPH "
+            f"-a {rounder.name}",
+        )
+    if preset and name != rounder.name:
+        named = options.algorithm or ""
+        transforms = ",".join(a.name for a in chain[:-1])
+        raise UsageError(
+            f"preset {preset} is a setting of {name}, not of {rounder.name}",
+            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{name}"
+            + (f" instead of {named}" if named else ""),
+        )
+    for algorithm in chain:
+        if options.bits not in algorithm.bits:
+            allowed = ", ".join(map(str, algorithm.bits))
+            raise UsageError(
+                f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`"
+            )
+    if rounder is KEEP_FLOAT:
+        _refuse_idle_rounding(options, chain[-2].name)
+    if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
+        raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
+    steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
+    _refuse_idle_calibration(options, preset, chain)
+    if options.correct_earlier and rounder.calibration != "required":
+        raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
+    return steps
+
+
+def resolve_format(asked: str | None, algorithm: Algorithm) -> str:
+    """The format that was asked for, or the algorithm's own.
+
+    Raises:
+        UsageError: it cannot hold what the algorithm makes.
+    """
+    if asked is None:
+        return algorithm.formats[0]
+    if asked not in algorithm.formats:
+        able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
+        raise UsageError(
+            f"format {asked} cannot hold what {algorithm.name} makes: {', '.join(algorithm.formats)} can",
+            hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
+        )
+    return asked
+
+
+def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:
+    """No flag without effect: how to round where nothing is rounded."""
+    fields_of_rounding = (
+        "bits", "group_size", "symmetric", "target_bits", "target_size", "quantize_lm_head", "quantize_embeddings",
+        "exclude", "overrides",
+    )  # fmt: skip
+    for field in fields_of_rounding:
+        if getattr(options, field) != getattr(QuantizeOptions, field):
+            raise UsageError(
+                f"{name} alone writes a float model, {field} would have no effect",
+                hint=f"name a rounder, as in -a {name},gptq",
+            )
+    if options.format not in (None, "float"):
+        raise UsageError(f"{name} alone writes a float model", hint=f"use --format float, or -a {name},kquant")
+
+
+def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain: Sequence[Algorithm]) -> None:
+    """No flag without effect: text options where no text is read."""
+    calibration = options.calibration
+    if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
+        raise UsageError("--data-split is for --data-name", hint="leave it out")
+    algorithm, needs = chain[-1], any(a.calibration == "required" for a in chain)
+    if needs or (algorithm.calibration == "optional" and preset != "fast"):
+        if needs or calibration.data or calibration.data_name:
+            return
+        who = f"{algorithm.name} without --data"
+    else:
+        who = "preset fast" if preset == "fast" else algorithm.name
+    changed = [f.name for f in fields(calibration) if getattr(calibration, f.name) != f.default]
+    if options.mixes:  # a few rows are read all the same
+        changed = [name for name in changed if name in ("num_samples", "batch_size")]
+    if changed:
+        raise UsageError(
+            f"{who} uses no calibration text, --{changed[0].replace('_', '-')} would have no effect",
+            hint="leave it out, or use --preset balanced",
+        )

@@ -1,0 +1,200 @@
+"""Which matrices are quantized, with which scheme each, and what the format cannot hold of that."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
+from quantcli.errors import InputError, UsageError
+from quantcli.formats import CODECS, gptq
+from quantcli.formats.codec import Codec, Held
+from quantcli.models.experts import Expert
+from quantcli.models.layout import is_transposed, weight_shape
+from quantcli.models.skeleton import disk_name
+from quantcli.options import QuantizeOptions
+from quantcli.pipelines.planning.opening import FloatModel
+from quantcli.pipelines.planning.plan import DTYPES, Target
+from quantcli.scheme import PER_CHANNEL, Scheme
+
+__all__ = [
+    "EMBEDDING_SCHEME",
+    "choose_zero_points",
+    "find_embedding",
+    "find_targets",
+    "held_as",
+    "is_expert",
+    "refuse_format",
+]
+
+EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
+
+
+def find_targets(
+    options: QuantizeOptions, model: FloatModel, default: Scheme, algorithm: Algorithm
+) -> dict[str, Target]:
+    """The linears that are quantized, by module path.
+
+    Args:
+        options: With the format that was chosen.
+        model: The linears' model.
+        default: The scheme of those that `--override` does not name.
+        algorithm: The rounder.
+
+    Raises:
+        UsageError: patterns that name nothing or leave nothing, bits that the rounder does not make.
+        InputError: a head that is not there, or a tensor.
+    """
+    checkpoint, skeleton, layout = model.checkpoint, model.skeleton, model.layout
+    names = list(layout.linears)
+    if options.quantize_lm_head:
+        if layout.head is None:
+            raise InputError(
+                f"{type(skeleton).__name__} has no output head to quantize", hint="drop --quantize-lm-head"
+            )
+        names.append(layout.head)
+    if algorithm is KEEP_FLOAT:
+        return {}
+    used: set[str] = set()
+    targets = {}
+    for name in names:
+        excluded = [p for p in options.exclude if re.search(p, name)]
+        used.update(excluded)
+        if excluded:
+            continue
+        used.update(override.pattern for override in options.matching(name))
+        scheme = _overridden(options, name, default, algorithm)
+        module = skeleton.get_submodule(name)
+        rows, columns = weight_shape(module)
+        if columns < scheme.group_size:
+            scheme = replace(scheme, group_size=PER_CHANNEL)
+        disk = source = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
+        if disk is None and name == layout.head:  # tied: read from the embedding, written under its own name
+            disk, source = f"{name}.weight", disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+        if disk is None or source is None:
+            raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
+        size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
+        targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size)
+    for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
+        raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
+    if not targets:
+        raise UsageError("--exclude leaves nothing to quantize")
+    return targets
+
+
+def _overridden(options: QuantizeOptions, name: str, default: Scheme, algorithm: Algorithm) -> Scheme:
+    scheme = default
+    for override in options.matching(name):
+        changes = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(override, k)) is not None}
+        scheme = replace(scheme, **changes)
+    if scheme.bits not in algorithm.bits:
+        raise UsageError(f"{algorithm.name} makes {algorithm.bits} bits, not {scheme.bits} as overridden for {name}")
+    return scheme
+
+
+def find_embedding(options: QuantizeOptions, model: FloatModel) -> Target | None:
+    """The embedding, where it is quantized.
+
+    Raises:
+        InputError: the files lack it.
+    """
+    checkpoint, skeleton, layout = model.checkpoint, model.skeleton, model.layout
+    if not options.quantize_embeddings:
+        return None
+    rows, columns = skeleton.get_submodule(layout.embedding).weight.shape
+    disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+    if disk is None:
+        raise InputError(f"tensor {layout.embedding}.weight is missing from {checkpoint.folder}")
+    size = gptq.packed_bytes(rows, columns, EMBEDDING_SCHEME)
+    return Target(layout.embedding, disk, rows, columns, False, EMBEDDING_SCHEME, size)
+
+
+def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
+    packed = CODECS[options.format or ""].packed_bytes
+    if packed is None:
+        return rows * columns * DTYPES.get(options.dtype, stored).itemsize
+    return packed(rows, columns, scheme)
+
+
+def choose_zero_points(settings: Any, codec: Codec, targets: Mapping[str, Target]) -> Any:
+    """The rounder's settings, its zero points chosen by the format where it leaves them open.
+
+    Raises:
+        UsageError: zero points were asked for that `--sym` fixes.
+    """
+    chosen = getattr(settings, "zero", None)
+    if chosen is None or not targets:
+        return settings
+    fixed = all(target.scheme.symmetric for target in targets.values())
+    if chosen == "float" and fixed:
+        raise UsageError("--sym fixes the zero points, zero=float would have no effect", hint="leave one of them out")
+    if chosen == "auto":
+        return replace(settings, zero="float" if codec.float_zeros and not fixed else "integer")
+    return settings
+
+
+def held_as(target: Target, settings: Any, *, default: bool, expert: bool) -> Held:
+    """What a format is asked to hold of a linear.
+
+    Args:
+        target: The linear.
+        settings: The rounder's options.
+        default: Whether its scheme is that of the whole model.
+        expert: Whether it is one of many experts.
+    """
+    return Held(
+        target.rows,
+        target.columns,
+        target.scheme,
+        is_default=default,
+        ordered=getattr(settings, "order", "") != "desc_act",
+        float_zeros=getattr(settings, "zero", "") == "float" and not target.scheme.symmetric,
+        transposed=target.transposed,
+        expert=expert,
+    )
+
+
+def refuse_format(
+    codec: Codec,
+    options: QuantizeOptions,
+    targets: Mapping[str, Target],
+    default: Scheme,
+    rounder: Step,
+    model: FloatModel,
+) -> None:
+    """Refuses what the format cannot hold exactly, and names the formats that can.
+
+    Args:
+        codec: The format.
+        options: What else was asked of it.
+        targets: The linears that are quantized.
+        default: The scheme of most of them.
+        rounder: With its settings.
+        model: The linears' model.
+
+    Raises:
+        UsageError: there is such a thing.
+    """
+    formats = rounder.algorithm.formats
+    for target in targets.values():
+        held = held_as(
+            target, rounder.settings, default=target.scheme == default, expert=is_expert(target, model.skeleton)
+        )
+        why = codec.why_not(held)
+        if why is None and target.name == model.layout.head and codec.name == "awq":
+            why = "readers of it expect a float output head"
+        if why is not None:
+            others = [n for n in formats if n != codec.name and CODECS[n].why_not(held) is None]
+            raise UsageError(
+                f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
+            )
+    if options.quantize_embeddings and codec.name != "gptq":
+        hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
+        raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
+
+
+def is_expert(target: Target, skeleton: Any) -> bool:
+    """Whether a linear is one of many experts."""
+    return isinstance(skeleton.get_submodule(target.name.rpartition(".")[0]), Expert)

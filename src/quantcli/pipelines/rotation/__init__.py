@@ -1,0 +1,1 @@
+"""Rotations that are trained on calibration text."""
