@@ -82,3 +82,41 @@ def mlp(path, *, opset=17, uneven=False, hidden=64, seed=0):
     y = b.node("Relu", [y], "r", "relu")
     y = b.node("MatMul", [y, b.weight("w2", second)], "y", "down")
     return b.save(path, y)
+
+
+def separable(path, *, opset=17, spread=1.5, seed=0):
+    """Conv, depthwise Conv, grouped Conv, pool, Flatten, Gemm, MatMul on [n, 3, 8, 8], channels of very different size.
+
+    One channel's size in one layer is made up for in the next, as batch norms leave it when they are folded.
+    """
+    r = np.random.default_rng(seed)
+    b = Builder("n", 3, 8, 8, opset=opset)
+
+    def draw(*shape):
+        return r.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+
+    def sizes(count):
+        return np.exp(r.normal(size=count) * spread)
+
+    s1, s2, s3, s4 = sizes(12), sizes(12), sizes(8), sizes(16)
+    kernel = {n: np.reshape(s, (-1, 1, 1, 1)) for n, s in (("s1", s1), ("s2", s2), ("s3", s3))}
+    w1 = draw(12, 3, 3, 3) * kernel["s1"]
+    w2 = draw(12, 1, 3, 3) / kernel["s1"] * kernel["s2"]
+    # in two groups: inputs 0 to 5 feed outputs 0 to 3
+    w3 = draw(8, 6, 1, 1) * kernel["s3"] / np.repeat(s2.reshape(2, 6), 4, 0)[:, :, None, None]
+    w4 = draw(16, 8 * 16) / np.repeat(s3, 16) * s4[:, None]
+    w5 = draw(16, 10) / s4[:, None]
+    f = {n: b.weight(n, w.astype(np.float32)) for n, w in zip(("w1", "w2", "w3", "w4", "w5"), (w1, w2, w3, w4, w5))}
+    b1 = b.weight("b1", (draw(12) * s1).astype(np.float32))
+    b4 = b.weight("b4", (draw(16) * s4).astype(np.float32))
+    y = b.node("Conv", [b.x, f["w1"], b1], "c1", "first", pads=[1, 1, 1, 1])
+    y = b.node("Relu", [y], "r1", "relu1")
+    y = b.node("Conv", [y, f["w2"]], "c2", "depthwise", pads=[1, 1, 1, 1], group=12)
+    y = b.node("LeakyRelu", [y], "r2", "relu2", alpha=0.1)
+    y = b.node("Conv", [y, f["w3"]], "c3", "grouped", group=2)
+    y = b.node("MaxPool", [y], "p3", "pool", kernel_shape=[2, 2], strides=[2, 2])
+    y = b.node("Flatten", [y], "f", "flatten")
+    y = b.node("Gemm", [y, f["w4"], b4], "g", "hidden", transB=1)
+    y = b.node("Relu", [y], "r4", "relu4")
+    y = b.node("MatMul", [y, f["w5"]], "y", "head")
+    return b.save(path, y)
