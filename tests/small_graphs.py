@@ -106,7 +106,7 @@ def separable(path, *, opset=17, spread=1.5, seed=0):
     w3 = draw(8, 6, 1, 1) * kernel["s3"] / np.repeat(s2.reshape(2, 6), 4, 0)[:, :, None, None]
     w4 = draw(16, 8 * 16) / np.repeat(s3, 16) * s4[:, None]
     w5 = draw(16, 10) / s4[:, None]
-    f = {n: b.weight(n, w.astype(np.float32)) for n, w in zip(("w1", "w2", "w3", "w4", "w5"), (w1, w2, w3, w4, w5))}
+    f = {f"w{i}": b.weight(f"w{i}", w.astype(np.float32)) for i, w in enumerate((w1, w2, w3, w4, w5), 1)}
     b1 = b.weight("b1", (draw(12) * s1).astype(np.float32))
     b4 = b.weight("b4", (draw(16) * s4).astype(np.float32))
     y = b.node("Conv", [b.x, f["w1"], b1], "c1", "first", pads=[1, 1, 1, 1])

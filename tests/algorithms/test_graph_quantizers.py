@@ -8,7 +8,7 @@ import small_graphs
 from quantcli.algorithms import ALGORITHMS, find_chain, make_options
 from quantcli.errors import InputError, UsageError
 
-SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32)}
+SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32), "separable": (4, 3, 8, 8)}
 
 
 class Reader:
@@ -94,6 +94,21 @@ def test_scales_per_channel_help_uneven_channels(kind, name, tmp_path):
     one, *_ = quantize(tmp_path, kind, name, build={"uneven": True}, **types)
     each, *_ = quantize(tmp_path, kind, name, build={"uneven": True}, per_channel=True, **types)
     assert each < 0.7 * one
+
+
+def test_equalized_layers_need_one_scale_only(tmp_path):
+    plain, result, _ = quantize(tmp_path, "separable", "static")
+    assert not result.equalized
+    equal, result, _ = quantize(tmp_path, "separable", "static", equalize=True)
+    assert result.equalized[0] == ("first", "depthwise") and len(result.equalized) == 4
+    assert equal < 0.25 * plain
+    _, result, _ = quantize(tmp_path, "cnn", "static", equalize=True)
+    assert result.equalized == (("conv1", "conv2"), ("conv2", "head"))
+    with pytest.raises(UsageError, match="no neighbouring layers to equalize"):
+        b = small_graphs.Builder("n", 32)
+        y = b.node("MatMul", [b.x, b.weight("w", np.ones((32, 4), np.float32))], "y", "only")
+        options = make_options(ALGORITHMS["static"], {"equalize": "true"})
+        ALGORITHMS["static"].run(b.save(tmp_path / "f.onnx", y), tmp_path / "q.onnx", options, Reader("mlp"))
 
 
 def test_nodes_and_operators_are_chosen(tmp_path):

@@ -41,7 +41,7 @@ def equalize(model: ir.Model) -> list[tuple[str, str]]:
 def _pairs(model: ir.Model) -> list[tuple[Maker, ir.Node]]:
     found = []
     for node in model.graph:
-        if not has_weight(node) or node.op_type == "ConvTranspose" or node.attributes.get_int("transA", 0):
+        if not has_weight(node) or node.op_type == "ConvTranspose" or node.attributes.get_int("transA", 0) != 0:
             continue
         x, weight = node.inputs[:2]
         if node.op_type == "MatMul" and (weight is None or weight.shape is None or len(weight.shape) != 2):

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.graphs.files import open_graph
 
-__all__ = ["CalibrationReader", "Feed", "InputSpec", "check_feed", "input_specs"]
+__all__ = ["CalibrationReader", "Feed", "InputSpec", "check_feed", "input_specs", "rewound"]
 
 Feed = dict[str, np.ndarray]
 
@@ -20,6 +20,28 @@ class CalibrationReader(Protocol):
 
     def get_next(self) -> Feed | None:
         """The next sample by input name; None after the last."""
+
+
+def rewound(reader: CalibrationReader | None, what: str) -> CalibrationReader:
+    """The reader at its first sample again.
+
+    Args:
+        reader: Samples.
+        what: What they are needed for, for the message.
+
+    Raises:
+        UsageError: there are none, or the reader cannot go back.
+    """
+    if reader is None:
+        raise UsageError(f"{what} needs samples", hint="give calibration data")
+    again = getattr(reader, "rewind", None)
+    if again is None:
+        raise UsageError(
+            f"{what} reads the samples a second time, {type(reader).__name__} has no rewind()",
+            hint="give the reader a method rewind() that starts again",
+        )
+    again()
+    return reader
 
 
 @dataclass(frozen=True)

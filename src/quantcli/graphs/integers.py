@@ -13,17 +13,16 @@ import onnxruntime as ort
 from onnx_ir.passes import common as passes
 
 from quantcli.errors import InputError, UsageError, nearest
+from quantcli.graphs.compare import Comparison
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.prepare import Prepared
+from quantcli.graphs.scales import has_weight
 
-__all__ = ["FULL_INT8", "IntegerGraph", "captured_warnings", "finish", "float_nodes", "select_nodes", "split_gemms"]
+__all__ = ["IntegerGraph", "captured_warnings", "finish", "float_nodes", "full_int8", "select_nodes", "split_gemms"]
 
-FULL_INT8 = (
+_FULL_INT8 = (
     "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
 )
-"""Said where weights are int8 in 8 bits and activations have 8 bits too."""
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,12 @@ class IntegerGraph:
     """What onnxruntime had to say."""
     samples: int = 0
     """How many samples the ranges are from."""
+    equalized: tuple[tuple[str, str], ...] = ()
+    """Pairs of nodes whose channels were equalized."""
+    corrected: tuple[str, ...] = ()
+    """Nodes whose bias was corrected."""
+    comparison: Comparison | None = None
+    """Errors by node, where they were asked for."""
 
 
 def select_nodes(
@@ -94,12 +99,6 @@ def _few(pattern: str, names: Sequence[str]) -> str:
     return (
         nearest(pattern, names) if len(names) < 20 else nearest(pattern, names).partition("known:")[0] or "see inspect"
     )
-
-
-def has_weight(node: ir.Node) -> bool:
-    """Whether a node multiplies by a constant float matrix or kernel."""
-    weight = node.inputs[1] if node.op_type in _WEIGHTED and len(node.inputs) > 1 else None
-    return weight is not None and weight.is_initializer() and weight.dtype in _FLOATS
 
 
 def split_gemms(model: ir.Model, names: Collection[str]) -> int:
@@ -190,6 +189,17 @@ def finish(made: Path, target: Path) -> None:
             f"onnxruntime cannot run the quantized graph: {reason}",
             hint="choose other types, or exclude the node with nodes_exclude",
         ) from error
+
+
+def full_int8(target: Path, reduced: bool) -> list[str]:
+    """What is to be said where weights have all of int8, which per_channel makes of Conv in operators on integers.
+
+    Args:
+        target: Quantized graph.
+        reduced: Whether one bit was left.
+    """
+    kernels = [v for v in ir.load(target).graph.initializers.values() if v.dtype is ir.DataType.INT8]
+    return [_FULL_INT8] if not reduced and any(v.shape is not None and len(v.shape) > 1 for v in kernels) else []
 
 
 @contextmanager

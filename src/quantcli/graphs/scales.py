@@ -90,21 +90,22 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
 
 def new_constant(node: ir.Node, place: int, array: np.ndarray) -> None:
     """Gives one input of a node another constant; other readers of the old one keep it."""
-    old, graph = node.inputs[place], node.graph
-    assert graph is not None
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    if place >= len(node.inputs):
+        node.resize_inputs(place + 1)
+    old = node.inputs[place]
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value = ir.Tensor(array, name=old.name)
         old.dtype, old.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
         return
-    stem = f"{old.name if old is not None else node.name}.{node.name}"
+    stem = f"{node.name}.bias" if old is None else f"{old.name}.{node.name}"
     name, count = stem, 1
-    while name in graph.initializers:  # type: ignore[union-attr]
+    while name in graph.initializers:
         name, count = f"{stem}.{count}", count + 1
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)  # type: ignore[union-attr]
-    if place >= len(node.inputs):
-        node.resize_inputs(place + 1)
+    graph.register_initializer(value)
     node.replace_input_with(place, value)
 
 
@@ -132,7 +133,7 @@ def weight_columns(node: ir.Node, weight: np.ndarray) -> np.ndarray:
         groups = node.attributes.get_int("group", 1)
         split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         return split.transpose(0, 2, 1, 3)  # [groups, channels of a group, outputs of it, kernel]
-    return weight.T if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else weight
+    return weight.T if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else weight
 
 
 def column_sizes(node: ir.Node) -> np.ndarray:

@@ -15,6 +15,7 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from quantcli.graphs.inputs import CalibrationReader
     from quantcli.graphs.integers import IntegerGraph
 
 __all__ = ["ALGORITHM", "DynamicOptions", "quantize"]
@@ -43,14 +44,23 @@ class DynamicOptions:
 _ABLE = ("MatMul", "Gemm", "Conv", "Gather", "Attention", "LSTM", "EmbedLayerNormalization", "Transpose")
 
 
-def quantize(source: Path, target: Path, options: DynamicOptions, reader: None = None) -> IntegerGraph:
+def quantize(
+    source: Path,
+    target: Path,
+    options: DynamicOptions,
+    reader: CalibrationReader | None = None,
+    cache: None = None,
+    debug: bool = False,
+) -> IntegerGraph:
     """Writes the quantized graph.
 
     Args:
         source: Float graph file.
         target: File to write, with `target`.data beside it.
         options: See there.
-        reader: Nothing is calibrated.
+        reader: Samples for `debug`; nothing is calibrated.
+        cache: There is nothing to keep.
+        debug: Whether float and quantized graph are compared, node by node.
 
     Raises:
         UsageError: options that would have no effect on this graph.
@@ -60,9 +70,11 @@ def quantize(source: Path, target: Path, options: DynamicOptions, reader: None =
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from quantcli.graphs import integers
+    from quantcli.graphs import compare, integers
     from quantcli.graphs.files import open_graph, save_graph
+    from quantcli.graphs.inputs import rewound
     from quantcli.graphs.prepare import prepare
+    from quantcli.graphs.scales import has_weight
 
     with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
         folder = Path(name)
@@ -70,7 +82,7 @@ def quantize(source: Path, target: Path, options: DynamicOptions, reader: None =
         model = open_graph(folder / "prepared.onnx")
         chosen = integers.select_nodes(model, _ABLE, options.op_types, options.nodes_include, options.nodes_exclude)
         names = {str(n.name) for n in chosen}
-        weighted = [str(n.name) for n in model.graph if integers.has_weight(n)]
+        weighted = [str(n.name) for n in model.graph if has_weight(n)]
         if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):
             raise UsageError(
                 f"dynamic Conv has one scale per weight, per_channel would have no effect on {convs[0]}",
@@ -78,7 +90,7 @@ def quantize(source: Path, target: Path, options: DynamicOptions, reader: None =
             )
         integers.split_gemms(model, names)
         save_graph(model, folder / "ready.onnx")
-        asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and integers.has_weight(n)}
+        asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
         extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
         with integers.captured_warnings() as notes:
             quantize_dynamic(
@@ -96,11 +108,17 @@ def quantize(source: Path, target: Path, options: DynamicOptions, reader: None =
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
         integers.finish(folder / "made.onnx", target)
-    if options.weight_type == "int8" and not options.reduce_range:
-        notes.append(integers.FULL_INT8)
+        compared = None
+        if debug:
+            compared = compare.compare(folder / "ready.onnx", target, names, rewound(reader, "a comparison"))
+    notes += integers.full_int8(target, options.reduce_range)
     done = {name for name, _ in asked}
     return integers.IntegerGraph(
-        tuple(n for n in weighted if n in done), tuple(n for n in weighted if n not in done), prepared, tuple(notes)
+        quantized=tuple(n for n in weighted if n in done),
+        kept=tuple(n for n in weighted if n not in done),
+        prepared=prepared,
+        notes=tuple(notes),
+        comparison=compared,
     )
 
 

@@ -50,6 +50,10 @@ class StaticOptions:
     """Names or regular expressions, with commas; empty: all nodes."""
     nodes_exclude: str = ""
     """Names or regular expressions of nodes that stay float."""
+    equalize: bool = False
+    """Share out the ranges of channels between neighbouring layers beforehand, so that one scale fits them all."""
+    bias_correction: bool = False
+    """Take the mean error of each layer off its bias; the samples are read once more."""
 
     def __post_init__(self) -> None:
         if self.calibrate_method == "distribution":
@@ -90,7 +94,12 @@ _ORT_TYPES = {
 
 
 def quantize(
-    source: Path, target: Path, options: StaticOptions, reader: CalibrationReader | None, cache: Path | None = None
+    source: Path,
+    target: Path,
+    options: StaticOptions,
+    reader: CalibrationReader | None,
+    cache: Path | None = None,
+    debug: bool = False,
 ) -> IntegerGraph:
     """Writes the quantized graph.
 
@@ -98,8 +107,10 @@ def quantize(
         source: Float graph file.
         target: File to write, with `target`.data beside it.
         options: See there.
-        reader: Samples; may be None where the cache file is there.
+        reader: Samples; may be None where the cache file is there. bias_correction and `debug` read them again, from
+            the start after `rewind()`.
         cache: File of ranges: read where it is there, else written.
+        debug: Whether float and quantized graph are compared, node by node.
 
     Raises:
         UsageError: nodes or operators that the graph or the quantizer does not have, or neither samples nor cache.
@@ -108,12 +119,14 @@ def quantize(
     """
     from tempfile import TemporaryDirectory
 
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    from quantcli.graphs import integers, ranges
-    from quantcli.graphs.files import open_graph
+    from quantcli.graphs import compare, integers, ranges, twins
+    from quantcli.graphs.equalize import equalize
+    from quantcli.graphs.files import open_graph, save_graph
+    from quantcli.graphs.inputs import rewound
     from quantcli.graphs.prepare import prepare
+    from quantcli.graphs.scales import has_weight
 
     assert options.calibrate_method != "distribution"
     if reader is None and (cache is None or not cache.is_file()):
@@ -121,12 +134,19 @@ def quantize(
     able = set(QLinearOpsRegistry) | (set(QDQRegistry) if options.encoding == "qdq" else set())
     with TemporaryDirectory(dir=target.parent, prefix=".static-") as name:
         folder = Path(name)
-        ready = folder / "ready.onnx"
+        ready, made, file = folder / "ready.onnx", folder / "made.onnx", folder / "ranges.json"
         prepared = prepare(source, ready, opset=options.opset)
         model = open_graph(ready)
+        pairs: list[tuple[str, str]] = []
+        if options.equalize:
+            pairs = equalize(model)
+            if not pairs:
+                raise UsageError("the graph has no neighbouring layers to equalize", hint="leave equalize out")
+            ready = folder / "equal.onnx"
+            save_graph(model, ready)
         chosen = integers.select_nodes(model, able, options.op_types, options.nodes_include, options.nodes_exclude)
-        weighted = [str(n.name) for n in model.graph if integers.has_weight(n)]
-        asked = {(str(n.name), n.op_type) for n in chosen if integers.has_weight(n)}
+        weighted = [str(n.name) for n in model.graph if has_weight(n)]
+        asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
         # every tensor that a chosen node touches, and no other
         tensors = ranges.tensors_of(model, {n.op_type for n in chosen})
         how = ranges.RangeOptions(options.calibrate_method, options.percentile, options.activation_symmetric)
@@ -135,46 +155,75 @@ def quantize(
         else:
             assert reader is not None
             found = ranges.measure_ranges(ready, tensors, reader, how)
-        file = folder / "ranges.json"
         ranges.write_ranges(file, found, ready, tensors, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
-        extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
-        if options.weight_grid != "auto":
-            extra["WeightSymmetric"] = options.weight_grid == "sym"
-        with integers.captured_warnings() as notes:
-            quantize_static(
-                ready,
-                folder / "made.onnx",
-                None,
-                quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
-                op_types_to_quantize=sorted({n.op_type for n in chosen}),
-                per_channel=options.per_channel,
-                reduce_range=options.reduce_range,
-                activation_type=QuantType.from_string(_ORT_TYPES[options.activation_type]),
-                weight_type=QuantType.from_string(_ORT_TYPES[options.weight_type]),
-                nodes_to_quantize=[str(n.name) for n in chosen],
-                use_external_data_format=True,
-                calibrate_method=CalibrationMethod[
-                    {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
-                ],
-                extra_options=extra,
-                calibration_cache_path=file,
-            )
-        left = integers.float_nodes(folder / "made.onnx", asked)
+        names = [str(n.name) for n in chosen]
+        types = sorted({n.op_type for n in chosen})
+        notes = _write(ready, made, options, names, types, file)
+        corrected: list[str] = []
+        if options.bias_correction:
+            again = rewound(reader, "bias_correction")
+            model = open_graph(ready)
+            errors = twins.measure_twins(ready, made, {n for n, _ in asked}, again, outputs=False)
+            corrected, without = twins.correct_biases(model, errors)
+            if not corrected:
+                raise UsageError("no quantized node has a bias to correct", hint="leave bias_correction out")
+            if without:
+                notes.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
+            save_graph(model, folder / "corrected.onnx")
+            # the ranges are still right: corrected layers give what float layers gave
+            notes += [n for n in _write(folder / "corrected.onnx", made, options, names, types, file) if n not in notes]
+        left = integers.float_nodes(made, asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
-        integers.finish(folder / "made.onnx", target)
-    if options.weight_type == "int8" and options.activation_type.endswith("int8") and not options.reduce_range:
-        notes.append(integers.FULL_INT8)
+        integers.finish(made, target)
+        compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
+    if options.activation_type.endswith("int8"):
+        notes += integers.full_int8(target, options.reduce_range)
     done = {name for name, _ in asked}
     return integers.IntegerGraph(
-        tuple(n for n in weighted if n in done),
-        tuple(n for n in weighted if n not in done),
-        prepared,
-        tuple(notes),
-        found.samples,
+        quantized=tuple(n for n in weighted if n in done),
+        kept=tuple(n for n in weighted if n not in done),
+        prepared=prepared,
+        notes=tuple(notes),
+        samples=found.samples,
+        equalized=tuple(pairs),
+        corrected=tuple(corrected),
+        comparison=compared,
     )
+
+
+def _write(
+    ready: Path, made: Path, options: StaticOptions, names: list[str], op_types: list[str], ranges: Path
+) -> list[str]:
+    """Lets onnxruntime place the integer nodes; what it had to say."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    from quantcli.graphs import integers
+
+    extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
+    if options.weight_grid != "auto":
+        extra["WeightSymmetric"] = options.weight_grid == "sym"
+    method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
+    with integers.captured_warnings() as notes:
+        quantize_static(
+            ready,
+            made,
+            None,
+            quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
+            op_types_to_quantize=op_types,
+            per_channel=options.per_channel,
+            reduce_range=options.reduce_range,
+            activation_type=QuantType.from_string(_ORT_TYPES[options.activation_type]),
+            weight_type=QuantType.from_string(_ORT_TYPES[options.weight_type]),
+            nodes_to_quantize=names,
+            use_external_data_format=True,
+            calibrate_method=CalibrationMethod[method],
+            extra_options=extra,
+            calibration_cache_path=ranges,
+        )
+    return notes
 
 
 ALGORITHM = Algorithm(
