@@ -18,6 +18,7 @@ __all__ = [
     "CalibrationOptions",
     "CaptureOptions",
     "EvaluateOptions",
+    "GraphOptions",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
@@ -26,6 +27,8 @@ __all__ = [
 PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+GRAPH_ENCODINGS = ("nbits", "qdq", "qoperator")
+GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -164,6 +167,61 @@ def _clip_ratio(given: float | None, bits: int, few: float) -> float:
 
 
 @dataclass(frozen=True)
+class GraphOptions:
+    """What quantizing an ONNX graph takes beyond what checkpoints take."""
+
+    encoding: str | None = None
+    """nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear, with blocks (opset 21) where
+    weights alone are quantized; qoperator: operators on integers. Default: nbits; qdq for static."""
+    accuracy_level: int = 0
+    """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
+    op_types: tuple[str, ...] = ()
+    """Operators to quantize, joined by commas: MatMul, Gemm, Gather (embeddings) where weights alone are quantized, all
+    that onnxruntime can with dynamic and static. Default: MatMul,Gemm; all with dynamic and static."""
+    nodes_include: tuple[str, ...] = ()
+    """Name or regular expression of nodes; given once or more, only these are quantized."""
+    nodes_exclude: tuple[str, ...] = ()
+    """Name or regular expression of nodes that stay float."""
+    quantize_last_matmul: bool = True
+    """Quantize products with no other product behind them, such as a language model's output head."""
+    calibration_inputs: Path | None = None
+    """An .npz file or a folder of them, arrays named as the graph's inputs, rows along the first axis; or, with
+    --image-spec, a folder of images. Language models need none: text is made into their inputs."""
+    image_spec: str | None = None
+    """How images become inputs, as size=224x224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,layout=nchw,order=rgb."""
+    user_script: Path | None = None
+    """A Python file with a function that returns samples; it is run."""
+    data_function: str | None = None
+    """The function in --user-script: returns an iterable of dictionaries by input name, or an object with get_next."""
+    calibration_cache: Path | None = None
+    """File of measured ranges: read where it is there, else written; static only."""
+    debug_activations: bool = False
+    """Compare float and integer graph node by node on the samples, the worst first; dynamic and static only."""
+    exclude_worst: int = 0
+    """Quantize again without so many nodes, those that lose most by their own rounding; dynamic and static only."""
+
+    def __post_init__(self) -> None:
+        if self.encoding is not None and self.encoding not in GRAPH_ENCODINGS:
+            raise UsageError(f"unknown --encoding {self.encoding!r}, {nearest(self.encoding, GRAPH_ENCODINGS)}")
+        if self.accuracy_level not in range(5):
+            raise UsageError(f"--accuracy-level must be 0 to 4, got {self.accuracy_level}")
+        if self.accuracy_level and self.encoding == "qdq":
+            raise UsageError("--accuracy-level is an attribute of MatMulNBits", hint="use --encoding nbits")
+        if self.exclude_worst < 0:
+            raise UsageError(f"--exclude-worst must be 0 or more, got {self.exclude_worst}")
+        if (self.user_script is None) != (self.data_function is None):
+            raise UsageError("--user-script and --data-function go together", hint="give both")
+        if self.user_script is not None and self.calibration_inputs is not None:
+            raise UsageError("--user-script and --calibration-inputs exclude each other", hint="leave one out")
+        if self.image_spec is not None and self.calibration_inputs is None:
+            raise UsageError("--image-spec is for a folder of images", hint="add --calibration-inputs FOLDER")
+        for pattern in self.nodes_include:
+            compile_regex(pattern, "--nodes-include")
+        for pattern in self.nodes_exclude:
+            compile_regex(pattern, "--nodes-exclude")
+
+
+@dataclass(frozen=True)
 class Override:
     """Another scheme for the linears whose name matches."""
 
@@ -201,7 +259,8 @@ class QuantizeOptions:
     """What `quantcli quantize` was asked to do."""
 
     model: str
-    """Model to quantize: a checkpoint folder, an output folder of an earlier command, or a hub id."""
+    """Model to quantize: a checkpoint folder, an output folder of an earlier command, a hub id; or an .onnx file or a
+    folder with one."""
     output: Path
     """Folder to write."""
     algorithm: str | None = None
@@ -212,8 +271,8 @@ class QuantizeOptions:
     refit and coordinate descent. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
-    bits: int = 4
-    """Bits per weight."""
+    bits: int | None = None
+    """Bits per weight. Default: 4; 8 for dynamic and static."""
     group_size: int = 64
     """Input columns that share a scale; -1 is one scale per output row."""
     symmetric: bool = False
@@ -252,6 +311,8 @@ class QuantizeOptions:
     """Evaluate the written folder against the original."""
     simulation: SimulationOptions = field(default_factory=SimulationOptions)
     """What `evaluate` rounds beside the weights."""
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    """Where the model is an ONNX graph."""
     force: bool = False
     """Replace an output folder of ours, or an interrupted run with other options."""
     dry_run: bool = False
@@ -266,7 +327,7 @@ class QuantizeOptions:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 1 <= self.bits <= 8:
+        if self.bits is not None and not 1 <= self.bits <= 8:
             raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
@@ -276,6 +337,11 @@ class QuantizeOptions:
                 hint="add --evaluate, or give them to `quantcli evaluate`",
             )
         self._check_mixed()
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits per weight where single weights are rounded."""
+        return 4 if self.bits is None else self.bits
 
     @property
     def mixes(self) -> bool:
@@ -294,7 +360,7 @@ class QuantizeOptions:
                 raise UsageError("--mixed-bits needs a target", hint="add --target-bits 3.5 or --target-size 60MB")
             return
         flag = "--target-bits" if self.target_bits is not None else "--target-size"
-        if self.bits != QuantizeOptions.bits:
+        if self.bits is not None:
             raise UsageError(f"--bits and {flag} exclude each other", hint="say what to mix with --mixed-bits 3,4")
         if self.mixed_bits and len(set(self.mixed_bits)) < 2:
             raise UsageError("--mixed-bits needs two different numbers or more", hint="write --mixed-bits 3,4")

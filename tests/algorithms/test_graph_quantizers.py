@@ -117,7 +117,7 @@ def test_nodes_and_operators_are_chosen(tmp_path):
     graph = ir.load(target).graph
     fed = {n.name: n.inputs[1].producer() is not None for n in graph if n.name in ("conv1", "conv2", "head")}
     assert fed == {"conv1": True, "conv2": False, "head": False}
-    _, result, _ = quantize(tmp_path, "cnn", "dynamic", nodes_include="he.*")
+    _, result, _ = quantize(tmp_path, "cnn", "dynamic", nodes_include="^he")
     assert result.quantized == ("head",)
     with pytest.raises(UsageError, match="no node that can be quantized is called 'hed', did you mean 'head'"):
         quantize(tmp_path, "cnn", "dynamic", nodes_include="hed")
@@ -198,11 +198,16 @@ def test_dynamic_conv_has_no_scales_per_channel(tmp_path):
         quantize(tmp_path, "cnn", "dynamic", per_channel=True)
 
 
-def test_graph_quantizers_stand_alone():
+def test_what_may_stand_before_graph_quantizers():
     assert find_chain("static") == [ALGORITHMS["static"]]
-    for chain in ("awq,static", "static,gptq"):
-        with pytest.raises(UsageError, match="stands alone"):
-            find_chain(chain)
+    assert find_chain("smoothquant,dynamic") == [ALGORITHMS["smoothquant"], ALGORITHMS["dynamic"]]
+    assert find_chain("smoothquant")[-1] is ALGORITHMS["static"]
+    with pytest.raises(UsageError, match="awq is for checkpoints, nothing of it reaches static"):
+        find_chain("awq,static")
+    with pytest.raises(UsageError, match="static rounds, nothing can follow it"):
+        find_chain("static,gptq")
+    with pytest.raises(UsageError, match="smoothquant is for integer activations, gptq"):
+        find_chain("smoothquant,gptq")
 
 
 def test_checkpoints_are_refused_with_the_way_to_a_graph(tmp_path):

@@ -14,6 +14,7 @@ from quantcli.options import (
     CalibrationOptions,
     CaptureOptions,
     EvaluateOptions,
+    GraphOptions,
     Override,
     QuantizeOptions,
     SimulationOptions,
@@ -27,7 +28,7 @@ BASE = {
     "algorithms": [],
 }
 COMMAND_OPTIONS = (QuantizeOptions, CaptureOptions, EvaluateOptions)
-NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions}
+NESTED = {"calibration": CalibrationOptions, "simulation": SimulationOptions, "graph": GraphOptions}
 SIMULATION = {
     "simulation.a_bits": (["--a-bits", "4"], 4),
     "simulation.k_bits": (["--k-bits", "3"], 3),
@@ -79,6 +80,13 @@ GIVEN = {
         "calibration.seq_len": (["--seq-len", "33"], 33),
         "calibration.batch_size": (["--batch-size", "2"], 2),
         "calibration.seed": (["--seed", "5"], 5),
+        "graph.encoding": (["--encoding", "qdq"], "qdq"),
+        "graph.accuracy_level": (["--accuracy-level", "4"], 4),
+        "graph.op_types": (["--op-types", "MatMul,Gather", "--op-types", "Gemm"], ("MatMul", "Gather", "Gemm")),
+        "graph.nodes_include": (["--nodes-include", "a,b", "--nodes-include", "c"], ("a,b", "c")),
+        "graph.nodes_exclude": (["--nodes-exclude", "a.*"], ("a.*",)),
+        "graph.quantize_last_matmul": (["--no-quantize-last-matmul"], False),
+        "graph.calibration_inputs": (["--calibration-inputs", "x"], Path("x")),
     },
     "capture-onnx-graph": {
         "model": (["--model", "other"], "other"),
@@ -162,7 +170,7 @@ def test_help_is_the_docstring_of_the_field(name):
         assert flag.help.replace("- ", "-") in squeezed, flag.name
 
 
-@pytest.mark.parametrize("owner", [*COMMAND_OPTIONS, CalibrationOptions, SimulationOptions, Override])
+@pytest.mark.parametrize("owner", [*COMMAND_OPTIONS, CalibrationOptions, SimulationOptions, GraphOptions, Override])
 def test_every_options_field_has_a_docstring(owner):
     assert set(field_docs(owner)) == {f.name for f in dataclasses.fields(owner)}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from quantcli.data.graph_inputs import npz_samples, script_samples, token_samples
+from quantcli.data.graph_inputs import npz_samples, script_samples
 from quantcli.data.images import ImageSpec, image_samples, parse_image_spec
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.inputs import InputSpec, input_specs
@@ -61,25 +61,6 @@ def test_files_that_are_no_npz_are_errors(tmp_path):
     np.savez(tmp_path / "1.npz", a=np.array([{}], dtype=object))
     with pytest.raises(InputError, match="plain arrays"):
         npz_samples(tmp_path, PAIR).get_next()
-
-
-def test_text_feeds_a_language_model_with_empty_caches():
-    cache = [
-        InputSpec(f"past_key_values.0.{k}", ("batch", 2, "past_sequence_length", "dim"), F) for k in ("key", "value")
-    ]
-    specs = tuple(InputSpec(n, ("batch", "t"), I) for n in ("input_ids", "position_ids"))
-    specs += (InputSpec("attention_mask", ("batch", "total"), I), *cache)
-    samples = list(token_samples(np.array([[5, 6, 7], [8, 9, 1]]), specs, {"dim": 16}))
-    assert len(samples) == 2
-    assert samples[1]["input_ids"].tolist() == [[8, 9, 1]] and samples[1]["position_ids"].tolist() == [[0, 1, 2]]
-    assert samples[0]["attention_mask"].tolist() == [[1, 1, 1]]
-    assert samples[0]["past_key_values.0.value"].shape == (1, 2, 0, 16)
-    unnamed = (InputSpec("past_key_values.0.key", ("s10", 2, "s69", 16), F),)
-    assert token_samples(np.array([[5]]), unnamed).get_next()["past_key_values.0.key"].shape == (1, 2, 0, 16)
-    with pytest.raises(InputError, match="the size 'dim' of the cache"):
-        token_samples(np.array([[5]]), specs)
-    with pytest.raises(InputError, match="no value can be made from text for the input 'pixel_values'"):
-        token_samples(np.array([[5]]), (*specs, InputSpec("pixel_values", (1, 3), F)), {"dim": 16})
 
 
 SCRIPT = """

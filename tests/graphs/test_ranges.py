@@ -71,13 +71,16 @@ def test_the_cache_serves_the_same_graph_and_options_only(graph, tmp_path):
     names, options = names_of(graph), RangeOptions("percentile", 99.0)
     ranges = measure_ranges(graph, names, Reader(), options)
     file = tmp_path / "cache.json"
-    write_ranges(file, ranges, graph, names, options)
+    write_ranges(file, ranges, graph, options)
     found = read_ranges(file, graph, names, options)
     assert found.samples == 6
     assert {n: np.float32(v).tolist() for n, v in ranges.values.items()} == {
         n: list(v) for n, v in found.values.items()
     }
     assert load_tensors_data(file).calibration_method is CalibrationMethod.Percentile
+    assert set(read_ranges(file, graph, names[:2], options).values) == set(names[:2])
+    with pytest.raises(InputError, match="lacks other and 0 more"):
+        read_ranges(file, graph, [*names, "other"], options)
     with pytest.raises(InputError, match="measured with another percentile"):
         read_ranges(file, graph, names, RangeOptions("percentile", 98.0))
     prepare(small_graphs.cnn(tmp_path / "f.onnx", seed=1), graph)

@@ -40,7 +40,7 @@ class Algorithm:
     """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file;
     graph: (source file, target file, options, reader of samples or None) -> what became of it."""
     inputs: tuple[str, ...] = ("checkpoint",)
-    """Kinds of model it takes."""
+    """Kinds of model it takes: checkpoint, onnx."""
     formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
     """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model"] = "stage"
@@ -102,15 +102,21 @@ def find_chain(text: str) -> list[Algorithm]:
     chain = [find(name.strip()) for name in text.split(",")]
     if chain[-1].kind == "transform":
         chain.append(KEEP_FLOAT if chain[-1].then is None else find(chain[-1].then))
-    for algorithm in chain:
-        if algorithm.kind == "graph" and len(chain) > 1:
-            raise UsageError(
-                f"{algorithm.name} quantizes whole graphs, it stands alone", hint=f"use -a {algorithm.name}"
-            )
     for algorithm in chain[:-1]:
         if algorithm.kind != "transform":
             raise UsageError(
                 f"{algorithm.name} rounds, nothing can follow it", hint="write transforms first, as in -a awq,gptq"
+            )
+        if algorithm.inputs == ("onnx",) and chain[-1].kind != "graph":
+            raise UsageError(
+                f"{algorithm.name} is for integer activations, {chain[-1].name} leaves them float",
+                hint=f"use -a {algorithm.name},static or {algorithm.name},dynamic",
+            )
+        if ("onnx" in algorithm.inputs) < (chain[-1].kind == "graph"):
+            able = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and "onnx" in a.inputs]
+            raise UsageError(
+                f"{algorithm.name} is for checkpoints, nothing of it reaches {chain[-1].name}",
+                hint=f"use -a {chain[-1].name}" + (f" or {able[0]},{chain[-1].name}" if able else ""),
             )
     names = [a.name for a in chain]
     if len(set(names)) != len(names):
@@ -157,6 +163,8 @@ def _parse(algorithm: str, name: str, text: str, wanted: Any) -> Any:
         if text not in choices:
             raise UsageError(f"{algorithm}: {name} is one of {', '.join(choices)}, got {text!r}")
         return text
+    if typing.get_origin(wanted) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if wanted is bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{algorithm}: {name} is true or false, got {text!r}")

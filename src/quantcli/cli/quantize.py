@@ -7,7 +7,14 @@ from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.evaluate import SIMULATION_STYLES
 from quantcli.cli.flags import parse_settings, parse_size
 from quantcli.errors import UsageError
-from quantcli.options import DTYPES, FORMATS, PRESETS, Override, QuantizeOptions
+from quantcli.options import (
+    DTYPES,
+    FORMATS,
+    GRAPH_ENCODINGS,
+    PRESETS,
+    Override,
+    QuantizeOptions,
+)
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
@@ -16,7 +23,7 @@ __all__ = ["COMMAND", "run", "show"]
 
 
 def run(options: QuantizeOptions, console: "Console") -> Any:
-    """Quantizes; a `Plan` with --dry-run."""
+    """Quantizes a checkpoint or a graph; its plan with --dry-run."""
     from quantcli.pipelines import quantize
 
     return quantize.run(options, console)
@@ -54,16 +61,36 @@ def show(result: Any, console: "Console") -> None:
     heads = ("layers", "worst", "bits", "group", "count", "size", "mean error", "worst error", "vs rtn")
     if rows:
         console.table(heads, rows, left=2)
+    if getattr(result, "comparison", None) is not None:
+        _show_comparison(result.comparison, console)
     if result.evaluation is not None:
         from quantcli.cli.evaluate import show as show_evaluation
 
         show_evaluation(result.evaluation, console)
     share = result.size_bytes / result.parent_size_bytes if result.parent_size_bytes else 1
+    stored = "" if result.bits_per_weight is None else f"{result.bits_per_weight:.2f} bits per weight, "
+    content = getattr(result, "information_bits_per_weight", None)
+    if content is not None and content < result.bits_per_weight:
+        stored = f"{result.bits_per_weight:.2f} bits per weight that hold {content:.2f}, "
     console.text(
         f"{result.output}: {human_size(result.size_bytes)}, {share:.0%} of {human_size(result.parent_size_bytes)}, "
-        f"{result.bits_per_weight:.2f} bits per weight, in {human_duration(result.seconds)}, "
-        f"peak memory {human_size(result.peak_bytes)}"
+        f"{stored}in {human_duration(result.seconds)}, peak memory {human_size(result.peak_bytes)}"
     )
+
+
+def _show_comparison(comparison: dict[str, Any], console: "Console") -> None:
+    """Which nodes lose most, and what comes out in the end."""
+    rows = [
+        (node["name"], node["op_type"], f"{node['own_db']:.1f}", _decibels(node["model_db"]))
+        for node in comparison["nodes"]
+    ]
+    console.table(("node", "operator", "own dB", "in the model dB"), rows, left=2)
+    ratios = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in comparison["outputs"].items())
+    console.text(f"signal to quantization noise of the outputs on {comparison['samples']} samples: {ratios}")
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _overrides(words: list[str]) -> tuple[Override, ...]:
@@ -77,9 +104,13 @@ def _widths(words: list[str]) -> tuple[int, ...]:
     return tuple(int(word) for word in found)
 
 
+def _operators(words: list[str]) -> tuple[str, ...]:
+    return tuple(word.strip() for text in words for word in text.split(",") if word.strip())
+
+
 COMMAND = Command(
     name="quantize",
-    summary="Quantize a Hugging Face checkpoint and report what it cost.",
+    summary="Quantize a Hugging Face checkpoint or an ONNX graph and report what it cost.",
     options=QuantizeOptions,
     run=run,
     show=show,
@@ -98,12 +129,41 @@ COMMAND = Command(
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),
         "data": FlagStyle(metavar="FILE|self|builtin", choices=("self", "builtin")),
+        "encoding": FlagStyle(choices=GRAPH_ENCODINGS, metavar="|".join(GRAPH_ENCODINGS)),
+        "op_types": FlagStyle(metavar="NAME,...", read=_operators),
+        "nodes_include": FlagStyle(metavar="REGEX"),
+        "nodes_exclude": FlagStyle(metavar="REGEX"),
+        "calibration_inputs": FlagStyle(metavar="FILE|FOLDER"),
+        "image_spec": FlagStyle(metavar="KEY=VALUE,..."),
+        "user_script": FlagStyle(metavar="FILE"),
+        "data_function": FlagStyle(metavar="NAME"),
+        "calibration_cache": FlagStyle(metavar="FILE"),
         **SIMULATION_STYLES,
     },
-    settings={"damp_percent": ("damp_percent", None), "desc_act": ("order", "desc_act")},
+    settings={
+        "damp_percent": ("damp_percent", None),
+        "desc_act": ("order", "desc_act"),
+        "weight_type": ("weight_type", None),
+        "activation_type": ("activation_type", None),
+        "calibrate_method": ("calibrate_method", None),
+        "per_channel": ("per_channel", "true"),
+        "reduce_range": ("reduce_range", "true"),
+        "equalize": ("equalize", "true"),
+        "bias_correction": ("bias_correction", "true"),
+    },
     panels={
         "Calibration": ("calibration", "correct_earlier"),
         "Simulation": ("simulation",),
+        "ONNX graphs": (
+            "graph",
+            "weight_type",
+            "activation_type",
+            "calibrate_method",
+            "per_channel",
+            "reduce_range",
+            "equalize",
+            "bias_correction",
+        ),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
     },
     examples=(
@@ -111,5 +171,7 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q3 --preset best --bits 3 --data notes.txt --evaluate",
         "quantcli quantize -m SmolLM2-135M -o Q --target-bits 3.5 --evaluate",
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
+        "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
+        "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
     ),
 )

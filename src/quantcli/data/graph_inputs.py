@@ -1,4 +1,4 @@
-"""Samples for any ONNX graph: from `.npz` files, text, a folder of images, or a function of the user's own.
+"""Samples for any ONNX graph: from `.npz` files, a folder of images, or a function of the user's own.
 
 Every source is a `Samples`: read one at a time, again from the start after `rewind`, and usable wherever onnxruntime
 takes a `CalibrationDataReader`.
@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import numpy as np
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.inputs import Feed, InputSpec, check_feed
 
-__all__ = ["Samples", "npz_samples", "script_samples", "token_samples"]
+__all__ = ["Samples", "npz_samples", "script_samples"]
 
 Specs = tuple[InputSpec, ...]
-_PAST_WORDS = ("past", "seq", "cache_len")
 
 
 class Samples:
@@ -34,6 +34,7 @@ class Samples:
         self._specs = specs
         self._open = open_source
         self._rest = open_source()
+        self._count: int | None = None
 
     def get_next(self) -> Feed | None:
         """The next sample; None after the last."""
@@ -45,8 +46,14 @@ class Samples:
         self._rest = self._open()
 
     def __iter__(self) -> Iterator[Feed]:
-        self.rewind()
-        return iter(self.get_next, None)
+        for feed, origin in self._open():
+            yield check_feed(self._specs, feed, origin)
+
+    def __len__(self) -> int:
+        """How many there are; the source is read once for it."""
+        if self._count is None:
+            self._count = sum(1 for _ in self._open())
+        return self._count
 
 
 def npz_samples(path: Path, specs: Specs, *, batch_size: int = 1, limit: int | None = None) -> Samples:
@@ -95,80 +102,9 @@ def _batches(arrays: Feed, specs: Specs, rows: int) -> Iterator[Feed]:
         yield {n: a[start : start + rows] for n, a in whole.items()}
 
 
-def token_samples(tokens: np.ndarray, specs: Specs, sizes: Mapping[str, int] | None = None) -> Samples:
-    """Samples for the graph of a language model: rows of text with empty caches.
-
-    Args:
-        tokens: [rows, T] token ids.
-        specs: The graph's inputs.
-        sizes: Sizes of axes that the graph leaves open and that text does not tell, by the axis's name.
-
-    Raises:
-        InputError: an input that is not known, or an axis of open size.
-    """
-    if tokens.size == 0:
-        raise InputError("there is no row of tokens to calibrate with")
-    _token_feed(
-        tokens[:1].astype(np.int64), specs, sizes or {}
-    )  # an input without a value is found before the first row
-
-    def read() -> Iterator[tuple[Feed, str]]:
-        for index, row in enumerate(tokens):
-            yield _token_feed(row[None].astype(np.int64), specs, sizes or {}), f"row {index}"
-
-    return Samples(specs, read)
-
-
-def _token_feed(ids: np.ndarray, specs: Specs, sizes: Mapping[str, int]) -> Feed:
-    """One row [1, T] with what else the graph takes."""
-    length = ids.shape[1]
-    known = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": np.arange(length, dtype=np.int64)[None],
-        "token_type_ids": np.zeros_like(ids),
-        "cache_position": np.arange(length, dtype=np.int64),
-        "past_sequence_length": np.array([length - 1]),
-        "total_sequence_length": np.array(length),
-    }
-    feed = {}
-    for spec in specs:
-        if spec.name in known:
-            feed[spec.name] = known[spec.name].astype(spec.dtype)
-        elif spec.name.startswith(("past", "cache")) or ".past" in spec.name:
-            feed[spec.name] = np.zeros(_empty_cache(spec, sizes), spec.dtype)
-        else:
-            raise InputError(
-                f"no value can be made from text for the input {spec.name!r}",
-                hint="give .npz files, or --user-script FILE --data-function NAME",
-            )
-    return feed
-
-
-def _empty_cache(spec: InputSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a cache [batch, heads, past, head_dim] that holds nothing yet."""
-    named = [i for i, dim in enumerate(spec.shape) if isinstance(dim, str) and any(w in dim for w in _PAST_WORDS)]
-    # exporters that name no axis keep this order
-    past = named or ([2] if len(spec.shape) == 4 else [])
-    shape = []
-    for axis, dim in enumerate(spec.shape):
-        if isinstance(dim, int):
-            shape.append(dim)
-        elif dim in sizes:
-            shape.append(sizes[dim])
-        elif axis == 0:
-            shape.append(1)
-        elif axis in past:
-            shape.append(0)
-        else:
-            raise InputError(
-                f"the size {dim!r} of the cache {spec.name!r} is not known",
-                hint="export the model with fixed heads and head size, or give .npz files",
-            )
-    return tuple(shape)
-
-
-def script_samples(script: Path, function: str, specs: Specs, *, batch_size: int = 1) -> Samples:
+def script_samples(
+    script: Path, function: str, specs: Specs, *, batch_size: int = 1, limit: int | None = None
+) -> Samples:
     """Samples of a function in the user's Python file, which is run.
 
     The function takes no arguments, or any of `data_dir` (None) and `batch_size` by name. It returns an object with
@@ -185,7 +121,7 @@ def script_samples(script: Path, function: str, specs: Specs, *, batch_size: int
     def read() -> Iterator[tuple[Feed, str]]:
         origin = f"{script}:{function}"
         try:
-            for item in _items(make(**arguments), origin):
+            for item in islice(_items(make(**arguments), origin), limit):
                 feed = item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
                 if not isinstance(feed, Mapping):
                     raise InputError(f"{origin} gave {type(feed).__name__}, expected a dictionary by input name")

@@ -44,6 +44,11 @@ class BlockLayout:
         """Blocks per row, B."""
         return len(self.group)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: codes, float32 scales, packed zeros."""
+        return _row_bytes(self.blocks, self.block_size, self.bits)
+
     def same_as(self, other: "BlockLayout") -> bool:
         """Whether rows in both layouts can stand in one node."""
         kept = self.columns is None and other.columns is None
@@ -54,15 +59,18 @@ class BlockLayout:
 
     def codes(self, tensor: QuantizedTensor) -> np.ndarray:
         """The packed codes, [N, B, b*bits/8] uint8."""
-        rows, columns = tensor.shape
-        length = self.blocks * self.block_size
+        return pack_codes(self.unpacked(tensor), self.bits).reshape(tensor.shape[0], self.blocks, -1)
+
+    def unpacked(self, tensor: QuantizedTensor) -> np.ndarray:
+        """The codes block after block, [N, B*b] uint8."""
+        columns = tensor.shape[1]
         out = tensor.zero[:, self.group].repeat_interleave(self.block_size, dim=1)  # fillers: exactly nothing
         if self.columns is None:
             out[:, :columns] = tensor.codes
         else:
             used = self.columns >= 0
             out[:, used] = tensor.codes[:, self.columns[used]]
-        return pack_codes(out.numpy(), self.bits).reshape(rows, self.blocks, length * self.bits // 8 // self.blocks)
+        return out.numpy()
 
     def scales(self, tensor: QuantizedTensor) -> np.ndarray:
         """The scale of each block, [N, B] float32."""

@@ -1,13 +1,26 @@
 """ONNX files with their weights beside them: written with one data file, and opened only where the data lies inside."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 import onnx_ir as ir
 
 from quantcli.errors import InputError
 
-__all__ = ["DATA_SUFFIX", "check_external_data", "open_graph", "save_graph"]
+__all__ = [
+    "DATA_SUFFIX",
+    "Graph",
+    "Model",
+    "check_external_data",
+    "data_files",
+    "open_graph",
+    "refuse_unusable",
+    "save_graph",
+]
+
+Graph: TypeAlias = ir.Graph
+Model: TypeAlias = ir.Model
 
 DATA_SUFFIX = ".data"
 _INLINE_BYTES = 1024
@@ -59,3 +72,27 @@ def check_external_data(path: Path) -> None:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
         if offset < 0 or length < 0 or offset + length > file.stat().st_size:
             raise InputError(f"{path}: {tensor.name} ends at byte {offset + length} of {location}, which is shorter")
+
+
+def data_files(model: ir.Model) -> set[str]:
+    """Names of the files that hold the graph's weights."""
+    stored = [v.const_value for v in model.graph.initializers.values()]
+    return {str(t.location) for t in stored if isinstance(t, ir.ExternalTensor)}
+
+
+def refuse_unusable(path: Path) -> None:
+    """Opens what was written as its users will.
+
+    Raises:
+        InputError: onnxruntime cannot open it.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    try:
+        # not onnx.checker: GenAI's graphs have onnxruntime's own operators in the standard's domain, which it refuses
+        onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the quantized graph cannot be opened: {reason}") from error

@@ -48,21 +48,25 @@ class IntegerGraph:
 
 
 def select_nodes(
-    model: ir.Model, able: Collection[str], op_types: str = "", include: str = "", exclude: str = ""
+    model: ir.Model,
+    able: Collection[str],
+    op_types: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> list[ir.Node]:
     """The nodes that are to be quantized.
 
     Args:
         model: Graph whose nodes have names.
         able: Operators that can be quantized.
-        op_types: Some of them, with commas; empty: all.
-        include: Names or regular expressions of whole names, with commas; empty: all.
+        op_types: Some of them; empty: all.
+        include: Names, or regular expressions that are searched in names; empty: all.
         exclude: The same; these stay float.
 
     Raises:
         UsageError: an operator that cannot be quantized, or a name that no node has.
     """
-    types = _split(op_types) or list(able)
+    types = list(op_types) or list(able)
     for op_type in types:
         if op_type not in able:
             raise UsageError(f"{op_type} nodes cannot be quantized, {nearest(op_type, able)}")
@@ -75,18 +79,14 @@ def select_nodes(
     return [n for n in chosen if n.name in wanted]
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _matching(patterns: str, names: Sequence[str]) -> set[str]:
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     found: set[str] = set()
-    for pattern in _split(patterns):
+    for pattern in patterns:
         if pattern in names:
             found.add(pattern)
             continue
         try:
-            some = {name for name in names if re.fullmatch(pattern, name)}
+            some = {name for name in names if re.search(pattern, name)}
         except re.error as error:
             raise UsageError(f"{pattern!r} is neither a node nor a regular expression: {error}") from error
         if not some:

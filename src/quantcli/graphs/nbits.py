@@ -1,6 +1,7 @@
 """Puts quantized matrices into a graph whose weights are only named.
 
-MatMul becomes MatMulNBits, Gather becomes GatherBlockQuantized, and what stays float is read when the file is written.
+MatMul and Gemm become MatMulNBits, Gather becomes GatherBlockQuantized, and what stays float is read when the file is
+written.
 
 A weight that joins matrices of different bits, groups or kinds (q, k and v under overrides) becomes one node per kind
 and a Concat. A head tied to the embedding reads the embedding's own table.
@@ -17,6 +18,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.graphs.blocks import BlockLayout, plan_blocks
 from quantcli.graphs.rows import RowRange, Rows
+from quantcli.graphs.walk import weight_uses
 from quantcli.tensors.quantized import QuantizedTensor, concatenate_rows
 
 __all__ = ["Placement", "ReadMatrix", "Rewriter"]
@@ -62,31 +64,37 @@ class Rewriter:
         self.placements: list[Placement] = []
         self._gathered: dict[tuple[str, bytes], ir.Value] = {}
         self._indexes: dict[bytes, ir.Value] = {}
+        self._dtype = ir.DataType.FLOAT  # of the weight that is being replaced, hence of its scales and products
+        self._names = {node.name for node in graph.all_nodes()}
 
     def run(self) -> list[Placement]:
         """Rewrites every weight of the ledger; returns where all of them are."""
-        gathers = [name for name, rows in self.ledger.items() if not rows.transposed]
+        gathers = [n for n in self.ledger if any(u.op_type == "Gather" for u in self.graph.initializers[n].consumers())]
         for name in [*gathers, *(n for n in self.ledger if n not in gathers)]:
             value, rows = self.graph.initializers[name], self.ledger[name]
-            uses = [(node, index) for node, index in value.uses()]
-            for node, index in uses:
-                if node.op_type == "MatMul" and index == 1 and rows.transposed:
-                    self._replace_matmul(node, rows, name)
-                elif node.op_type == "Gather" and index == 0 and not rows.transposed:
+            self._dtype = value.dtype or ir.DataType.FLOAT
+            uses = weight_uses(value)
+            if isinstance(uses, str) or any(u.rows_first == rows.transposed for u in uses):
+                why = uses if isinstance(uses, str) else "it is read transposed"
+                raise InputError(
+                    f"the exporter uses the weight of {rows.ranges[0].name} in another way: {why}",
+                    hint="add --exporter torch",
+                )
+            for node in sorted((u.node for u in uses), key=lambda n: n.op_type != "Gather"):  # tables keep their zeros
+                if node.op_type == "Gather":
                     self._replace_gather(node, rows, name)
                 else:
-                    raise InputError(
-                        f"the exporter uses the weight of {rows.ranges[0].name} in a {node.op_type}, "
-                        "which has no quantized form",
-                        hint="add --exporter torch",
-                    )
+                    self._replace_product(node, rows, name)
+            for node in value.consumers():
+                if node.op_type == "Transpose" and not node.outputs[0].uses():
+                    self.graph.remove(node, safe=True)
             if self.graph.initializers.get(name) is value and not value.uses():
                 del self.graph.initializers[name]
         return self.placements
 
     # -- products ------------------------------------------------------------------------------------------------
 
-    def _replace_matmul(self, node: ir.Node, rows: Rows, name: str) -> None:
+    def _replace_product(self, node: ir.Node, rows: Rows, name: str) -> None:
         x, base = node.inputs[0], name.removesuffix(".weight")
         assert x is not None
         parts = [(r, self._layout(r.name)) for r in rows.ranges]
@@ -107,7 +115,22 @@ class Rewriter:
         result = outputs[0]
         if len(outputs) > 1:
             result = self._insert(node, "Concat", outputs, {"axis": -1}, name=f"{node.name}/Concat")
+        if node.op_type == "Gemm":
+            result = self._finish_gemm(node, result, base)
         self._take_place(node, result)
+
+    def _finish_gemm(self, node: ir.Node, product: ir.Value, label: str) -> ir.Value:
+        """Alpha * product + beta * C."""
+        added = node.inputs[2] if len(node.inputs) > 2 else None
+        factors = [node.attributes[n].as_float() if n in node.attributes else 1.0 for n in ("alpha", "beta")]
+        parts = []
+        for value, factor, part in ((product, factors[0], "alpha"), (added, factors[1], "beta")):
+            if value is not None and factor != 1:
+                number = self._constant(f"{label}.{part}.{node.name}", np.array(factor, self._dtype.numpy()))
+                value = self._insert(node, "Mul", [value, number], {}, name=f"{node.name}/{part}")
+            if value is not None:
+                parts.append(value)
+        return self._insert(node, "Add", parts, {}, name=f"{node.name}/Add") if len(parts) > 1 else parts[0]
 
     def _quantized_product(
         self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str
@@ -182,10 +205,11 @@ class Rewriter:
     def _quantized_initializers(
         self, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str, keep_zeros: bool
     ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        shared = next((p for p in self.placements if p.layout is not None and p.ranges == ranges and p.zeros), None)
-        if shared is not None:  # a head tied to a quantized embedding
+        known = (p for p in self.placements if p.layout is not None and p.ranges == ranges)
+        shared = next((p for p in known if p.zeros or not keep_zeros), None)
+        if shared is not None:  # a head tied to a quantized embedding, or one weight of several products
             found = self.graph.initializers
-            return found[shared.weight], found[shared.scales], found[shared.zeros]
+            return found[shared.weight], found[shared.scales], found[shared.zeros] if shared.zeros else None
         tensor = self._codes(ranges)
         rows, middle = tensor.shape[0], 1 << (layout.bits - 1)
         shape = ir.Shape((rows, layout.blocks, layout.block_size * layout.bits // 8))
@@ -196,7 +220,8 @@ class Rewriter:
             name=f"{label}.qweight",
         )
         weight = self._register(codes)
-        scales = self._constant(f"{label}.scales", layout.scales(tensor))
+        # scales are float16 values: nothing is lost where the graph is float16
+        scales = self._constant(f"{label}.scales", layout.scales(tensor).astype(self._dtype.numpy()))
         zeros = None
         if keep_zeros or bool((tensor.zero != middle).any()):
             zeros = self._constant(f"{label}.zeros", layout.zeros(tensor))
@@ -259,12 +284,20 @@ class Rewriter:
         domain: str = "",
         name: str = "",
     ) -> ir.Value:
-        new = ir.node(op_type, inputs, dict(attributes), domain=domain, name=name)
-        new.outputs[0].name = f"{name}/output_0"
-        new.outputs[0].dtype = ir.DataType.UINT8 if op_type == "Reshape" else ir.DataType.FLOAT
+        new = ir.node(op_type, inputs, dict(attributes), domain=domain, name=self._unused(name))
+        new.outputs[0].name = f"{new.name}/output_0"
+        new.outputs[0].dtype = ir.DataType.UINT8 if op_type == "Reshape" else self._dtype
         self.graph.insert_before(before, new)
         self.graph.opset_imports.setdefault(_DOMAIN, 1)
         return new.outputs[0]
+
+    def _unused(self, name: str) -> str:
+        """The name, with a number behind it where several nodes read one weight."""
+        number, chosen = 1, name
+        while chosen in self._names:
+            number, chosen = number + 1, f"{name}_{number}"
+        self._names.add(chosen)
+        return chosen
 
     def _take_place(self, node: ir.Node, result: ir.Value) -> None:
         """Lets `result` stand where the node's output stood, under the same name."""

@@ -160,12 +160,12 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
         return ort.InferenceSession(file.name, settings, providers=["CPUExecutionProvider"]), outputs
 
 
-def _origin(path: Path, names: Sequence[str], options: RangeOptions) -> dict[str, Any]:
+def _origin(path: Path, options: RangeOptions) -> dict[str, Any]:
     graph = fingerprint(path.parent, (path.name, path.name + DATA_SUFFIX))
-    return {"graph": graph, "tensors": len(names), **asdict(options)}
+    return {"graph": graph, **asdict(options)}
 
 
-def write_ranges(file: Path, ranges: Ranges, path: Path, names: Sequence[str], options: RangeOptions) -> None:
+def write_ranges(file: Path, ranges: Ranges, path: Path, options: RangeOptions) -> None:
     """Writes ranges as onnxruntime reads them, with what they were measured on."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData, save_tensors_data
 
@@ -175,7 +175,7 @@ def write_ranges(file: Path, ranges: Ranges, path: Path, names: Sequence[str], o
     }
     part = file.with_name(file.name + ".part")
     save_tensors_data(TensorsData(CalibrationMethod[_ORT_NAMES[options.method]], data), part)
-    plain = json.loads(part.read_text()) | {"quantcli": _origin(path, names, options) | {"samples": ranges.samples}}
+    plain = json.loads(part.read_text()) | {"quantcli": _origin(path, options) | {"samples": ranges.samples}}
     part.write_text(json.dumps(plain))
     os.replace(part, file)
 
@@ -193,11 +193,17 @@ def read_ranges(file: Path, path: Path, names: Sequence[str], options: RangeOpti
         values = {name: (float(d["lowest"]), float(d["highest"])) for name, d in plain["data"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no calibration cache of ours: {error!r}", hint="delete it") from error
-    wanted = _origin(path, names, options)
+    wanted = _origin(path, options)
     different = [key for key, value in wanted.items() if origin.get(key) != value]
     if different:
         raise InputError(
             f"{file} was measured with another {' and '.join(different)}",
             hint="delete it, or name another --calibration-cache",
         )
-    return Ranges(values, samples)
+    lacking = [name for name in names if name not in values]
+    if lacking:
+        raise InputError(
+            f"{file} was measured for other operators: it lacks {lacking[0]} and {len(lacking) - 1} more",
+            hint="delete it, or name another --calibration-cache",
+        )
+    return Ranges({name: values[name] for name in names}, samples)

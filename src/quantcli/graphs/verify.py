@@ -64,10 +64,10 @@ def _values(graph: ir.Graph, placement: Placement, nodes: dict[str, ir.Node]) ->
 
 
 def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
-    """MatMulNBits and GatherBlockQuantized nodes by the initializer of their codes."""
+    """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes by the initializer of their codes."""
     found = {}
     for node in graph:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"):
             codes = _parameters(node)[0]
             found[str(codes.name)] = node
     return found
@@ -75,7 +75,9 @@ def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
 
 def _parameters(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Codes, scales and zeros."""
-    if node.op_type == "MatMulNBits":
+    if node.op_type == "DequantizeLinear":
+        codes, scales, zeros = node.inputs[0], node.inputs[1], node.inputs[2]
+    elif node.op_type == "MatMulNBits":
         codes, scales = node.inputs[1], node.inputs[2]
         zeros = node.inputs[3] if len(node.inputs) > 3 else None
     else:
@@ -89,6 +91,8 @@ def _parameters(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None]:
 def dequantize_node(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     """The float32 [N, B*b] matrix that a quantized node multiplies or looks up."""
     codes, scales, zeros = _parameters(node)
+    if node.op_type == "DequantizeLinear":
+        return _dequantize_linear(graph, node)
     bits = node.attributes["bits"].as_int()
     code = _unpack(_array(graph, str(codes.name)), bits)
     rows = code.shape[0]
@@ -101,6 +105,16 @@ def dequantize_node(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     values -= zero[..., None]
     values *= scale[..., None]
     return values.reshape(rows, -1)
+
+
+def _dequantize_linear(graph: ir.Graph, node: ir.Node) -> np.ndarray:
+    """The float32 [N, K] matrix of a DequantizeLinear with blocks, whichever way it is stored."""
+    code, scale, zero = (_array(graph, str(v.name)) for v in node.inputs if v is not None)
+    if node.attributes["axis"].as_int() == 0:
+        code, scale, zero = code.T, scale.T, zero.T
+    block = np.arange(code.shape[1]) // node.attributes["block_size"].as_int()
+    values: np.ndarray = code.astype(np.float32) - zero.astype(np.float32)[:, block]
+    return values * scale.astype(np.float32)[:, block]
 
 
 def _array(graph: ir.Graph, name: str) -> np.ndarray:

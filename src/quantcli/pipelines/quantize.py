@@ -13,6 +13,7 @@ from quantcli.folder import Manifest, PartialFolder, create_output, describe_par
 from quantcli.models.checkpoint import copy_companions
 from quantcli.models.machine import Heap, settled_heap
 from quantcli.options import QuantizeOptions
+from quantcli.pipelines import quantize_graph
 from quantcli.pipelines.blockwise.blocks import CalibratedBlocks
 from quantcli.pipelines.blockwise.config import result_config
 from quantcli.pipelines.blockwise.journal import Journal
@@ -22,6 +23,9 @@ from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.blockwise.stages import StageSolver
 from quantcli.pipelines.blockwise.streams import Streams, begin_streams
 from quantcli.pipelines.blockwise.tokens import saved_tokens
+from quantcli.pipelines.graph.output import GraphResult
+from quantcli.pipelines.graph.plan import GraphPlan
+from quantcli.pipelines.graph.source import is_graph
 from quantcli.pipelines.mixed_bits.choose import mix_bits
 from quantcli.pipelines.planning.decide import make_plan
 from quantcli.pipelines.planning.plan import Plan, Target
@@ -65,13 +69,15 @@ class QuantizeResult:
         }
 
 
-def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeResult | Plan:
-    """Quantizes a checkpoint; with `dry_run`, only the plan.
+def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeResult | Plan | GraphResult | GraphPlan:
+    """Quantizes a checkpoint or, where the model is one, an ONNX graph; with `dry_run`, only the plan.
 
     Raises:
         QuantcliError: see `errors`; nothing half-written stays behind.
     """
     progress = progress or Silent()
+    if is_graph(options.model):
+        return quantize_graph.run(options, progress)
     started = time.perf_counter()
     plan = make_plan(options)
     options = plan.options
@@ -132,7 +138,8 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             "mean_relative_error": sum(r.relative_error for r in journal.reports) / max(len(journal.reports), 1),
         }
         parent = describe_parent(plan.folder, plan.model_digest)
-        partial.commit(Manifest("checkpoint", "quantize", public_options(asdict(options)), parent, metrics))
+        chosen = {k: v for k, v in public_options(asdict(options)).items() if k != "graph"}
+        partial.commit(Manifest("checkpoint", "quantize", chosen, parent, metrics))
     return replace(result, evaluation=_evaluate(options, progress)) if options.evaluate else result
 
 

@@ -54,6 +54,12 @@ class Moments:
             self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
         return self._sum.div_(max(self.tokens, 1))
 
+    def mean(self) -> Tensor:
+        """H [K, K] float32 in memory of its own: several weights read it, and tokens may still be added."""
+        whole = self._sum.tril()
+        whole += whole.tril(-1).T
+        return whole.div_(max(self.tokens, 1))
+
     def cross(self) -> Tensor | None:
         """F^T X / T [K, K] float32, where a reference was given with every token."""
         return self._cross / self.tokens if self._cross is not None and self._cross_tokens == self.tokens else None

@@ -33,11 +33,11 @@ class DynamicOptions:
     """One scale per output channel of MatMul instead of one per weight."""
     reduce_range: bool = False
     """7 bits for weights, so that sums of products fit into 16 bits."""
-    op_types: str = ""
+    op_types: tuple[str, ...] = ()
     """Operators to quantize, with commas: MatMul,Gemm,Conv,Gather,Attention,LSTM; empty: all."""
-    nodes_include: str = ""
+    nodes_include: tuple[str, ...] = ()
     """Names or regular expressions, with commas; empty: all nodes."""
-    nodes_exclude: str = ""
+    nodes_exclude: tuple[str, ...] = ()
     """Names or regular expressions of nodes that stay float."""
 
 

@@ -44,11 +44,11 @@ class StaticOptions:
     """Zero in the middle of the activations' range."""
     weight_grid: Literal["auto", "sym", "asym"] = "auto"
     """sym: zero in the middle; asym: a zero point of their own; auto: sym for int types, asym for uint."""
-    op_types: str = ""
+    op_types: tuple[str, ...] = ()
     """Operators to quantize, with commas; empty: all that onnxruntime can."""
-    nodes_include: str = ""
+    nodes_include: tuple[str, ...] = ()
     """Names or regular expressions, with commas; empty: all nodes."""
-    nodes_exclude: str = ""
+    nodes_exclude: tuple[str, ...] = ()
     """Names or regular expressions of nodes that stay float."""
     equalize: bool = False
     """Share out the ranges of channels between neighbouring layers beforehand, so that one scale fits them all."""
@@ -155,7 +155,7 @@ def quantize(
         else:
             assert reader is not None
             found = ranges.measure_ranges(ready, tensors, reader, how)
-        ranges.write_ranges(file, found, ready, tensors, how)
+        ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
         names = [str(n.name) for n in chosen]

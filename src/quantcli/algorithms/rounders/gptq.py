@@ -411,4 +411,5 @@ ALGORITHM = Algorithm(
     calibration="required",
     options=GptqOptions,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
 )

@@ -88,4 +88,5 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=HqqOptions,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
 )

@@ -71,4 +71,5 @@ ALGORITHM = Algorithm(
     calibration="optional",
     options=KquantOptions,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
 )

@@ -41,5 +41,6 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=RtnOptions,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
     beats_rtn=False,
 )

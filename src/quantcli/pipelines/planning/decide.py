@@ -1,8 +1,9 @@
 """Plans a quantize run before it begins: every default resolved, whatever cannot work refused."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from quantcli.algorithms import Step
+from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
 from quantcli.formats import CODECS
 from quantcli.models.machine import compute_dtype, pick_device
@@ -26,6 +27,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         InputError: a model that cannot be quantized.
         ResourceError: not enough memory or disk.
     """
+    _refuse_graph_flags(options)
     *transforms, rounder = resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
     options = replace(options, format=resolve_format(options.format, algorithm))
@@ -33,7 +35,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
     default = Scheme(
-        options.bits,
+        options.weight_bits,
         options.group_size,
         options.symmetric,
         codec.lowest_zero,
@@ -73,3 +75,12 @@ def make_plan(options: QuantizeOptions) -> Plan:
     if options.mixes:
         plan = with_budget(plan)
     return with_memory(plan)
+
+
+def _refuse_graph_flags(options: QuantizeOptions) -> None:
+    """No flag without effect."""
+    for spec in fields(options.graph):
+        if getattr(options.graph, spec.name) != spec.default:
+            flag = "--" + ("no-" if spec.default is True else "") + spec.name.replace("_", "-")
+            hint = "the output head stays float anyway" if spec.name == "quantize_last_matmul" else "leave it out"
+            raise UsageError(f"{flag} is for ONNX graphs, {options.model} is a checkpoint", hint=hint)

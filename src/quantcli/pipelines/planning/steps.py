@@ -18,8 +18,12 @@ _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def resolve_steps(options: QuantizeOptions) -> list[Step]:
+def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[Step]:
     """Transforms and, last, the rounder, each with its settings.
+
+    Args:
+        options: What was asked for.
+        model: What is to be quantized: checkpoint or onnx.
 
     Raises:
         UsageError: algorithms, bits or flags that do not go together.
@@ -30,12 +34,7 @@ def resolve_steps(options: QuantizeOptions) -> list[Step]:
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
     chain = algorithms.find_chain(options.algorithm or name)
     rounder = chain[-1]
-    if "checkpoint" not in rounder.inputs:
-        raise UsageError(
-            f"{rounder.name} quantizes ONNX graphs, not checkpoints",
-            hint=f"quantcli capture-onnx-graph -m {options.model} -o GRAPH, then quantcli quantize -m GRAPH "
-            f"-a {rounder.name}",
-        )
+    _refuse_model(chain, model, options.model)
     if preset and name != rounder.name:
         named = options.algorithm or ""
         transforms = ",".join(a.name for a in chain[:-1])
@@ -45,17 +44,17 @@ def resolve_steps(options: QuantizeOptions) -> list[Step]:
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:
-        if options.bits not in algorithm.bits:
+        given = options.bits if rounder.kind == "graph" else options.weight_bits
+        if given is not None and given not in algorithm.bits:
             allowed = ", ".join(map(str, algorithm.bits))
-            raise UsageError(
-                f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`"
-            )
+            raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
     if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
         raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
-    _refuse_idle_calibration(options, preset, chain)
+    if model == "checkpoint":
+        _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
         raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
     return steps
@@ -76,6 +75,21 @@ def resolve_format(asked: str | None, algorithm: Algorithm) -> str:
             hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
         )
     return asked
+
+
+def _refuse_model(chain: Sequence[Algorithm], model: str, folder: str) -> None:
+    """Each algorithm says what it takes."""
+    for algorithm in chain:
+        if model in algorithm.inputs:
+            continue
+        if model == "checkpoint":
+            raise UsageError(
+                f"{algorithm.name} quantizes ONNX graphs, not checkpoints",
+                hint=f"quantcli capture-onnx-graph -m {folder} -o GRAPH, then quantcli quantize -m GRAPH "
+                f"-a {algorithm.name}",
+            )
+        able = [a.name for a in algorithms.ALGORITHMS.values() if model in a.inputs]
+        raise UsageError(f"{algorithm.name} does not apply to ONNX graphs", hint=f"use one of {', '.join(able)}")
 
 
 def _refuse_idle_rounding(options: QuantizeOptions, name: str) -> None:

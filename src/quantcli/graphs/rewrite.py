@@ -1,0 +1,58 @@
+"""Puts quantized matrices in the place of the float ones: same inputs, same outputs, nothing left over."""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from quantcli.errors import UsageError
+from quantcli.graphs import qdq
+from quantcli.graphs.blocks import container_bits
+from quantcli.graphs.nbits import Placement, Rewriter
+from quantcli.graphs.rows import Rows
+from quantcli.graphs.walk import GraphTarget
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["refuse_opset", "replace_matrices"]
+
+
+def refuse_opset(graph: ir.Graph, encoding: str, bits: int) -> None:
+    """Refuses an encoding that the graph's opset does not know.
+
+    Raises:
+        UsageError: DequantizeLinear with blocks is newer than the graph.
+    """
+    opset, wanted = graph.opset_imports.get("", 0), qdq.LOWEST_OPSET[container_bits(bits)]
+    if encoding == "qdq" and opset < wanted:
+        raise UsageError(
+            f"encoding qdq at {bits} bits needs opset {wanted}, the graph has {opset}",
+            hint="use --encoding nbits, or export the model with a later opset",
+        )
+
+
+def replace_matrices(
+    model: ir.Model,
+    targets: Sequence[GraphTarget],
+    read: Callable[[str], QuantizedTensor],
+    encoding: str = "nbits",
+    accuracy_level: int = 0,
+) -> list[Placement]:
+    """Rewrites a graph in place.
+
+    Args:
+        model: As `walk.prepare` left it.
+        targets: The matrices.
+        read: Gives the codes of a target by name, [N, K]; called again for every use.
+        encoding: nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear of the standard.
+        accuracy_level: Attribute of every MatMulNBits.
+
+    Returns:
+        Where each matrix stands, for `verify.verify_weights`.
+    """
+    graph = model.graph
+    if encoding == "qdq":
+        return qdq.dequantize_in_graph(graph, targets, read)
+    rows = {t.name: Rows.whole(t.name, t.rows, t.columns) for t in targets}
+    ledger = {t.name: rows[t.name].T if t.transposed else rows[t.name] for t in targets}
+    placements = Rewriter(graph, ledger, read, accuracy_level).run()  # type: ignore[arg-type]
+    graph.sort()
+    return placements

@@ -1,0 +1,245 @@
+"""Finds the matrices of an ONNX graph that can be quantized: weights of MatMul and Gemm, and tables of Gather.
+
+Whatever way a graph stores a matrix (as [K, N], as [N, K] behind a Transpose or a Gemm with transB, in a Constant node,
+once for several nodes), a target is one [N, K] matrix that is quantized once, along the columns that are summed over.
+What stays float is named with the reason: nothing is skipped in silence.
+
+Symbols: N output rows, K input columns.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.options import GRAPH_OP_TYPES
+from quantcli.tensors.finite import all_finite
+
+__all__ = ["GraphTarget", "Selection", "WeightUse", "find_targets", "prepare", "read_matrix", "weight_uses"]
+
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
+_QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One node that reads a matrix."""
+
+    node: ir.Node
+    """MatMul, Gemm or Gather."""
+    rows_first: bool
+    """Whether the initializer is [N, K] as this node reads it; [K, N] otherwise."""
+
+
+@dataclass(frozen=True)
+class GraphTarget:
+    """One matrix that can be quantized."""
+
+    name: str
+    """Its initializer."""
+    rows: int
+    """N: outputs of a product, entries of a table."""
+    columns: int
+    """K: what a product sums over, width of a table."""
+    transposed: bool
+    """Whether the initializer is [K, N]."""
+    uses: tuple[WeightUse, ...]
+    """Its nodes."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors that it is multiplied with, each once; none for a mere table."""
+        found = [u.node.inputs[0] for u in self.uses if u.node.op_type != "Gather"]
+        return tuple(dict.fromkeys(str(v.name) for v in found if v is not None))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which nodes may be quantized."""
+
+    op_types: tuple[str, ...] = ("MatMul", "Gemm")
+    """Operators."""
+    include: tuple[str, ...] = ()
+    """Names or regular expressions of nodes; empty for all."""
+    exclude: tuple[str, ...] = ()
+    """Names or regular expressions of nodes that stay float."""
+    last_product: bool = True
+    """Whether products with no other product behind them (a language model's head) are quantized."""
+
+    def refusal(self, node: ir.Node) -> str | None:
+        """Why a node stays float; None where it may be quantized."""
+        if node.op_type not in self.op_types:
+            return f"{node.op_type} is not among the operators to quantize"
+        if self.include and not _matches(self.include, node):
+            return "not among the included nodes"
+        if _matches(self.exclude, node):
+            return "excluded"
+        return None
+
+
+def prepare(model: ir.Model) -> None:
+    """Makes every weight an initializer of the main graph.
+
+    Functions are inlined, Constant nodes lifted, and initializers are no inputs any more (old files list them there).
+
+    Raises:
+        InputError: the opset is too old, or the graph is quantized already.
+    """
+    graph = model.graph
+    opset = graph.opset_imports.get("", _LOWEST_OPSET)
+    if opset < _LOWEST_OPSET:
+        raise InputError(f"the graph has opset {opset}, {_LOWEST_OPSET} or later is needed")
+    if model.functions:
+        InlinePass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+    RemoveInitializersFromInputsPass()(model)
+    found = next((n for n in graph.all_nodes() if n.op_type in _QUANTIZED), None)
+    if found is not None:
+        raise InputError(
+            f"the graph is quantized already: node {found.name!r} is a {found.op_type}", hint="give the float graph"
+        )
+
+
+def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarget], dict[str, str]]:
+    """The matrices to quantize, in the order in which the graph first reads them.
+
+    Returns:
+        The targets, and the reason for each matrix of a MatMul, Gemm or Gather that stays float, by its initializer.
+    """
+    targets: dict[str, GraphTarget] = {}
+    kept: dict[str, str] = {}
+    last = set() if selection.last_product else _last_products(graph)
+    for node in graph:
+        if node.op_type not in GRAPH_OP_TYPES:
+            continue
+        for value in map(_stored, node.inputs[:2]):
+            if value is None or value.const_value is None or str(value.name) in targets or str(value.name) in kept:
+                continue
+            if value.const_value.dtype not in (*_DTYPES, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
+                continue  # indexes and shapes
+            found = _target(graph, value, selection, last)
+            if isinstance(found, GraphTarget):
+                targets[found.name] = found
+            else:
+                kept[str(value.name)] = found
+    return list(targets.values()), kept
+
+
+def weight_uses(value: ir.Value) -> list[WeightUse] | str:
+    """The nodes that read an initializer as a matrix, or why one of them has no quantized form."""
+    found: list[WeightUse] = []
+    for node, index in value.uses():
+        if node.op_type == "Transpose" and _swaps(node):
+            behind = weight_uses(node.outputs[0])
+            if isinstance(behind, str):
+                return behind
+            if node.outputs[0].is_graph_output() or any(u.node.op_type == "Gather" for u in behind):
+                return "its transpose is read as a whole"
+            found += [WeightUse(u.node, not u.rows_first) for u in behind]
+        elif node.op_type == "MatMul" and index == 1:
+            found.append(WeightUse(node, False))
+        elif node.op_type == "Gemm" and index == 1:
+            if _integer(node, "transA", 0):
+                return f"the Gemm {node.name!r} transposes its input"
+            found.append(WeightUse(node, bool(_integer(node, "transB", 0))))
+        elif node.op_type == "Gather" and index == 0 and _integer(node, "axis", 0) == 0:
+            found.append(WeightUse(node, True))
+        else:
+            return f"input {index} of the {node.op_type} {node.name!r} has no quantized form"
+    return found
+
+
+def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
+    """W [N, K] float32.
+
+    Raises:
+        InputError: it holds NaN or infinity, or its data cannot be read.
+    """
+    stored = graph.initializers[target.name].const_value
+    assert stored is not None
+    try:
+        values = torch.from_numpy(np.array(stored.numpy(), np.float32))
+    except (OSError, ValueError) as error:
+        raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if not all_finite(values):
+        raise InputError(f"weight {target.name!r} holds NaN or infinite values")
+    return values.T.contiguous() if target.transposed else values
+
+
+def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir.Node]) -> GraphTarget | str:
+    stored = value.const_value
+    assert stored is not None
+    if stored.dtype not in _DTYPES:
+        return f"its type {stored.dtype} is neither float32 nor float16"
+    if value.is_graph_output():
+        return "it is an output of the graph"
+    if len(stored.shape) != 2:
+        return f"it has {len(stored.shape)} axes, a matrix has 2"
+    uses = weight_uses(value)
+    if isinstance(uses, str):
+        return uses
+    if len({u.rows_first for u in uses}) > 1:
+        return "it is multiplied as it is and transposed"
+    for use in uses:
+        if use.node.graph is not graph:
+            return f"it is read in a subgraph, by {use.node.name!r}"
+        refusal = "a last product" if use.node in last else selection.refusal(use.node)
+        if refusal is not None:
+            return refusal
+    first, second = (int(n) for n in stored.shape.numpy())
+    transposed = not uses[0].rows_first
+    rows, columns = (second, first) if transposed else (first, second)
+    if not rows or not columns:
+        return "it is empty"
+    return GraphTarget(str(value.name), rows, columns, transposed, tuple(uses))
+
+
+def _last_products(graph: ir.Graph) -> set[ir.Node]:
+    """Products with a weight from whose output no other one is reached."""
+    followed: set[ir.Node] = set()
+    last: set[ir.Node] = set()
+    for node in reversed(graph):
+        readers = {reader for output in node.outputs for reader, _ in output.uses()}
+        product = _is_product(node)
+        if any(reader in followed or _is_product(reader) for reader in readers):
+            followed.add(node)
+        elif product:
+            last.add(node)
+    return last
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and _stored(node.inputs[1]) is not None
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is, or is the transpose of."""
+    if value is None:
+        return None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Transpose" and _swaps(producer):
+        value = producer.inputs[0]
+    return value if value is not None and value.is_initializer() and value.const_value is not None else None
+
+
+def _swaps(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    if source is None or source.const_value is None or len(source.const_value.shape) != 2:
+        return False
+    return "perm" not in node.attributes or list(node.attributes["perm"].as_ints()) == [1, 0]
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    return int(node.attributes[name].as_int()) if name in node.attributes else default
+
+
+def _matches(patterns: Sequence[str], node: ir.Node) -> bool:
+    name = node.name or ""
+    return any(name == pattern or re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,251 @@
+"""What a run on a graph will do: which matrices, with which scheme, fed with what; what has no effect is refused."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from quantcli.algorithms import Step
+from quantcli.errors import InputError, UsageError, nearest
+from quantcli.graphs.blocks import container_bits, plan_blocks
+from quantcli.graphs.files import Model
+from quantcli.graphs.rewrite import refuse_opset
+from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
+from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
+from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
+from quantcli.pipelines.graph.source import GraphSource
+from quantcli.pipelines.planning.plan import Target
+from quantcli.pipelines.planning.steps import resolve_steps
+from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.tensors.quantized import group_index
+
+__all__ = ["GraphPlan", "plan_graph", "plan_weights"]
+
+_IDLE: Mapping[str, str] = {
+    "target_bits": "give each matrix its bits by --override",
+    "target_size": "give each matrix its bits by --override",
+    "mixed_bits": "give each matrix its bits by --override",
+    "quantize_embeddings": "add Gather to --op-types",
+    "format": "use --encoding nbits or qdq",
+    "correct_earlier": "leave it out",
+    "dtype": "leave it out: what stays float keeps its type",
+    "device": "leave it out: graphs are run on the CPU",
+    "simulation": "leave it out",
+}
+"""Fields that only checkpoints have, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """Everything that is decided beforehand."""
+
+    source: GraphSource
+    model: Model
+    """The float graph, prepared in memory where single weights are quantized."""
+    step: Step
+    """The algorithm, last of its chain, with its settings."""
+    options: QuantizeOptions
+    """With the algorithm's name."""
+    transforms: tuple[Step, ...] = ()
+    """What the float weights go through first."""
+    found: tuple[GraphTarget, ...] = ()
+    """The matrices."""
+    targets: Mapping[str, Target] | None = None
+    """The same with their schemes, by name; None where the algorithm takes the whole graph."""
+    kept: Mapping[str, str] | None = None
+    """Why matrices stay float."""
+    size_bytes: int = 0
+    """Estimate of the result's size, where single weights are quantized."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the graph is run on inputs."""
+        if self.options.preset == "fast":
+            return False
+        if self.options.graph.debug_activations or self.options.graph.exclude_worst:
+            return True
+        used = [s.algorithm.calibration for s in (*self.transforms, self.step)]
+        return "required" in used or ("optional" in used and _names_inputs(self.options))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        options, graph = self.options, self.options.graph
+        settings = ", ".join(f"{k}={v}" for k, v in asdict(self.step.settings).items())
+        rows = [
+            ("model", f"{self.source.path} (ONNX graph, {self.source.size_bytes / 1e6:.1f} MB)"),
+            *(("transform", step.algorithm.name) for step in self.transforms),
+            ("algorithm", self.step.algorithm.name + (f" ({settings})" if settings else "")),
+        ]
+        if self.targets is not None:
+            kind = "sym" if options.symmetric else "asym"
+            group = "one per row" if options.group_size == PER_CHANNEL else str(options.group_size)
+            other = sum(t.scheme != self._default for t in self.targets.values())
+            weights = sum(t.rows * t.columns for t in self.targets.values())
+            held = sorted({t.scheme.bits for t in self.targets.values()})
+            odd = [f"{b} bits lie in {container_bits(b)}-bit containers" for b in held if container_bits(b) != b]
+            rows += [
+                (
+                    "scheme",
+                    f"{options.weight_bits} bits, group size {group}, {kind}" + "".join(f"; {said}" for said in odd),
+                ),
+                ("encoding", graph.encoding or "nbits"),
+                (
+                    "matrices",
+                    f"{len(self.targets)}, {weights / 1e6:.2f} M weights"
+                    + (f" ({other} with another scheme)" if other else ""),
+                ),
+                *(("float", f"{name}: {why}") for name, why in (self.kept or {}).items()),
+            ]
+        fed = describe_feeds(options, self.model.graph) if self.calibrates else "none"
+        return [
+            *rows,
+            ("calibration", fed),
+            *([("estimated size", f"{self.size_bytes / 1e6:.1f} MB")] if self.targets is not None else []),
+            ("output", str(options.output)),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        plain: dict[str, Any] = {
+            "model": str(self.source.path),
+            "transforms": {step.algorithm.name: asdict(step.settings) for step in self.transforms},
+            "algorithm": self.step.algorithm.name,
+            "settings": asdict(self.step.settings),
+            "calibration": describe_feeds(self.options, self.model.graph) if self.calibrates else None,
+        }
+        if self.targets is not None:
+            plain |= {
+                "scheme": self._default.to_dict(),
+                "encoding": self.options.graph.encoding or "nbits",
+                "matrices": len(self.targets),
+                "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self._default},
+                "kept": dict(self.kept or {}),
+                "estimated_size_bytes": self.size_bytes,
+            }
+        return plain
+
+    @property
+    def _default(self) -> Scheme:
+        return Scheme(self.options.weight_bits, self.options.group_size, self.options.symmetric)
+
+
+def plan_graph(options: QuantizeOptions) -> GraphPlan:
+    """Opens the graph and settles the algorithm; `plan_weights` goes on where it rounds single weights.
+
+    Raises:
+        UsageError: options that do not apply to graphs, or exclude each other.
+        InputError: the graph cannot be read.
+    """
+    for spec in fields(options):
+        if spec.name in _IDLE and getattr(options, spec.name) != _unset(spec.name):
+            flag = "--" + spec.name.replace("_", "-")
+            raise UsageError(f"{flag} is for checkpoints, this is an ONNX graph", hint=_IDLE[spec.name])
+    if options.quantize_lm_head and not options.graph.quantize_last_matmul:
+        raise UsageError("--quantize-lm-head and --no-quantize-last-matmul exclude each other", hint="leave one out")
+    *transforms, step = resolve_steps(options, "onnx")
+    source, model = GraphSource.open(options.model)
+    if options.evaluate and source.genai_config is None:
+        raise UsageError(
+            f"--evaluate scores language models, {source.path} has no genai_config.json beside it",
+            hint="leave it out",
+        )
+    named = ",".join(s.algorithm.name for s in (*transforms, step))
+    return GraphPlan(source, model, step, replace(options, algorithm=named), tuple(transforms))
+
+
+def plan_weights(plan: GraphPlan) -> GraphPlan:
+    """Finds the matrices and refuses what cannot work, before anything is written.
+
+    Raises:
+        UsageError: schemes that neither the algorithm nor the encoding has, inputs that are missing or have no use.
+        InputError: a graph without weights, or quantized already.
+    """
+    options, graph, model, step = plan.options, plan.options.graph, plan.model, plan.step
+    encoding = _weight_encoding(graph)
+    if getattr(step.settings, "zero", "integer") == "float":
+        raise UsageError("zero=float does not apply to ONNX graphs, whose nodes hold whole zero points")
+    if getattr(step.settings, "zero", "integer") != "integer":
+        step = replace(step, settings=replace(step.settings, zero="integer"))
+    prepare(model)
+    found, kept = find_targets(
+        model.graph,
+        Selection(
+            graph.op_types or ("MatMul", "Gemm"),
+            graph.nodes_include,
+            (*graph.nodes_exclude, *options.exclude),
+            graph.quantize_last_matmul,
+        ),
+    )
+    if not found:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
+        raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
+    targets = {t.name: _scheme_target(t, options) for t in found}
+    for bits in sorted({t.scheme.bits for t in targets.values()}):
+        if bits not in step.algorithm.bits:
+            raise UsageError(f"{step.algorithm.name} does not make {bits} bits", hint="see `quantcli algorithms`")
+        refuse_opset(model.graph, encoding, bits)
+    saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
+    size = max(plan.source.size_bytes - saved, 0)
+    plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)
+    _refuse_inputs(plan)
+    return plan
+
+
+def _weight_encoding(graph: GraphOptions) -> str:
+    """The encoding; refuses what only graphs of integers have.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name in ("calibration_cache", "debug_activations", "exclude_worst"):
+        if getattr(graph, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is for activations, only weights are quantized here", hint="use -a static")
+    if graph.encoding == "qoperator":
+        raise UsageError("weights alone have no operators on integers", hint="use --encoding nbits, or -a static")
+    for name in graph.op_types:
+        if name not in GRAPH_OP_TYPES:
+            raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+    return graph.encoding or "nbits"
+
+
+def _stored_bytes(model: Model, name: str) -> int:
+    stored = model.graph.initializers[name].const_value
+    return stored.nbytes if stored is not None else 0
+
+
+def _refuse_inputs(plan: GraphPlan) -> None:
+    options = plan.options
+    if plan.calibrates:
+        refuse_feeds(options, plan.model.graph, plan.source)
+    elif _names_inputs(options) or options.calibration != CalibrationOptions():
+        who = "preset fast" if options.preset == "fast" else plan.step.algorithm.name
+        raise UsageError(f"{who} uses no calibration inputs here", hint="leave them out, or use -a gptq")
+    read = plan.calibrates and reads_text(options, plan.model.graph)
+    if options.trust_remote_code and not (read or options.evaluate):
+        raise UsageError("--trust-remote-code is for tokenizers, none is read here", hint="leave it out")
+
+
+def _names_inputs(options: QuantizeOptions) -> bool:
+    text = options.calibration
+    given = options.graph.calibration_inputs or options.graph.user_script
+    return bool(given or text.data or text.data_name)
+
+
+def _unset(name: str) -> Any:
+    spec = next(f for f in fields(QuantizeOptions) if f.name == name)
+    return spec.default_factory() if callable(spec.default_factory) else spec.default
+
+
+def _scheme_target(target: GraphTarget, options: QuantizeOptions) -> Target:
+    """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
+    bits, size, symmetric = options.weight_bits, options.group_size, options.symmetric
+    names = [target.name, *(use.node.name or "" for use in target.uses)]
+    for override in options.overrides:
+        if any(override in options.matching(name) for name in names):
+            bits = bits if override.bits is None else override.bits
+            size = size if override.group_size is None else override.group_size
+            symmetric = symmetric if override.symmetric is None else override.symmetric
+    scheme = Scheme(bits, size, symmetric)
+    layout = plan_blocks(group_index(target.columns, scheme), scheme.bits)
+    stored = target.rows * layout.row_bytes
+    return Target(target.name, target.name, target.rows, target.columns, target.transposed, scheme, stored)

@@ -1,0 +1,205 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+import tiny
+from onnx_graphs import N, graph_model
+from quantcli.errors import InputError, UsageError
+from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.token_inputs import TokenFeeds
+from quantcli.options import CaptureOptions, GraphOptions, Override, QuantizeOptions
+from quantcli.pipelines import capture
+from quantcli.pipelines.quantize_graph import run
+
+WIDTH, OUT = 96, 40
+NODES = [
+    N("MatMul", "x a", "h", "first"),
+    N("Relu", "h", "r", "relu"),
+    N("Gemm", "r b bias", "g", "second", {"transB": 1}),
+    N("Relu", "g", "s", "relu2"),
+    N("Gemm", "s b bias", "t", "again", {"transB": 1}),
+    N("MatMul", "t c", "y", "head"),
+]
+
+
+def weights():
+    random = np.random.default_rng(0)
+    shapes = {"a": (WIDTH, WIDTH), "b": (WIDTH, WIDTH), "bias": (WIDTH,), "c": (WIDTH, OUT)}
+    return {n: (random.standard_normal(s) / WIDTH**0.5).astype(np.float32) for n, s in shapes.items()}
+
+
+def inputs(count, seed):
+    """Correlated inputs: a few directions carry most of the energy."""
+    random = np.random.default_rng(seed)
+    basis = np.random.default_rng(9).standard_normal((WIDTH, WIDTH)) * np.geomspace(3, 0.05, WIDTH)[:, None]
+    return (random.standard_normal((count, WIDTH)) @ basis / WIDTH**0.5).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one graph, its data file and a side file, and calibration inputs beside it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    model = graph_model(NODES, weights())
+    model.metadata_props["made by"] = "a test"
+    save_graph(model, source / "net.onnx")
+    (source / "labels.txt").write_text("one\ntwo\n")
+    (tmp_path / "inputs").mkdir()
+    for number in range(8):
+        np.savez(tmp_path / "inputs" / f"{number}.npz", x=inputs(64, number))
+    return source
+
+
+def quantize(folder, name="out", graph=None, **options):
+    output = folder.parent / name
+    chosen = {"algorithm": "rtn", "group_size": 32} | options
+    return run(QuantizeOptions(str(folder), output, graph=graph or GraphOptions(), **chosen))
+
+
+def outputs(path, x):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def error(folder, output):
+    x = inputs(256, 100)
+    wanted = outputs(folder / "net.onnx", x)
+    return float(np.linalg.norm(outputs(output / "model" / "net.onnx", x) - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "kquant", "hqq"])
+def test_without_data(algorithm, folder):
+    result = quantize(folder, algorithm=algorithm)
+    model = result.output / "model"
+    assert sorted(p.name for p in model.iterdir()) == ["labels.txt", "net.onnx", "net.onnx.data"]
+    graph = open_graph(model / "net.onnx")
+    assert graph.metadata_props["made by"] == "a test"
+    assert sum(n.op_type == "MatMulNBits" for n in graph.graph) == 4
+    assert [layer.name for layer in result.layers] == ["a", "b", "c"]
+    assert result.size_bytes < result.parent_size_bytes / 3
+    assert 0.01 < error(folder, result.output) < 0.25
+    manifest = json.loads((result.output / "quantcli.json").read_text())
+    assert (manifest["kind"], manifest["command"]) == ("onnx", "quantize")
+    assert manifest["options"]["graph"]["encoding"] == "nbits"
+    assert set(manifest["files"]) >= {"model/net.onnx", "model/net.onnx.data", "report.json"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_is_far_ahead_of_rtn(bits, folder):
+    graph = GraphOptions(calibration_inputs=folder.parent / "inputs")
+    rtn = error(folder, quantize(folder, "rtn", bits=bits).output)
+    kquant = error(folder, quantize(folder, "kquant", graph, bits=bits, algorithm="kquant").output)
+    gptq = error(folder, quantize(folder, "gptq", graph, bits=bits, algorithm="gptq").output)
+    best = error(folder, quantize(folder, "best", graph, bits=bits, algorithm=None, preset="best").output)
+    assert kquant < 0.95 * rtn
+    assert gptq < 0.7 * rtn
+    assert best < 1.05 * gptq
+
+
+def test_one_stage_after_the_other_gives_the_same_codes(folder):
+    """With memory for one Hessian at a time, the graph is run once per tensor."""
+    graph = GraphOptions(calibration_inputs=folder.parent / "inputs")
+    whole = quantize(folder, "whole", graph, algorithm="gptq")
+    staged = quantize(folder, "staged", graph, algorithm="gptq", max_memory=1)
+    for name in ("net.onnx", "net.onnx.data"):
+        assert (whole.output / "model" / name).read_bytes() == (staged.output / "model" / name).read_bytes()
+
+
+def test_both_encodings_agree(folder):
+    one = quantize(folder, "nbits", algorithm="kquant")
+    other = quantize(folder, "qdq", GraphOptions(encoding="qdq"), algorithm="kquant")
+    x = inputs(32, 5)
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    path = str(other.output / "model" / "net.onnx")
+    (found,) = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    np.testing.assert_allclose(found, outputs(one.output / "model" / "net.onnx", x), atol=1e-4)
+
+
+def test_selection_and_overrides(folder):
+    graph = GraphOptions(quantize_last_matmul=False, accuracy_level=4)
+    result = quantize(folder, graph=graph, overrides=(Override("^b$", bits=8),))
+    assert {layer.name: layer.bits for layer in result.layers} == {"a": 4, "b": 8}
+    assert result.kept == {"c": "a last product"}
+    nodes = [n for n in open_graph(result.output / "model" / "net.onnx").graph if n.op_type == "MatMulNBits"]
+    assert {n.attributes["accuracy_level"].as_int() for n in nodes} == {4}
+
+
+def test_a_file_alone(folder):
+    output = folder.parent / "alone"
+    run(QuantizeOptions(str(folder / "net.onnx"), output, algorithm="rtn"))
+    assert sorted(p.name for p in (output / "model").iterdir()) == ["net.onnx", "net.onnx.data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "graph", "message"),
+    [
+        ({"algorithm": "gptq"}, {}, "calibration inputs are needed: the graph's inputs are x"),
+        ({"algorithm": "rtn"}, {"calibration_inputs": Path("x")}, "rtn uses no calibration inputs"),
+        ({"algorithm": "nf4"}, {}, "nf4 does not apply"),
+        ({"algorithm": "awq,gptq"}, {}, "awq does not apply"),
+        ({"format": "gptq"}, {}, "--format is for checkpoints"),
+        ({"algorithm": "hqq", "settings": {"zero": "float"}}, {}, "zero=float does not apply"),
+        ({"bits": 2}, {"encoding": "qdq"}, "needs opset 25"),
+    ],
+)
+def test_what_does_not_apply_is_refused(options, graph, message, folder):
+    with pytest.raises(UsageError, match=message):
+        quantize(folder, graph=GraphOptions(**graph), **options)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["inputs", "source"]
+
+
+def test_bad_input(folder):
+    broken = folder.parent / "broken"
+    broken.mkdir()
+    with pytest.raises(InputError, match="0 ONNX graphs"):
+        quantize(broken)
+    (broken / "net.onnx").write_bytes(b"no graph")
+    with pytest.raises(InputError, match="is not an ONNX graph"):
+        quantize(broken)
+    save_graph(ir.Model(graph_model([N("Relu", "x", "y", "r")], {}).graph, ir_version=10), broken / "net.onnx")
+    with pytest.raises(InputError, match="has no weight to quantize"):
+        quantize(broken)
+    (folder.parent / "inputs" / "0.npz").write_bytes(b"PK no archive")
+    with pytest.raises(InputError, match=r"0\.npz is not an \.npz file"):
+        quantize(folder, graph=GraphOptions(calibration_inputs=folder.parent / "inputs"), algorithm="gptq")
+    data = folder / "net.onnx.data"
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(InputError, match="which is shorter"):
+        quantize(folder)
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("exporter", ["genai", "torch"])
+def test_a_captured_language_model(exporter, tmp_path):
+    """Its graph, cache and custom operators included, is quantized with statistics of tokens, and still generates."""
+    tiny.checkpoint(tmp_path / "m", tie_word_embeddings=False)
+    capture.run(CaptureOptions(str(tmp_path / "m"), tmp_path / "float", exporter=exporter))
+    source = tmp_path / "float" / "model"
+    rows = torch.randint(0, tiny.VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "inputs").mkdir()
+    decoder = json.loads((source / "genai_config.json").read_text())["model"]["decoder"]
+    feeds = TokenFeeds(open_graph(source / "model.onnx").graph, rows, axes={"kv_cache_dim": decoder["head_size"]})
+    for number, feed in enumerate(feeds):
+        np.savez(tmp_path / "inputs" / f"{number}.npz", **feed)
+    graph = GraphOptions(
+        op_types=("MatMul", "Gather"), quantize_last_matmul=False, calibration_inputs=tmp_path / "inputs"
+    )
+    result = run(QuantizeOptions(str(tmp_path / "float"), tmp_path / "q", algorithm="gptq", group_size=32, graph=graph))
+    assert all(layer.relative_error < layer.rtn_relative_error for layer in result.layers if layer.tokens)
+    assert sum(layer.tokens == 0 for layer in result.layers) == 1  # the embedding, a table
+    assert {p.name for p in source.iterdir()} == {p.name for p in (tmp_path / "q" / "model").iterdir()}
+    import onnxruntime_genai as og
+
+    model = og.Model(str(tmp_path / "q" / "model"))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=12, min_length=12)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([[1, 2, 3]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert len(generator.get_sequence(0)) == 12
