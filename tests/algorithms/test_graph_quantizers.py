@@ -202,7 +202,7 @@ def test_what_may_stand_before_graph_quantizers():
     assert find_chain("static") == [ALGORITHMS["static"]]
     assert find_chain("smoothquant,dynamic") == [ALGORITHMS["smoothquant"], ALGORITHMS["dynamic"]]
     assert find_chain("smoothquant")[-1] is ALGORITHMS["static"]
-    with pytest.raises(UsageError, match="awq is for checkpoints, nothing of it reaches static"):
+    with pytest.raises(UsageError, match="awq is for weights that are rounded one by one, static takes a whole graph"):
         find_chain("awq,static")
     with pytest.raises(UsageError, match="static rounds, nothing can follow it"):
         find_chain("static,gptq")

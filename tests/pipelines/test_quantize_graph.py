@@ -141,7 +141,8 @@ def test_a_file_alone(folder):
         ({"algorithm": "gptq"}, {}, "calibration inputs are needed: the graph's inputs are x"),
         ({"algorithm": "rtn"}, {"calibration_inputs": Path("x")}, "rtn uses no calibration inputs"),
         ({"algorithm": "nf4"}, {}, "nf4 does not apply"),
-        ({"algorithm": "awq,gptq"}, {}, "awq does not apply"),
+        ({"algorithm": "awq,gptq"}, {}, "calibration inputs are needed"),
+        ({"algorithm": "quarot,gptq"}, {}, "quarot does not apply"),
         ({"format": "gptq"}, {}, "--format is for checkpoints"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}}, {}, "zero=float does not apply"),
         ({"bits": 2}, {"encoding": "qdq"}, "needs opset 25"),
@@ -203,3 +204,36 @@ def test_a_captured_language_model(exporter, tmp_path):
     while not generator.is_done():
         generator.generate_next_token()
     assert len(generator.get_sequence(0)) == 12
+
+
+NORMED = [
+    N("LayerNormalization", "x gain", "n", "norm"),
+    N("MatMul", "n a", "h", "first"),
+    N("Relu", "h", "r", "relu"),
+    N("MatMul", "r b", "y", "second"),
+]
+
+
+def test_awq_scales_and_is_better_without_more_bits(tmp_path):
+    """Some channels are much larger than others, as in language models."""
+    source, random = tmp_path / "source", np.random.default_rng(1)
+    source.mkdir()
+    (tmp_path / "inputs").mkdir()
+    gain = np.exp(random.standard_normal(WIDTH) * 1.5).astype(np.float32)
+    save_graph(graph_model(NORMED, {"gain": gain, "a": weights()["a"] / 10, "b": weights()["c"]}), source / "net.onnx")
+    for number in range(4):
+        np.savez(tmp_path / "inputs" / f"{number}.npz", x=inputs(128, number))
+    graph = GraphOptions(calibration_inputs=tmp_path / "inputs")
+    plain = quantize(source, "plain", graph, bits=3, algorithm="kquant")
+    found = {"kquant": error(source, plain.output)}
+    found["rtn"] = error(source, quantize(source, "rtn", bits=3).output)
+    for name in ("awq,rtn", "awq", "awq,gptq"):
+        result = quantize(source, name, graph, bits=3, algorithm=name)
+        assert {layer.name: layer.scaled for layer in result.layers} == {"a": True, "b": True}
+        assert result.size_bytes == plain.size_bytes
+        found[name] = error(source, result.output)
+        manifest = json.loads((result.output / "quantcli.json").read_text())
+        assert manifest["options"]["algorithm"] == ("awq,kquant" if name == "awq" else name)
+    assert found["awq,rtn"] < 0.9 * found["rtn"]
+    assert found["awq"] < found["kquant"]
+    assert found["awq,gptq"] < 0.8 * found["awq"], found

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs: `--help` answers at once.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -196,6 +197,7 @@ def _keep_libraries_quiet(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if not verbose:
+        logging.getLogger("onnx_ir").setLevel(logging.WARNING)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

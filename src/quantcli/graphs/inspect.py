@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from quantcli.graphs.files import open_graph
+from quantcli.graphs.rewrite import BITS_KEY
 from quantcli.tensors.inventory import WeightRecord
 
 __all__ = ["graph_records"]
@@ -45,7 +46,8 @@ def graph_records(path: Path) -> list[WeightRecord]:
         bits = _bits(node, codes)
         count = _parameters(node, codes, bits)
         size = sum(p.nbytes for p in parts)
-        records.append(WeightRecord(node.name or str(values[0].name), bits, True, count, size))
+        held = int(node.metadata_props.get(BITS_KEY, bits))
+        records.append(WeightRecord(node.name or str(values[0].name), held, True, count, size))
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is None or name in seen or tensor.dtype not in _FLOATS or any(t in name for t in _TABLES):

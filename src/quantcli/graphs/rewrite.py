@@ -1,6 +1,6 @@
 """Puts quantized matrices in the place of the float ones: same inputs, same outputs, nothing left over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -12,7 +12,10 @@ from quantcli.graphs.rows import Rows
 from quantcli.graphs.walk import GraphTarget
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["refuse_opset", "replace_matrices"]
+__all__ = ["BITS_KEY", "note_bits", "refuse_opset", "replace_matrices"]
+
+BITS_KEY = "quantcli.bits"
+"""Metadata of a node whose codes have fewer bits than their container."""
 
 
 def refuse_opset(graph: ir.Graph, encoding: str, bits: int) -> None:
@@ -56,3 +59,19 @@ def replace_matrices(
     placements = Rewriter(graph, ledger, read, accuracy_level).run()  # type: ignore[arg-type]
     graph.sort()
     return placements
+
+
+def note_bits(graph: ir.Graph, placements: Sequence[Placement], bits: Mapping[str, int]) -> None:
+    """Notes at a node how many bits its codes have, where the container has more: what `graphs.inspect` reads.
+
+    Args:
+        graph: As `replace_matrices` left it.
+        placements: What it returned.
+        bits: Of each matrix by name.
+    """
+    for placement in placements:
+        held = max(bits[part.name] for part in placement.ranges)
+        if held == container_bits(held):
+            continue
+        for node, _ in graph.initializers[placement.weight].uses():
+            node.metadata_props[BITS_KEY] = str(held)

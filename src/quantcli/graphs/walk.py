@@ -21,9 +21,24 @@ from quantcli.errors import InputError
 from quantcli.options import GRAPH_OP_TYPES
 from quantcli.tensors.finite import all_finite
 
-__all__ = ["GraphTarget", "Selection", "WeightUse", "find_targets", "prepare", "read_matrix", "weight_uses"]
+__all__ = [
+    "FLOATS",
+    "GraphTarget",
+    "Selection",
+    "WeightUse",
+    "find_targets",
+    "prepare",
+    "read_matrix",
+    "stored_weight",
+    "weight_uses",
+]
 
-_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""Types of weights that can be quantized."""
+# parts of names that say nothing about a matrix: exporters' numbers, and the operators that read it
+_NAMELESS = re.compile(
+    r"(onnx::|node_|_)?(weight|kernel|val|MatMul|Gemm|Gather|Conv|Transpose|Constant)?(_?\d+)*(_quantized)?", re.I
+)
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
 
@@ -52,6 +67,15 @@ class GraphTarget:
     """Whether the initializer is [K, N]."""
     uses: tuple[WeightUse, ...]
     """Its nodes."""
+
+    @property
+    def kind(self) -> str:
+        """What it is called in every block, for tables: `q_proj` of `model.layers.0.attn.q_proj.MatMul.weight`."""
+        for name in (self.name, self.uses[0].node.name or ""):
+            parts = [p for p in re.split(r"[./]", name) if p and not _NAMELESS.fullmatch(p)]
+            if parts:
+                return parts[-1]
+        return self.uses[0].node.op_type
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -119,10 +143,10 @@ def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarge
     for node in graph:
         if node.op_type not in GRAPH_OP_TYPES:
             continue
-        for value in map(_stored, node.inputs[:2]):
+        for value in map(stored_weight, node.inputs[:2]):
             if value is None or value.const_value is None or str(value.name) in targets or str(value.name) in kept:
                 continue
-            if value.const_value.dtype not in (*_DTYPES, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
+            if value.const_value.dtype not in (*FLOATS, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
                 continue  # indexes and shapes
             found = _target(graph, value, selection, last)
             if isinstance(found, GraphTarget):
@@ -176,7 +200,7 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
 def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir.Node]) -> GraphTarget | str:
     stored = value.const_value
     assert stored is not None
-    if stored.dtype not in _DTYPES:
+    if stored.dtype not in FLOATS:
         return f"its type {stored.dtype} is neither float32 nor float16"
     if value.is_graph_output():
         return "it is an output of the graph"
@@ -216,10 +240,10 @@ def _last_products(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _is_product(node: ir.Node) -> bool:
-    return node.op_type in ("MatMul", "Gemm") and _stored(node.inputs[1]) is not None
+    return node.op_type in ("MatMul", "Gemm") and stored_weight(node.inputs[1]) is not None
 
 
-def _stored(value: ir.Value | None) -> ir.Value | None:
+def stored_weight(value: ir.Value | None) -> ir.Value | None:
     """The initializer that a value is, or is the transpose of."""
     if value is None:
         return None

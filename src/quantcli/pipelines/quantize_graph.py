@@ -6,32 +6,25 @@ activations too, run in `graph.whole`.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.algorithms import Step, find
-from quantcli.data.graph_inputs import Samples
 from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.blocks import container_bits
-from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
-from quantcli.graphs.files import Graph, Model, open_graph, save_graph
+from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.nbits import Placement
-from quantcli.graphs.rewrite import replace_matrices
+from quantcli.graphs.rewrite import note_bits, replace_matrices
 from quantcli.graphs.verify import verify_weights
-from quantcli.graphs.walk import GraphTarget, read_matrix
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
-from quantcli.pipelines.graph.feeds import open_feeds
+from quantcli.pipelines.graph.feeds import context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
+from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
-from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Target
+from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
 from quantcli.progress import Progress, Silent
-from quantcli.tensors.hessian import Statistics
-from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["run"]
 
@@ -62,8 +55,13 @@ def _evaluate(plan: GraphPlan, progress: Progress) -> Any:
     from quantcli.options import EvaluateOptions
     from quantcli.pipelines import evaluate
 
-    trusted = plan.options.trust_remote_code
-    asked = EvaluateOptions(str(plan.options.output), str(plan.source.folder), trust_remote_code=trusted)
+    longest = context_length(plan.source)
+    asked = EvaluateOptions(
+        str(plan.options.output),
+        str(plan.source.folder),
+        seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
+        trust_remote_code=plan.options.trust_remote_code,
+    )
     return evaluate.run(asked, progress)
 
 
@@ -73,11 +71,15 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
     targets = dict(plan.targets or {})
     with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
         feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
-        results, reports = _solve(model, source.folder, plan.found, targets, plan.step, feeds, options, progress)
+        memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
+        held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and options.preset == "best" and len(feeds) > 1 else 0
+        scaling = plan.transforms[0] if plan.transforms else None
+        work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling)
+        results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         graph = options.graph
-        placements = replace_matrices(
-            model, plan.found, results.__getitem__, graph.encoding or "nbits", graph.accuracy_level
-        )
+        encoding = graph.encoding or "nbits"
+        placements = replace_matrices(model, plan.found, results.__getitem__, encoding, graph.accuracy_level)
+        note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
         written = partial.model / source.path.name
         save_graph(model, written)
         progress.note("comparing every weight of the graph with what was computed")
@@ -86,7 +88,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         spare = sum(t.rows * t.columns * (container_bits(t.scheme.bits) - t.scheme.bits) for t in targets.values())
         result = GraphResult(
             output=options.output,
-            layers=reports,
+            layers=[replace(r, kind=t.kind) for r, t in zip(reports, plan.found, strict=True)],
             kept=dict(plan.kept or {}),
             size_bytes=0,
             parent_size_bytes=0,
@@ -105,59 +107,3 @@ def _stored_bytes(written: Path, placements: Sequence[Placement]) -> int:
     names = {name for p in placements for name in (p.weight, p.scales, p.zeros) if name}
     tensors = [initializers[name].const_value for name in names]
     return sum(t.nbytes for t in tensors if t is not None)
-
-
-def _solve(
-    model: Model,
-    folder: Path,
-    found: Sequence[GraphTarget],
-    targets: Mapping[str, Target],
-    step: Step,
-    feeds: Samples | None,
-    options: QuantizeOptions,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
-    """Stage by stage: moments of the stage's tensors, then every matrix whose inputs have all been seen."""
-    results: dict[str, QuantizedTensor] = {}
-    reports: dict[str, LayerReport] = {}
-    by_inputs: dict[tuple[str, ...], list[GraphTarget]] = defaultdict(list)
-    for target in found:
-        by_inputs[target.inputs if feeds is not None else (target.name,)].append(target)
-    widths = {name: t.columns for t in found for name in t.inputs}
-    stages = stages_of(widths, options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES) if feeds else [[]]
-    seen: dict[str, InputMoments] = {}
-    holds_out = feeds is not None and options.preset == "best" and len(feeds) > 1
-    with progress.track("Quantizing", len(found)) as task:
-        for stage in stages:
-            if feeds is not None:
-                held = min(HELD_OUT_SHARE, len(feeds)) if holds_out else 0
-                seen |= collect_moments(model, folder, {name: widths[name] for name in stage}, feeds, held)
-            for inputs in [key for key in by_inputs if feeds is None or set(key) <= set(seen)]:
-                members = by_inputs.pop(inputs)
-                statistics = combine([seen[name] for name in inputs]) if feeds is not None else None
-                made, said = _solve_together(model.graph, members, targets, step, statistics, progress)
-                results |= made
-                reports |= {report.name: report for report in said}
-                for target in members:
-                    task.advance(detail=target.name)
-            waiting = {name for key in by_inputs for name in key}
-            seen = {name: moments for name, moments in seen.items() if name in waiting}
-    return results, [reports[t.name] for t in found]
-
-
-def _solve_together(
-    graph: Graph,
-    members: Sequence[GraphTarget],
-    targets: Mapping[str, Target],
-    step: Step,
-    statistics: Statistics | None,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
-    algorithm, settings = step.algorithm, step.settings
-    if statistics is None and algorithm.calibration == "required":
-        algorithm = find("kquant")
-        settings = algorithm.options()
-        why = "no calibration input reaches it" if members[0].inputs else "it is a table, which has no input"
-        progress.warn(f"{members[0].name} is quantized by kquant, without data: {why}")
-    weights = {t.name: read_matrix(graph, t) for t in members}
-    return solve_linears([targets[t.name] for t in members], weights, algorithm, settings, statistics)

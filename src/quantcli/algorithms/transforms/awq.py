@@ -150,5 +150,6 @@ ALGORITHM = Algorithm(
     calibration="required",
     options=AwqOptions,
     run=find_scale,
+    inputs=("checkpoint", "onnx"),
     then="kquant",
 )

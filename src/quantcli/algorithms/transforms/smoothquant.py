@@ -1,8 +1,8 @@
 """SmoothQuant: divide the channels of activations by factors, and multiply the weights that read them by the same.
 
 Guangxuan Xiao et al. (https://arxiv.org/abs/2211.10438). A few channels of a transformer's activations are a hundred
-times as large as the rest, and one scale per tensor leaves the rest few codes. s[k] = a[k]^alpha / w[k]^(1 - alpha) hands
-that on to the weights, which have room for it; the float function stays.
+times as large as the rest, and one scale per tensor leaves the rest few codes. s[k] = a[k]^alpha / w[k]^(1 - alpha)
+hands that on to the weights, which have room for it; the float function stays.
 
 Symbols: X [T, K] rows of an activation; W [K, N] weight; a [K] largest |X| of each channel, w [K] largest |W|; s [K].
 
@@ -154,6 +154,6 @@ ALGORITHM = Algorithm(
     run=smooth_graph,
     inputs=("onnx",),
     formats=("qdq", "qoperator"),
-    scope="model",
+    scope="graph",
     then="static",
 )

@@ -1,8 +1,6 @@
-"""What a graph is run on to gather statistics: arrays or images from files, samples of a user's function, or text where
-it is a language model's graph.
-"""
+"""What a graph is run on to gather statistics: files, a user's function, or text for a language model's graph."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from quantcli.data.calibration import calibration_rows
 from quantcli.data.graph_inputs import Samples, npz_samples, script_samples
@@ -15,7 +13,15 @@ from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
 
-__all__ = ["describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
+__all__ = ["Feeds", "context_length", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
+
+
+class Feeds(Protocol):
+    """Batches by input name, read anew each time."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Any: ...
 
 
 def reads_text(options: QuantizeOptions, graph: Graph) -> bool:
@@ -50,7 +56,7 @@ def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) ->
         )
     if calibration.data == SELF:
         raise UsageError("--data self is for checkpoints: a graph does not write its own text", hint="use --data FILE")
-    longest = _decoder(source, "context_length", under=())
+    longest = context_length(source)
     if longest is not None and calibration.seq_len > longest:
         raise UsageError(
             f"--seq-len {calibration.seq_len} is more than the {longest} positions of {source.folder}",
@@ -99,6 +105,11 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     known = {name: length for name, length in axes.items() if length is not None}
     feeds = TokenFeeds(graph, rows.tokens, calibration.batch_size, known)
     return Samples(specs, lambda: ((feed, f"batch {number} of text") for number, feed in enumerate(feeds)))
+
+
+def context_length(source: GraphSource) -> int | None:
+    """Tokens that a language model's graph takes; None where its folder does not say."""
+    return _decoder(source, "context_length", under=())
 
 
 def _decoder(source: GraphSource, key: str, under: tuple[str, ...] = ("decoder",)) -> int | None:
