@@ -188,7 +188,8 @@ class GraphOptions:
     """An .npz file or a folder of them, arrays named as the graph's inputs, rows along the first axis; or, with
     --image-spec, a folder of images. Language models need none: text is made into their inputs."""
     image_spec: str | None = None
-    """How images become inputs, as size=224x224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,layout=nchw,order=rgb."""
+    """How images become inputs: size=224x224, and after commas mean=0.5/0.5/0.5, std=0.2/0.2/0.2 (per channel or one
+    for all), scale=0.0039 (of the pixels, before that), layout=nchw or nhwc, order=rgb, bgr or gray."""
     user_script: Path | None = None
     """A Python file with a function that returns samples; it is run."""
     data_function: str | None = None

@@ -87,6 +87,12 @@ GIVEN = {
         "graph.nodes_exclude": (["--nodes-exclude", "a.*"], ("a.*",)),
         "graph.quantize_last_matmul": (["--no-quantize-last-matmul"], False),
         "graph.calibration_inputs": (["--calibration-inputs", "x"], Path("x")),
+        "graph.image_spec": (["--calibration-inputs", "x", "--image-spec", "size=8x8"], "size=8x8"),
+        "graph.user_script": (["--user-script", "s.py", "--data-function", "f"], Path("s.py")),
+        "graph.data_function": (["--user-script", "s.py", "--data-function", "f"], "f"),
+        "graph.calibration_cache": (["--calibration-cache", "c.json"], Path("c.json")),
+        "graph.debug_activations": (["--debug-activations"], True),
+        "graph.exclude_worst": (["--exclude-worst", "2"], 2),
     },
     "capture-onnx-graph": {
         "model": (["--model", "other"], "other"),

@@ -46,8 +46,8 @@ class Samples:
         self._rest = self._open()
 
     def __iter__(self) -> Iterator[Feed]:
-        for feed, origin in self._open():
-            yield check_feed(self._specs, feed, origin)
+        self.rewind()
+        return iter(self.get_next, None)
 
     def __len__(self) -> int:
         """How many there are; the source is read once for it."""
