@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantcli.cli.aliases import ALIASES, Refused, Rename, Switch, Words
+from quantcli.algorithms import find_chain, make_steps
+from quantcli.cli.aliases import ALIASES, Each, Refused, Rename, Switch, Words
 from quantcli.cli.app import COMMANDS, build, parse
 from quantcli.errors import UsageError
 
@@ -147,7 +148,7 @@ def test_every_alias_leads_to_a_flag_that_exists():
         known = {o for p in build().commands[name].params for o in (*p.opts, *p.secondary_opts)}
         for theirs, alias in table.items():
             match alias:
-                case Words(to):
+                case Words(to) | Each(to):
                     targets = [to]
                 case Switch(on, off):
                     targets = [words[0] for words in (on, off) if words]
@@ -221,5 +222,42 @@ def test_quarot_with_bits_of_activations_and_cache():
     ],
 )
 def test_quarot_configurations_that_contradict_themselves(words, message):
+    with pytest.raises(UsageError, match=message):
+        quantize(words)
+
+
+def test_arguments_of_weight_only_quantization_elsewhere(capsys):
+    made = quantize(
+        "-a gptq --weight_bits 4 --weight_group_size 32 --weight_sym sym --accuracy_level 4 --percdamp 0.05 "
+        "--mse False --actorder False --block_size 64 --perchannel True --providers CPUExecutionProvider --layer_wise_quant True "
+        "--quant_last_matmul False --nodes_to_exclude a,b c --op_types_to_quantize MatMul Gather --weight_dtype int"
+    )
+    assert (made.bits, made.group_size, made.symmetric) == (4, 32, True)
+    assert made.settings == {"damp_percent": "0.05", "grid": "minmax", "order": "none", "block_size": "64"}
+    assert make_steps(find_chain("gptq"), made.settings)[0].settings.block_size == 64
+    graph = made.graph
+    assert (graph.accuracy_level, graph.quantize_last_matmul) == (4, False)
+    assert (graph.nodes_exclude, graph.op_types) == (("a,b", "c"), ("MatMul", "Gather"))
+    said = capsys.readouterr().err
+    assert "note: --block_size is how many columns gptq takes at a time; those that share a scale: --group-size" in said
+    assert "note: --providers has nothing to do: graphs are run on the CPU" in said
+    assert quantize("-a awq --enable_auto_scale True --enable_mse_search True").algorithm == "awq"
+    assert quantize("--use_qdq_encoding").graph.encoding == "qdq"
+    assert quantize("--actorder True --mse True").settings == {"order": "static", "grid": "weighted"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--ratios 0.9", "ranges are searched for each group"),
+        ("--perchannel False", "every row has scales of its own"),
+        ("--enable_auto_scale False", "leave awq out"),
+        ("--enable_mse_search False", "-a awq,rtn does not"),
+        ("--providers CUDAExecutionProvider", "graphs are run on the CPU"),
+        ("--percdamp", "--percdamp needs a value"),
+        ("--weight_sym both", "unknown --weight_sym 'both'"),
+    ],
+)
+def test_arguments_elsewhere_that_ask_for_what_is_not_here(words, message):
     with pytest.raises(UsageError, match=message):
         quantize(words)

@@ -34,6 +34,21 @@ class Words:
 
 
 @dataclass(frozen=True)
+class Each:
+    """A flag that took several words; ours is given once for each."""
+
+    to: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag that is an option of an algorithm here."""
+
+    key: str
+    said: str
+
+
+@dataclass(frozen=True)
 class Switch:
     """A flag that is bare or carries True or False."""
 
@@ -67,7 +82,7 @@ class Refused:
     hint: str | None = None
 
 
-Alias = Rename | Words | Switch | Rounder | Dropped | Refused
+Alias = Rename | Words | Each | Setting | Switch | Rounder | Dropped | Refused
 
 _BITS = {f"{sign}int{bits}": ("--bits", str(bits)) for bits in range(1, 9) for sign in ("", "u")}
 _SHOWN = 5
@@ -93,6 +108,32 @@ _CHECKPOINT: dict[str, Alias] = {
     "--test": Refused("there is no test mode", "try a small model, or --dry-run"),
 }
 
+_TRUE, _EITHER = ("True", "true"), ("True", "true", "False", "false")
+# arguments of weight-only quantization of ONNX graphs in other tools
+_GRAPHS: dict[str, Alias] = {
+    "--weight_dtype": Dropped("codes are integers; -a nf4 and fp4 are not", value=True, only=("int",)),
+    "--weight_bits": Rename("--bits"),
+    "--weight_group_size": Rename("--group-size"),
+    "--weight_sym": Rename("", {"sym": ("--sym",), "asym": ("--asym",)}, only=True),
+    "--is_symmetric": Switch(("--sym",), ("--asym",)),
+    "--quant_last_matmul": Switch(("--quantize-last-matmul",), ("--no-quantize-last-matmul",)),
+    "--op_types_to_quantize": Words("--op-types"),
+    "--nodes_to_include": Each("--nodes-include"),
+    "--nodes_to_exclude": Each("--nodes-exclude"),
+    "--providers": Dropped("graphs are run on the CPU", value=True, only=("CPUExecutionProvider",)),
+    "--layer_wise_quant": Dropped("matrices are always taken a few at a time", value=True, only=_EITHER),
+    "--ratios": Refused("ranges are searched for each group, not cut by fixed ratios", "use -a kquant"),
+    "--enable_auto_scale": Dropped("awq searches scales; leave awq out for none", value=True, only=_TRUE),
+    "--enable_mse_search": Dropped("kquant behind awq searches ranges; -a awq,rtn does not", value=True, only=_TRUE),
+    "--percdamp": Setting("damp_percent", ""),
+    "--block_size": Setting(
+        "block_size", "--block_size is how many columns gptq takes at a time; those that share a scale: --group-size"
+    ),
+    "--actorder": Switch(("--set", "order=static"), ("--set", "order=none")),
+    "--mse": Switch(("--set", "grid=weighted"), ("--set", "grid=minmax")),
+    "--perchannel": Dropped("every row has scales of its own", value=True, only=_TRUE),
+}
+
 ALIASES: dict[str, dict[str, Alias]] = {
     "quantize": {
         **_EVERYWHERE,
@@ -101,7 +142,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--precision": Rename("--bits", _BITS, only=True),
         "--act_precision": Refused("activations stay float here, only weights are quantized"),
         "--implementation": Dropped("the algorithms are our own", value=True, only=("olive",)),
-        "--use_qdq_encoding": Refused("a checkpoint holds packed codes, not ONNX nodes", "see capture-onnx-graph"),
+        "--use_qdq_encoding": Switch(("--encoding", "qdq"), ("--encoding", "nbits")),
         "-d": Rename("--data-name"),
         "--data_files": Rename("--data"),
         "--split": Rename("--data-split"),
@@ -113,6 +154,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--w_bits": Rename("--bits", {"16": ()}, follow="gptq"),
         "--w_rtn": Rounder("rtn", "gptq"),
         "--rotate": Dropped("quarot rotates", value=True, only=("True", "true")),
+        **_GRAPHS,
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
@@ -219,6 +261,10 @@ def describe(alias: Alias) -> str:
             return f"`-a quarot` becomes `-a quarot,{on}`; False: `-a quarot,{off}`"
         case Words(to):
             return f"{_code([to])}, several words joined by commas"
+        case Each(to):
+            return f"{_code([to])}, once for each word"
+        case Setting(key, _):
+            return f"`--set {key}=VALUE`"
         case Rename(to, words, _, follow):
             parts = [_code([to])] if to else []
             parts += [f"{word}: {_code(ours)}" for word, ours in list(words.items())[:_SHOWN]]
@@ -244,17 +290,21 @@ def _own_spelling(name: str, flags: Mapping[str, bool]) -> Alias | None:
 
 def _values(alias: Alias, following: Sequence[str]) -> list[str]:
     """The words after a flag that belong to it."""
-    if isinstance(alias, Words):
+    if isinstance(alias, Words | Each):
         end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
         return list(following[:end])
     if isinstance(alias, Switch | Rounder):
         return [following[0]] if following and following[0].lower() in ("true", "false") else []
-    takes_one = isinstance(alias, Rename) or (isinstance(alias, Dropped) and alias.value)
+    takes_one = isinstance(alias, Rename | Setting) or (isinstance(alias, Dropped) and alias.value)
     return list(following[:1]) if takes_one else []
 
 
 def _apply(
-    alias: Rename | Words | Switch | Dropped | Refused, name: str, values: list[str], command: str, notes: list[str]
+    alias: Rename | Words | Each | Setting | Switch | Dropped | Refused,
+    name: str,
+    values: list[str],
+    command: str,
+    notes: list[str],
 ) -> list[str]:
     match alias:
         case Refused(why, hint):
@@ -269,6 +319,13 @@ def _apply(
             return list(off if _is_false(name, values) else on)
         case Words(to):
             return [to, ",".join(w.strip(",") for w in values)] if values else [to]
+        case Each(to):
+            return [part for word in values for part in (to, word)] or [to]
+        case Setting(key, said):
+            if not values:
+                raise UsageError(f"{name} needs a value", hint=f"write {name} VALUE, or --set {key}=VALUE")
+            notes += [said] if said else []
+            return ["--set", f"{key}={values[0]}"]
         case Rename(to, words, only):
             if not values:
                 if to:
