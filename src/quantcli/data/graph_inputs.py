@@ -88,7 +88,7 @@ def _read_npz(file: Path) -> Feed:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{file} is no .npz file of plain arrays: {error}") from error
+        raise InputError(f"{file} is not an .npz file of plain arrays: {error}") from error
 
 
 def _batches(arrays: Feed, specs: Specs, rows: int) -> Iterator[Feed]:

@@ -77,7 +77,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling)
         results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         graph = options.graph
-        encoding = graph.encoding or "nbits"
+        encoding = str(graph.encoding)
         placements = replace_matrices(model, plan.found, results.__getitem__, encoding, graph.accuracy_level)
         note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
         written = partial.model / source.path.name

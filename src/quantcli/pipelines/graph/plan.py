@@ -87,7 +87,7 @@ class GraphPlan:
                     "scheme",
                     f"{options.weight_bits} bits, group size {group}, {kind}" + "".join(f"; {said}" for said in odd),
                 ),
-                ("encoding", graph.encoding or "nbits"),
+                ("encoding", str(graph.encoding)),
                 (
                     "matrices",
                     f"{len(self.targets)}, {weights / 1e6:.2f} M weights"
@@ -115,7 +115,7 @@ class GraphPlan:
         if self.targets is not None:
             plain |= {
                 "scheme": self._default.to_dict(),
-                "encoding": self.options.graph.encoding or "nbits",
+                "encoding": self.options.graph.encoding,
                 "matrices": len(self.targets),
                 "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self._default},
                 "kept": dict(self.kept or {}),
@@ -149,7 +149,8 @@ def plan_graph(options: QuantizeOptions) -> GraphPlan:
             hint="leave it out",
         )
     named = ",".join(s.algorithm.name for s in (*transforms, step))
-    return GraphPlan(source, model, step, replace(options, algorithm=named), tuple(transforms))
+    bits = options.bits if step.algorithm.kind == "graph" else options.weight_bits
+    return GraphPlan(source, model, step, replace(options, algorithm=named, bits=bits), tuple(transforms))
 
 
 def plan_weights(plan: GraphPlan) -> GraphPlan:
@@ -159,8 +160,11 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
         UsageError: schemes that neither the algorithm nor the encoding has, inputs that are missing or have no use.
         InputError: a graph without weights, or quantized already.
     """
-    options, graph, model, step = plan.options, plan.options.graph, plan.model, plan.step
+    model, step, graph = plan.model, plan.step, plan.options.graph
     encoding = _weight_encoding(graph)
+    graph = replace(graph, encoding=encoding, op_types=graph.op_types or ("MatMul", "Gemm"))
+    plan = replace(plan, options=replace(plan.options, graph=graph))
+    options = plan.options
     if getattr(step.settings, "zero", "integer") == "float":
         raise UsageError("zero=float does not apply to ONNX graphs, whose nodes hold whole zero points")
     if getattr(step.settings, "zero", "integer") != "integer":
@@ -169,7 +173,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     found, kept = find_targets(
         model.graph,
         Selection(
-            graph.op_types or ("MatMul", "Gemm"),
+            graph.op_types,
             graph.nodes_include,
             (*graph.nodes_exclude, *options.exclude),
             graph.quantize_last_matmul,

@@ -67,7 +67,9 @@ def plan_whole(plan: GraphPlan) -> GraphPlan:
         refuse_feeds(options, plan.model.graph, plan.source)
     elif not plan.calibrates and (graph.calibration_inputs is not None or graph.user_script is not None):
         raise UsageError(f"{algorithm.name} uses no calibration inputs", hint="leave them out, or use -a static")
-    return replace(plan, step=replace(plan.step, settings=_with_flags(plan)))
+    settings = _with_flags(plan)
+    resolved = replace(options, graph=replace(graph, encoding=getattr(settings, "encoding", None)))
+    return replace(plan, step=replace(plan.step, settings=settings), options=resolved)
 
 
 def _with_flags(plan: GraphPlan) -> Any:
