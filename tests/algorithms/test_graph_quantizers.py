@@ -132,7 +132,9 @@ def test_gemms_that_share_a_weight_stay_right(tmp_path):
     r = np.random.default_rng(0)
     b = small_graphs.Builder("n", 32)
     w = b.weight("w", r.normal(size=(32, 32)).astype(np.float32) / 6)
-    y = b.node("Gemm", [b.x, w], "h", "first", transB=1, alpha=0.5)
+    # the name that the split one's weight would have is taken
+    y = b.node("Gemm", [b.x, w], "h", "w", transB=1, alpha=0.5)
+    w.name = "w.weight"
     y = b.node("Gemm", [y, w, b.weight("c", r.normal(size=32).astype(np.float32))], "h2", "second", transB=1, alpha=0.5)
     source = b.save(tmp_path / "f.onnx", b.node("Gemm", [y, w], "y", "third"))
     ALGORITHMS["dynamic"].run(source, tmp_path / "q.onnx", ALGORITHMS["dynamic"].options())

@@ -143,8 +143,11 @@ def split_gemms(model: ir.Model, names: Collection[str]) -> int:
     return count
 
 
-def _new_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def _new_weight(graph: ir.Graph, stem: str, array: np.ndarray) -> ir.Value:
     array = np.ascontiguousarray(array)
+    name, count = stem, 0
+    while name in graph.initializers:
+        name, count = f"{stem}.{count}", count + 1
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
     graph.register_initializer(value)
