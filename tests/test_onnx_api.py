@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, matmul_nbits_quantizer
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, matmul_bnb4_quantizer, matmul_nbits_quantizer
 
 import quantcli.onnx
 from onnx_graphs import N, graph_model
@@ -126,6 +126,28 @@ def test_all_algorithms_take_bits_and_formats(tmp_path):
     assert found["KQuant"] < found["RTN"]
     assert found["GPTQ"] < 0.7 * found["RTN"]
     assert found["AWQ"] < 0.7 * found["RTN"]
+
+
+@pytest.mark.parametrize("name", ["NF4", "FP4"])
+def test_codebooks_equal_those_of_onnxruntime(name):
+    """Scales bit for bit, and codes but for the sign of FP4's zero."""
+    stored = []
+    for library in (matmul_bnb4_quantizer, OURS):
+        quantizer = library.MatMulBnb4Quantizer(
+            ir.to_proto(float_model()), getattr(OURS.MatMulBnb4Quantizer, name), 32, nodes_to_exclude=["head"]
+        )
+        quantizer.process()
+        graph = quantizer.model.model.graph
+        (node,) = [n for n in graph.node if n.op_type == "MatMulBnb4"]
+        arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        stored.append([{a.name: a.i for a in node.attribute if a.i}, *(arrays[name] for name in node.input[1:])])
+    theirs, ours = stored
+    assert {k: v for k, v in ours[0].items() if k in theirs[0]} == {k: v for k, v in theirs[0].items() if k in ours[0]}
+    np.testing.assert_array_equal(ours[2], theirs[2])
+    codes = [np.stack([packed >> 4, packed & 15]) for packed in (ours[1], theirs[1])]
+    if name == "FP4":
+        codes = [np.where(code == 8, 0, code) for code in codes]
+    np.testing.assert_array_equal(*codes)
 
 
 def test_nodes_by_name():

@@ -28,7 +28,7 @@ from quantcli.graphs.rewrite import refuse_opset, replace_matrices
 from quantcli.graphs.walk import Selection, find_targets, prepare
 from quantcli.options import GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
-from quantcli.pipelines.graph.plan import scheme_target
+from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.progress import Progress, Silent
 
@@ -39,6 +39,7 @@ __all__ = [
     "GPTQWeightOnlyQuantConfig",
     "HQQWeightOnlyQuantConfig",
     "KQuantWeightOnlyQuantConfig",
+    "MatMulBnb4Quantizer",
     "MatMulNBitsQuantizer",
     "RTNWeightOnlyQuantConfig",
     "WeightOnlyQuantConfig",
@@ -289,11 +290,14 @@ class MatMulNBitsQuantizer:
         graph = self._graph
         selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude)
         found, self.kept = find_targets(model.graph, selection)
+        codebook = step.algorithm.codebook
+        if codebook is not None:
+            found = [t for t in found if not lacks_codebook_blocks(model, t, self._options, self.kept)]
         if not found:
             raise InputError(
                 "the graph has no weight to quantize" + "".join(f"; {w}" for w in [*self.kept.values()][:1])
             )
-        targets = {t.name: scheme_target(t, self._options) for t in found}
+        targets = {t.name: scheme_target(t, self._options, codebook) for t in found}
         for bits in {t.scheme.bits for t in targets.values()}:
             if bits not in step.algorithm.bits:
                 raise UsageError(f"{step.algorithm.name} does not make {bits} bits")
@@ -311,6 +315,44 @@ class MatMulNBitsQuantizer:
             model, folder = open_graph(Path(self._source)), Path(self._source).parent
         prepare(model)
         return model, folder
+
+
+class MatMulBnb4Quantizer(MatMulNBitsQuantizer):
+    """NF4 or FP4 into MatMulBnb4, in the shape of onnxruntime's class of this name."""
+
+    FP4, NF4 = 0, 1
+
+    def __init__(
+        self,
+        model: onnx.ModelProto | str | Path,
+        quant_type: int,
+        block_size: int,
+        nodes_to_exclude: Iterable[str] | None = None,
+    ):
+        """Opens the graph; a ModelProto is not changed.
+
+        Args:
+            model: The float32 graph, or the path of its file.
+            quant_type: FP4 or NF4.
+            block_size: Columns that share a scale.
+            nodes_to_exclude: Names of nodes that stay float.
+
+        Raises:
+            UsageError: another type.
+            InputError: the file is no ONNX graph.
+        """
+        if quant_type not in (self.FP4, self.NF4):
+            raise UsageError(f"quant_type is {self.FP4} (FP4) or {self.NF4} (NF4), got {quant_type}")
+        config = _CodebookConfig("nf4" if quant_type == self.NF4 else "fp4")
+        super().__init__(model, block_size=block_size, nodes_to_exclude=nodes_to_exclude, algo_config=config)
+
+
+@dataclass
+class _CodebookConfig(WeightOnlyQuantConfig):
+    name: str
+
+    def chain(self) -> tuple[str, dict[str, Any]]:
+        return self.name, {}
 
 
 def _own(config: WeightOnlyQuantConfig, name: str, otherwise: Any) -> Any:

@@ -146,6 +146,15 @@ def test_codebooks_and_fractions(algorithm, settings, folder):
         assert graph.initializers["a.zeros"].dtype == ir.DataType.FLOAT
 
 
+def test_awq_with_nothing_to_scale_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_graph(graph_model([N("MatMul", "x a", "y", "n")], {"a": weights()["a"]}), source / "net.onnx")
+    np.savez(tmp_path / "0.npz", x=inputs(8, 0))
+    with pytest.raises(InputError, match="awq can scale none of the graph's 1 tensors"):
+        quantize(source, graph=GraphOptions(calibration_inputs=tmp_path / "0.npz"), algorithm="awq")
+
+
 def test_one_bit_and_kernels(tmp_path):
     """One bit with fractions as zero points; Conv as the graph's other operator, by QDQ."""
     source, random = tmp_path / "source", np.random.default_rng(2)

@@ -18,7 +18,7 @@ from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "plan_graph", "plan_weights", "scheme_target"]
+__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target"]
 
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
@@ -173,7 +173,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     codebook = step.algorithm.codebook
     if codebook is not None:
         _refuse_codebook(step, graph)
-        found = [t for t in found if not _lacks_codebook_blocks(model, t, options, kept)]
+        found = [t for t in found if not lacks_codebook_blocks(model, t, options, kept)]
         if not found:
             raise InputError(
                 f"MatMulBnb4 can hold none of the weights of {plan.source.path}: {next(iter(kept.values()))}"
@@ -236,7 +236,7 @@ def _refuse_codebook(step: Step, graph: GraphOptions) -> None:
         raise UsageError("MatMulBnb4 has float32 scales, double_quant does not apply", hint="leave it out")
 
 
-def _lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOptions, kept: dict[str, str]) -> bool:
+def lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOptions, kept: dict[str, str]) -> bool:
     """Whether MatMulBnb4 cannot hold a matrix; the reason is noted."""
     stored = model.graph.initializers[target.name].const_value
     if stored is not None and stored.dtype.name != "FLOAT":

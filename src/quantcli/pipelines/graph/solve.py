@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantcli.algorithms import Step, find
+from quantcli.errors import InputError
 from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
 from quantcli.graphs.files import Model
 from quantcli.graphs.folds import find_graph_folds
@@ -92,6 +93,12 @@ class _Solver:
             folds = find_graph_folds(work.model, work.found)
             self.scaling = GraphScaling(work.model.graph, work.scaling, folds)
             inputs = {name for t in work.found for name in t.inputs}
+            if not folds:
+                raise InputError(
+                    f"{work.scaling.algorithm.name} can scale none of the graph's {len(inputs)} tensors: what"
+                    " makes them cannot be divided",
+                    hint=f"use -a {work.step.algorithm.name}",
+                )
             progress.note(f"{work.scaling.algorithm.name} can scale {len(folds)} of {len(inputs)} tensors")
 
     def solve(self, members: Sequence[GraphTarget], seen: Sequence[InputMoments]) -> None:
