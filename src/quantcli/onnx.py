@@ -159,6 +159,8 @@ class GPTQWeightOnlyQuantConfig(WeightOnlyQuantConfig):
     """Search the range of each block under the Hessian's diagonal. Default: true."""
     perchannel: bool = True
     """Only true."""
+    layer_wise: bool = False
+    """Quantize in the order in which inputs flow: each matrix corrects the error of those before it."""
 
     def chain(self) -> tuple[str, dict[str, Any]]:
         """GPTQ with the settings that mean the same."""
@@ -302,7 +304,8 @@ class MatMulNBitsQuantizer:
             if bits not in step.algorithm.bits:
                 raise UsageError(f"{step.algorithm.name} does not make {bits} bits")
             refuse_opset(model.graph, graph.encoding, bits)
-        work = GraphWork(model, folder, found, targets, step, transforms[0] if transforms else None)
+        layer_wise = getattr(self.algo_config, "layer_wise", False)
+        work = GraphWork(model, folder, found, targets, step, transforms[0] if transforms else None, layer_wise)
         results, self.layers = solve_graph(work, feeds, self._progress, memory_bytes=_HESSIAN_BYTES)
         replace_matrices(model, found, results.__getitem__, graph.encoding, graph.accuracy_level)
         ir.external_data.load_to_model(model)  # what stays float belongs to the result, wherever that is saved

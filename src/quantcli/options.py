@@ -185,6 +185,9 @@ class GraphOptions:
     calibration_inputs: Path | None = None
     """An .npz file, or a folder of them: each file is one batch, its arrays are named as the graph's inputs.
     Language models need none: text is made into their inputs."""
+    layer_wise: bool = False
+    """Quantize in the order in which inputs flow: each matrix sees what the quantized ones before it made of them, and
+    gptq corrects their error. The graph is run once per step of that order."""
 
     def __post_init__(self) -> None:
         if self.encoding not in GRAPH_ENCODINGS:

@@ -26,7 +26,7 @@ _IDLE: Mapping[str, str] = {
     "mixed_bits": "give each matrix its bits by --override",
     "quantize_embeddings": "add Gather to --op-types",
     "format": "use --encoding nbits or qdq",
-    "correct_earlier": "leave it out",
+    "correct_earlier": "use --layer-wise",
     "dtype": "leave it out: what stays float keeps its type",
     "device": "leave it out: graphs are run on the CPU",
     "simulation": "leave it out",
@@ -199,6 +199,11 @@ def _stored_bytes(model: Model, name: str) -> int:
 
 def _refuse_inputs(plan: GraphPlan) -> None:
     options = plan.options
+    if options.graph.layer_wise and not plan.calibrates:
+        raise UsageError(
+            f"--layer-wise runs the graph on calibration inputs, {plan.step.algorithm.name} has none",
+            hint="leave it out, or use -a gptq",
+        )
     if plan.calibrates:
         refuse_feeds(options, plan.model.graph, plan.source)
     elif _names_inputs(options) or options.calibration != CalibrationOptions():
