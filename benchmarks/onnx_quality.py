@@ -5,7 +5,7 @@
 The demo model is captured as a float32 graph once. A cell is a method and a scheme: `quantcli quantize` on that graph,
 or onnxruntime's MatMulNBitsQuantizer on the same graph with the same calibration inputs, then `quantcli evaluate`
 against the float graph, each in a process of its own. It is kept in the results file as soon as it is measured, and
-measured once: an interrupted benchmark continues where it was. `--only` is searched in names such as "demo/gptq/8b g32".
+measured once: an interrupted benchmark continues where it was. `--only` is searched in names as "demo/gptq/8b g32".
 
 `checkpoint, gptq` quantizes the checkpoint on the same text and captures the result: what its graph costs and is worth.
 """
