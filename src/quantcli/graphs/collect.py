@@ -103,11 +103,11 @@ def levels_of(graph: ir.Graph, targets: Sequence[GraphTarget]) -> list[list[str]
             behind[value] = most + (node in products)
     names: dict[int, list[str]] = {}
     for node in (n for n in graph if n in products and n.op_type in ("MatMul", "Gemm")):
-        value = node.inputs[0]
-        assert value is not None
-        known = names.setdefault(behind.get(value, 0), [])
-        if str(value.name) not in known:
-            known.append(str(value.name))
+        read = node.inputs[0]
+        assert read is not None
+        known = names.setdefault(behind.get(read, 0), [])
+        if str(read.name) not in known:
+            known.append(str(read.name))
     return [names[level] for level in sorted(names)]
 
 
