@@ -28,7 +28,7 @@ PRESETS = ("fast", "balanced", "best")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 GRAPH_ENCODINGS = ("nbits", "qdq", "qoperator")
-GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather")
+GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather", "Conv")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
 MIXED_BITS = (2, 3, 4, 8)
@@ -176,8 +176,8 @@ class GraphOptions:
     accuracy_level: int = 0
     """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
     op_types: tuple[str, ...] = ()
-    """Operators to quantize, joined by commas: MatMul, Gemm, Gather (embeddings) where weights alone are quantized, all
-    that onnxruntime can with dynamic and static. Default: MatMul,Gemm; all with dynamic and static."""
+    """Operators to quantize, joined by commas: MatMul, Gemm, Gather (embeddings), Conv (with qdq) where weights alone
+    are quantized, what onnxruntime can with dynamic and static. Default: MatMul,Gemm; all with dynamic and static."""
     nodes_include: tuple[str, ...] = ()
     """Name or regular expression of nodes; given once or more, only these are quantized."""
     nodes_exclude: tuple[str, ...] = ()
@@ -200,6 +200,9 @@ class GraphOptions:
     """Compare float and integer graph node by node on the samples, the worst first; dynamic and static only."""
     exclude_worst: int = 0
     """Quantize again without so many nodes, those that lose most by their own rounding; dynamic and static only."""
+    layer_wise: bool = False
+    """Quantize in the order in which inputs flow: each matrix sees what the quantized ones before it made of them, and
+    gptq corrects their error. The graph is run once per step of that order."""
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.encoding not in GRAPH_ENCODINGS:

@@ -230,8 +230,8 @@ def test_arguments_of_weight_only_quantization_elsewhere(capsys):
     made = quantize(
         "-a gptq --weight_bits 4 --weight_group_size 32 --weight_sym sym --accuracy_level 4 --percdamp 0.05 "
         "--mse False --actorder False --block_size 64 --perchannel True --providers CPUExecutionProvider "
-        "--layer_wise_quant True "
-        "--quant_last_matmul False --nodes_to_exclude a,b c --op_types_to_quantize MatMul Gather --weight_dtype int"
+        "--layer_wise_quant True --quant_last_matmul False --nodes_to_exclude a,b c "
+        "--op_types_to_quantize MatMul Gather --weight_dtype int"
     )
     assert (made.bits, made.group_size, made.symmetric) == (4, 32, True)
     assert made.settings == {"damp_percent": "0.05", "grid": "minmax", "order": "none", "block_size": "64"}

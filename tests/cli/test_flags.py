@@ -86,6 +86,7 @@ GIVEN = {
         "graph.nodes_include": (["--nodes-include", "a,b", "--nodes-include", "c"], ("a,b", "c")),
         "graph.nodes_exclude": (["--nodes-exclude", "a.*"], ("a.*",)),
         "graph.quantize_last_matmul": (["--no-quantize-last-matmul"], False),
+        "graph.layer_wise": (["--layer-wise"], True),
         "graph.calibration_inputs": (["--calibration-inputs", "x"], Path("x")),
         "graph.image_spec": (["--calibration-inputs", "x", "--image-spec", "size=8x8"], "size=8x8"),
         "graph.user_script": (["--user-script", "s.py", "--data-function", "f"], Path("s.py")),

@@ -100,6 +100,30 @@ def test_gptq_is_far_ahead_of_rtn(bits, folder):
     assert best < 1.05 * gptq
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "awq,gptq"])
+def test_layer_wise_corrects_the_error_of_earlier_matrices(algorithm, folder):
+    """At 2 bits, where there is much of it. The first matrix has nothing before it; a norm lets awq scale."""
+    plain, layer_wise = (
+        GraphOptions(calibration_inputs=folder.parent / "inputs", layer_wise=on) for on in (False, True)
+    )
+    random = np.random.default_rng(5)
+    w = {n: (random.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5).astype(np.float32) for n in "abcd"}
+    nodes = [
+        N("LayerNormalization", "x gain", "n", "norm"),
+        *(N("MatMul", f"{x} {m}", f"{m}1", m) for x, m in zip(("n", "a1", "b1", "c1"), "abcd", strict=True)),
+    ]
+    model = graph_model(nodes, w | {"gain": np.ones(WIDTH, np.float32)}, outputs="d1")
+    save_graph(model, folder / "net.onnx")
+    one = quantize(folder, "plain", plain, bits=2, algorithm=algorithm)
+    other = quantize(folder, "layer-wise", layer_wise, bits=2, algorithm=algorithm)
+    assert error(folder, other.output) < 0.7 * error(folder, one.output)
+    graphs = [open_graph(r.output / "model" / "net.onnx").graph for r in (one, other)]
+    first, last = ([g.initializers[f"{n}.qweight"].const_value.numpy() for g in graphs] for n in "ad")
+    if algorithm == "gptq":
+        np.testing.assert_array_equal(*first)
+    assert (last[0] != last[1]).any()
+
+
 def test_one_stage_after_the_other_gives_the_same_codes(folder):
     """With memory for one Hessian at a time, the graph is run once per tensor."""
     graph = GraphOptions(calibration_inputs=folder.parent / "inputs")
@@ -109,15 +133,74 @@ def test_one_stage_after_the_other_gives_the_same_codes(folder):
         assert (whole.output / "model" / name).read_bytes() == (staged.output / "model" / name).read_bytes()
 
 
-def test_both_encodings_agree(folder):
-    one = quantize(folder, "nbits", algorithm="kquant")
-    other = quantize(folder, "qdq", GraphOptions(encoding="qdq"), algorithm="kquant")
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(4, 32, False), (4, 32, True), (3, 16, False), (6, -1, True), (8, 32, False)]
+)
+def test_both_encodings_agree(bits, group_size, symmetric, folder):
+    """Three blocks of 32 in a row: asymmetric zero points of an odd number of blocks; 8 bits are really stored."""
+    scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    one, other = (quantize(folder, e, GraphOptions(encoding=e), **scheme) for e in ("nbits", "qdq"))
     x = inputs(32, 5)
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     path = str(other.output / "model" / "net.onnx")
     (found,) = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     np.testing.assert_allclose(found, outputs(one.output / "model" / "net.onnx", x), atol=1e-4)
+    for result in (one, other):
+        graph = open_graph(result.output / "model" / "net.onnx").graph
+        read = {str(v.name) for node in graph for v in node.inputs if v is not None}
+        assert set(graph.initializers) <= read
+        weights = WIDTH * (2 * WIDTH + OUT)
+        stored = sum(v.const_value.nbytes for n, v in graph.initializers.items() if n.endswith(".qweight"))
+        assert stored == weights * (4 if bits <= 4 else 8) // 8
+        spare = (4 if bits <= 4 else 8) - bits
+        assert result.information_bits_per_weight == pytest.approx(result.bits_per_weight - spare)
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [("nf4", {}), ("fp4", {}), ("hqq", {"zero": "float"})])
+def test_codebooks_and_fractions(algorithm, settings, folder):
+    result = quantize(folder, algorithm=algorithm, settings=settings)
+    graph = open_graph(result.output / "model" / "net.onnx").graph
+    operator = "MatMulNBits" if algorithm == "hqq" else "MatMulBnb4"
+    assert sum(n.op_type == operator for n in graph) == 4
+    assert 0.01 < error(folder, result.output) < 0.3
+    if algorithm == "hqq":
+        whole = quantize(folder, "whole", algorithm="hqq")
+        assert error(folder, result.output) < error(folder, whole.output)
+        assert graph.initializers["a.zeros"].dtype == ir.DataType.FLOAT
+
+
+def test_awq_with_nothing_to_scale_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_graph(graph_model([N("MatMul", "x a", "y", "n")], {"a": weights()["a"]}), source / "net.onnx")
+    np.savez(tmp_path / "0.npz", x=inputs(8, 0))
+    with pytest.raises(InputError, match="awq can scale none of the graph's 1 tensors"):
+        quantize(source, graph=GraphOptions(calibration_inputs=tmp_path / "0.npz"), algorithm="awq")
+
+
+def test_one_bit_and_kernels(tmp_path):
+    """One bit with fractions as zero points; Conv as the graph's other operator, by QDQ."""
+    source, random = tmp_path / "source", np.random.default_rng(2)
+    source.mkdir()
+    k = random.standard_normal((32, 16, 3, 3)).astype(np.float32)
+    nodes = [N("Conv", "x k", "y", "conv", {"pads": [1, 1, 1, 1]}), N("MatMul", "x2 a", "y2", "product")]
+    model = graph_model(nodes, {"k": k, "a": weights()["a"]}, "x x2", "y y2", ranks={"x": 4, "y": 4})
+    save_graph(model, source / "net.onnx")
+    one = quantize(source, "one", bits=1, algorithm="hqq", settings={"zero": "float"})
+    assert one.kept == {"k": "Conv is not among the operators to quantize"}
+    assert one.bits_per_weight == pytest.approx(2 + 64 / 32)
+    assert one.information_bits_per_weight == pytest.approx(1 + 64 / 32)
+    both = quantize(
+        source, "both", GraphOptions(encoding="qdq", op_types=("MatMul", "Conv")), bits=8, algorithm="kquant"
+    )
+    assert {layer.name: layer.relative_error < 1e-4 for layer in both.layers} == {"k": True, "a": True}
+    feed = {"x": random.standard_normal((1, 16, 8, 8)).astype(np.float32), "x2": inputs(4, 1)}
+    paths = (source / "net.onnx", both.output / "model" / "net.onnx")
+    wanted, found = (onnxruntime.InferenceSession(str(p)).run(None, feed) for p in paths)
+    np.testing.assert_allclose(found[0], wanted[0], atol=0.02 * np.abs(wanted[0]).max())
+    with pytest.raises(UsageError, match="Conv has no operator with quantized weights"):
+        GraphOptions(op_types=("Conv",))
 
 
 def test_selection_and_overrides(folder):
@@ -140,11 +223,17 @@ def test_a_file_alone(folder):
     [
         ({"algorithm": "gptq"}, {}, "calibration inputs are needed: the graph's inputs are x"),
         ({"algorithm": "rtn"}, {"calibration_inputs": Path("x")}, "rtn uses no calibration inputs"),
-        ({"algorithm": "nf4"}, {}, "nf4 does not apply"),
+        ({"algorithm": "nf4"}, {"encoding": "qdq"}, "DequantizeLinear has no codebook"),
+        ({"algorithm": "nf4"}, {"op_types": ("MatMul", "Gather")}, "nf4 is for MatMulBnb4, which multiplies"),
+        ({"algorithm": "nf4", "settings": {"double_quant": "true"}}, {}, "double_quant does not apply"),
+        ({"algorithm": "nf4"}, {"accuracy_level": 4}, "is an attribute of MatMulNBits"),
         ({"algorithm": "awq,gptq"}, {}, "calibration inputs are needed"),
         ({"algorithm": "quarot,gptq"}, {}, "quarot does not apply"),
+        ({"algorithm": "rtn"}, {"layer_wise": True}, "--layer-wise runs the graph on calibration inputs, rtn has none"),
         ({"format": "gptq"}, {}, "--format is for checkpoints"),
-        ({"algorithm": "hqq", "settings": {"zero": "float"}}, {}, "zero=float does not apply"),
+        ({"algorithm": "hqq", "settings": {"zero": "float"}}, {"encoding": "qdq"}, "zero=float does not apply to Deq"),
+        ({"algorithm": "hqq", "settings": {"zero": "float"}, "bits": 5}, {}, "zero=float is for 1 to 4 bits, not 5"),
+        ({"algorithm": "hqq", "settings": {"zero": "float"}, "group_size": 40}, {}, "needs groups of whole blocks"),
         ({"bits": 2}, {"encoding": "qdq"}, "needs opset 25"),
     ],
 )

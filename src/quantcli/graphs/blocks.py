@@ -19,7 +19,15 @@ from torch import Tensor
 
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["BLOCK_SIZES", "BlockLayout", "container_bits", "pack_codes", "plan_blocks", "unpack_codes"]
+__all__ = [
+    "BLOCK_SIZES",
+    "BlockLayout",
+    "container_bits",
+    "pack_codes",
+    "plan_blocks",
+    "plan_codebook_blocks",
+    "unpack_codes",
+]
 
 BLOCK_SIZES = (256, 128, 64, 32, 16)
 
@@ -64,7 +72,8 @@ class BlockLayout:
     def unpacked(self, tensor: QuantizedTensor) -> np.ndarray:
         """The codes block after block, [N, B*b] uint8."""
         columns = tensor.shape[1]
-        out = tensor.zero[:, self.group].repeat_interleave(self.block_size, dim=1)  # fillers: exactly nothing
+        assert self.columns is None or not tensor.has_float_zeros  # no code is exactly nothing
+        out = tensor.zero[:, self.group].to(torch.uint8).repeat_interleave(self.block_size, dim=1)  # fillers
         if self.columns is None:
             out[:, :columns] = tensor.codes
         else:
@@ -77,7 +86,9 @@ class BlockLayout:
         return tensor.scale[:, self.group].float().numpy()
 
     def zeros(self, tensor: QuantizedTensor) -> np.ndarray:
-        """The zero of each block, packed: [N, ceil(B*bits/8)] uint8."""
+        """The zero of each block, packed: [N, ceil(B*bits/8)] uint8; [N, B] float32 where it is a fraction."""
+        if tensor.has_float_zeros:
+            return tensor.zero[:, self.group].float().numpy()
         return pack_codes(tensor.zero[:, self.group].numpy(), self.bits)
 
     def inverse(self, columns: int) -> Tensor:
@@ -119,6 +130,21 @@ def plan_blocks(group: Tensor, bits: int) -> BlockLayout:
         owners += [name] * (-(-len(columns) // size))
     gathered = torch.cat(pieces)
     return BlockLayout(width, size, torch.tensor(owners), gathered, len(gathered))
+
+
+def plan_codebook_blocks(group: Tensor) -> BlockLayout | None:
+    """The blocks of a MatMulBnb4, which run over the flattened matrix: they have to divide the rows.
+
+    Args:
+        group: [K] the group of each column.
+
+    Returns:
+        The layout with the largest blocks; None where K is no multiple of 16.
+    """
+    group, count = group.long(), len(group)
+    starts = (group[1:] != group[:-1]).nonzero()[:, 0] + 1
+    size = next((b for b in BLOCK_SIZES if count % b == 0 and not bool((starts % b).any())), None)
+    return None if size is None else BlockLayout(4, size, group[::size], None, count)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """ONNX files with their weights beside them: written with one data file, and opened only where the data lies inside."""
 
+import warnings
 from pathlib import Path
 from typing import TypeAlias
 
@@ -7,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from quantcli.errors import InputError
+from quantcli.graphs.refusals import refuse_broken
 
 __all__ = [
     "DATA_SUFFIX",
@@ -27,15 +29,22 @@ _INLINE_BYTES = 1024
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes `path` and `path`.data; weights that are lazy are computed one after the other while they are written."""
-    ir.save(
-        model,
-        path,
-        external_data=path.name + DATA_SUFFIX,
-        size_threshold_bytes=_INLINE_BYTES,
-        max_workers=1,
-        max_in_flight_bytes=1 << 28,
-    )
+    """Writes `path` and `path`.data; weights that are lazy are computed one after the other while they are written.
+
+    Raises:
+        InputError: the graph holds what no file can say, such as a name that is no text.
+    """
+    try:
+        ir.save(
+            model,
+            path,
+            external_data=path.name + DATA_SUFFIX,
+            size_threshold_bytes=_INLINE_BYTES,
+            max_workers=1,
+            max_in_flight_bytes=1 << 28,
+        )
+    except ir.serde.SerdeError as error:
+        raise InputError(f"the graph cannot be written: {_line(error)}") from error
 
 
 def open_graph(path: Path) -> ir.Model:
@@ -45,33 +54,30 @@ def open_graph(path: Path) -> ir.Model:
         InputError: the file is no ONNX graph, or its data lies outside the folder.
     """
     check_external_data(path)
-    return ir.load(path)
+    try:
+        with warnings.catch_warnings():
+            # runtimes leave notes of their own with a tensor's place, which are no concern of ours
+            warnings.filterwarnings("ignore", "Ignoring unknown external data key")
+            return ir.load(path)
+    except Exception as error:  # onnx_ir raises types of its own for what a graph cannot be
+        raise InputError(f"{path} is not an ONNX graph: {_line(error)}") from error
 
 
 def check_external_data(path: Path) -> None:
-    """Refuses graphs whose weights are not in plain files of the same folder.
+    """Refuses broken graphs, and those whose weights are not in plain files of the same folder.
 
     Raises:
         InputError: the file is no ONNX graph, or a weight's path, offset or length points outside the folder's files.
     """
+    if not path.is_file():
+        raise InputError(f"{path} is no file", hint="give an .onnx file or a folder with one")
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises its own types
-        raise InputError(f"{path} is not an ONNX graph: {str(error).splitlines()[0] if str(error) else ''}") from error
-    folder = path.parent.resolve()
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {e.key: e.value for e in tensor.external_data}
-        location = entries.get("location", "")
-        file = path.parent / location
-        if not location or Path(location).is_absolute() or file.is_symlink() or not file.is_file():
-            raise InputError(f"{path}: the data file {location!r} of {tensor.name} is no plain file of its folder")
-        if not file.resolve().is_relative_to(folder):
-            raise InputError(f"{path}: the data file {location!r} of {tensor.name} lies outside its folder")
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-        if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-            raise InputError(f"{path}: {tensor.name} ends at byte {offset + length} of {location}, which is shorter")
+        raise InputError(f"{path} is not an ONNX graph: {_line(error)}") from error
+    if not proto.graph.node:
+        raise InputError(f"{path} is not an ONNX graph: it has no nodes")
+    refuse_broken(proto, path)
 
 
 def data_files(model: ir.Model) -> set[str]:
@@ -94,5 +100,11 @@ def refuse_unusable(path: Path) -> None:
         # not onnx.checker: GenAI's graphs have onnxruntime's own operators in the standard's domain, which it refuses
         onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the quantized graph cannot be opened: {reason}") from error
+        raise InputError(f"the quantized graph cannot be opened: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -204,12 +204,14 @@ class _Walk:
         """The last axes of the input that make up as many columns: the same ones, in whatever way they are cut."""
         shape = self._shapes.get(str(value.name)) if value is not None else None
         total, found = _product_of(sizes), 1
+        seen: list[int] = []
         for count, size in enumerate(reversed(tuple(shape or ())), 1):
             if not isinstance(size, int):
                 return None
+            seen.append(size)
             found *= size
             if found == total:
-                return self._follow(value, tuple(range(-count, 0)), tuple(int(n) for n in tuple(shape or ())[-count:]))
+                return self._follow(value, tuple(range(-count, 0)), tuple(reversed(seen)))
         return None
 
     def _is_whole(self, value: ir.Value, axes: tuple[int, ...], sizes: tuple[int, ...]) -> bool:

@@ -1,7 +1,7 @@
 """Puts quantized matrices into a graph whose weights are only named.
 
-MatMul and Gemm become MatMulNBits, Gather becomes GatherBlockQuantized, and what stays float is read when the file is
-written.
+MatMul and Gemm become MatMulNBits (MatMulBnb4 where codes name a codebook's values), Gather becomes
+GatherBlockQuantized, and what stays float is read when the file is written.
 
 A weight that joins matrices of different bits, groups or kinds (q, k and v under overrides) becomes one node per kind
 and a Concat. A head tied to the embedding reads the embedding's own table.
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.graphs.blocks import BlockLayout, plan_blocks
+from quantcli.graphs.blocks import BlockLayout, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.rows import RowRange, Rows
 from quantcli.graphs.walk import weight_uses
 from quantcli.tensors.quantized import QuantizedTensor, concatenate_rows
 
-__all__ = ["Placement", "ReadMatrix", "Rewriter"]
+__all__ = ["BNB4_TYPES", "Placement", "ReadMatrix", "Rewriter"]
 
 ReadMatrix = Callable[[str], QuantizedTensor | Tensor]
 """Gives a matrix by module name: codes, or values [N, K]."""
+BNB4_TYPES = ("fp4", "nf4")
+"""By the number that MatMulBnb4 knows them by."""
 _DOMAIN = "com.microsoft"
 
 
@@ -135,6 +137,9 @@ class Rewriter:
     def _quantized_product(
         self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str
     ) -> ir.Value:
+        codebook = self._codebook(ranges)
+        if codebook is not None:
+            return self._codebook_product(node, x, ranges, layout, label, codebook)
         weight, scales, zeros = self._quantized_initializers(ranges, width, layout, label, keep_zeros=False)
         inputs = [self._gather_columns(node, x, layout), weight, scales, *([zeros] if zeros is not None else [])]
         attributes = {
@@ -145,6 +150,31 @@ class Rewriter:
             "accuracy_level": self.accuracy_level,
         }
         return self._insert(node, "MatMulNBits", inputs, attributes, _DOMAIN, f"/{label.replace('.', '/')}/NBits")
+
+    def _codebook_product(
+        self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], layout: BlockLayout, label: str, codebook: str
+    ) -> ir.Value:
+        """Codes two in a byte, the first in the upper half; one scale per block of the flattened matrix."""
+        found, known = self.graph.initializers, (p for p in self.placements if p.ranges == ranges)
+        if next(known, None) is None:
+            count = sum(r.stop - r.start for r in ranges)
+
+            def packed() -> ir.TensorProtocol:
+                codes = self._codes(ranges).codes.numpy().reshape(-1)
+                return ir.Tensor(codes[0::2] << np.uint8(4) | codes[1::2], name=f"{label}.qweight")
+
+            shape = ir.Shape((count * layout.width // 2,))
+            self._register(ir.LazyTensor(packed, dtype=ir.DataType.UINT8, shape=shape, name=f"{label}.qweight"))
+            self._constant(f"{label}.scales", layout.scales(self._codes(ranges)).reshape(-1))
+            self.placements.append(Placement(f"{label}.qweight", ranges, layout.width, layout, f"{label}.scales"))
+        attributes = {
+            "K": layout.width,
+            "N": sum(r.stop - r.start for r in ranges),
+            "block_size": layout.block_size,
+            "quant_type": BNB4_TYPES.index(codebook),
+        }
+        inputs = [x, found[f"{label}.qweight"], found[f"{label}.scales"]]
+        return self._insert(node, "MatMulBnb4", inputs, attributes, _DOMAIN, f"/{label.replace('.', '/')}/Bnb4")
 
     def _float_product(
         self, node: ir.Node, x: ir.Value, ranges: tuple[RowRange, ...], width: int, label: str
@@ -200,7 +230,20 @@ class Rewriter:
 
     def _layout(self, name: str) -> BlockLayout | None:
         matrix = self.read(name)
-        return plan_blocks(matrix.group, matrix.scheme.bits) if isinstance(matrix, QuantizedTensor) else None
+        if not isinstance(matrix, QuantizedTensor):
+            return None
+        if matrix.codebook is None:
+            return plan_blocks(matrix.group, matrix.scheme.bits)
+        layout = plan_codebook_blocks(matrix.group)
+        if layout is None or matrix.nested is not None or self._dtype != ir.DataType.FLOAT:
+            raise InputError(
+                f"MatMulBnb4 cannot hold {name}: it has blocks that divide the columns, and plain float32 scales"
+            )
+        return layout
+
+    def _codebook(self, ranges: tuple[RowRange, ...]) -> str | None:
+        matrix = self.read(ranges[0].name)
+        return matrix.scheme.codebook if isinstance(matrix, QuantizedTensor) else None
 
     def _quantized_initializers(
         self, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str, keep_zeros: bool
@@ -224,7 +267,10 @@ class Rewriter:
         scales = self._constant(f"{label}.scales", layout.scales(tensor).astype(self._dtype.numpy()))
         zeros = None
         if keep_zeros or bool((tensor.zero != middle).any()):
-            zeros = self._constant(f"{label}.zeros", layout.zeros(tensor))
+            stored = layout.zeros(tensor)
+            zeros = self._constant(
+                f"{label}.zeros", stored.astype(self._dtype.numpy()) if tensor.has_float_zeros else stored
+            )
         placed = Placement(
             f"{label}.qweight", ranges, width, layout, f"{label}.scales", "" if zeros is None else f"{label}.zeros"
         )

@@ -1,7 +1,8 @@
 """Quantized matrices as DequantizeLinear nodes: codes, scales and zero points of opset 21's blocks, all nodes kept.
 
 Only the initializer changes: a DequantizeLinear gives the matrix in the orientation in which the graph stored it, and
-whatever read it (MatMul, Gemm, Transpose, Gather) reads that. Runtimes fuse the pair into a kernel of their own.
+whatever read it (MatMul, Gemm, Transpose, Gather) reads that. Kernels of Conv are matrices of one row per output
+channel, brought into their shape by a Reshape. Runtimes fuse the pair into a kernel of their own.
 
 Symbols: N rows, K columns, B blocks per row, b block size.
 """
@@ -70,6 +71,10 @@ def _replace(graph: ir.Graph, target: GraphTarget, read: Callable[[str], Quantiz
     if layout.columns is not None:
         index = register("columns", ir.Tensor(layout.inverse(target.columns).numpy(), name=f"{label}.columns"))
         nodes.append(ir.node("Gather", [nodes[0].outputs[0], index], {"axis": axis}, name=f"{label}/Columns"))
+    if len(value.const_value.shape) > 2:
+        whole = np.array(value.const_value.shape.numpy(), np.int64)
+        shaped = register("shape", ir.Tensor(whole, name=f"{label}.shape"))
+        nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shaped], name=f"{label}/Reshape"))
     for node in nodes:
         node.outputs[0].name, node.outputs[0].dtype = f"{node.name}/output_0", value.const_value.dtype
     graph.insert_before(graph[0], nodes)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from quantcli.graphs.files import open_graph
 from quantcli.graphs.nbits import Placement, ReadMatrix
+from quantcli.tensors.codebook import codebook
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["dequantize_node", "verify_weights"]
@@ -64,10 +65,10 @@ def _values(graph: ir.Graph, placement: Placement, nodes: dict[str, ir.Node]) ->
 
 
 def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
-    """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes by the initializer of their codes."""
+    """MatMulNBits, MatMulBnb4, GatherBlockQuantized and DequantizeLinear nodes by the initializer of their codes."""
     found = {}
     for node in graph:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"):
+        if node.op_type in ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear"):
             codes = _parameters(node)[0]
             found[str(codes.name)] = node
     return found
@@ -77,7 +78,7 @@ def _parameters(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Codes, scales and zeros."""
     if node.op_type == "DequantizeLinear":
         codes, scales, zeros = node.inputs[0], node.inputs[1], node.inputs[2]
-    elif node.op_type == "MatMulNBits":
+    elif node.op_type in ("MatMulNBits", "MatMulBnb4"):
         codes, scales = node.inputs[1], node.inputs[2]
         zeros = node.inputs[3] if len(node.inputs) > 3 else None
     else:
@@ -93,6 +94,8 @@ def dequantize_node(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     codes, scales, zeros = _parameters(node)
     if node.op_type == "DequantizeLinear":
         return _dequantize_linear(graph, node)
+    if node.op_type == "MatMulBnb4":
+        return _dequantize_bnb4(graph, node)
     bits = node.attributes["bits"].as_int()
     code = _unpack(_array(graph, str(codes.name)), bits)
     rows = code.shape[0]
@@ -100,11 +103,21 @@ def dequantize_node(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     blocks = scale.shape[1]
     zero = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
     if zeros is not None:
-        zero = _unpack(_array(graph, str(zeros.name)).reshape(rows, -1), bits)[:, :blocks]
+        zero = _array(graph, str(zeros.name)).reshape(rows, -1)
+        zero = _unpack(zero, bits)[:, :blocks] if zero.dtype == np.uint8 else zero.astype(np.float32)
     values = code.reshape(rows, blocks, -1).astype(np.float32)
     values -= zero[..., None]
     values *= scale[..., None]
     return values.reshape(rows, -1)
+
+
+def _dequantize_bnb4(graph: ir.Graph, node: ir.Node) -> np.ndarray:
+    """The float32 [N, K] matrix of a MatMulBnb4."""
+    packed, scales = (_array(graph, str(v.name)) for v in node.inputs[1:3] if v is not None)
+    table = codebook(("fp4", "nf4")[node.attributes["quant_type"].as_int()]).numpy()
+    code = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
+    values: np.ndarray = table[code] * np.repeat(scales, node.attributes["block_size"].as_int())
+    return values.reshape(node.attributes["N"].as_int(), node.attributes["K"].as_int())
 
 
 def _dequantize_linear(graph: ir.Graph, node: ir.Node) -> np.ndarray:

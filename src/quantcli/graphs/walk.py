@@ -1,12 +1,14 @@
-"""Finds the matrices of an ONNX graph that can be quantized: weights of MatMul and Gemm, and tables of Gather.
+"""Finds the matrices of an ONNX graph that can be quantized: products' weights, Gather's tables, Conv's kernels.
 
 Whatever way a graph stores a matrix (as [K, N], as [N, K] behind a Transpose or a Gemm with transB, in a Constant node,
-once for several nodes), a target is one [N, K] matrix that is quantized once, along the columns that are summed over.
+once for several nodes), a target is one [N, K] matrix that is quantized once, along the columns that are summed over;
+a kernel [N, C, ...] has one row per output channel.
 What stays float is named with the reason: nothing is skipped in silence.
 
 Symbols: N output rows, K input columns.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ __all__ = [
     "read_matrix",
     "stored_weight",
     "weight_uses",
+    "write_matrix",
 ]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -48,7 +51,7 @@ class WeightUse:
     """One node that reads a matrix."""
 
     node: ir.Node
-    """MatMul, Gemm or Gather."""
+    """MatMul, Gemm, Gather or Conv."""
     rows_first: bool
     """Whether the initializer is [N, K] as this node reads it; [K, N] otherwise."""
 
@@ -79,8 +82,8 @@ class GraphTarget:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors that it is multiplied with, each once; none for a mere table."""
-        found = [u.node.inputs[0] for u in self.uses if u.node.op_type != "Gather"]
+        """Names of the tensors whose columns it is multiplied with, each once; none for a mere table or a kernel."""
+        found = [u.node.inputs[0] for u in self.uses if u.node.op_type in ("MatMul", "Gemm")]
         return tuple(dict.fromkeys(str(v.name) for v in found if v is not None))
 
 
@@ -173,7 +176,7 @@ def weight_uses(value: ir.Value) -> list[WeightUse] | str:
             if _integer(node, "transA", 0):
                 return f"the Gemm {node.name!r} transposes its input"
             found.append(WeightUse(node, bool(_integer(node, "transB", 0))))
-        elif node.op_type == "Gather" and index == 0 and _integer(node, "axis", 0) == 0:
+        elif (node.op_type, index) == ("Conv", 1) or _is_lookup(node, index):
             found.append(WeightUse(node, True))
         else:
             return f"input {index} of the {node.op_type} {node.name!r} has no quantized form"
@@ -194,7 +197,16 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
         raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}") from error
     if not all_finite(values):
         raise InputError(f"weight {target.name!r} holds NaN or infinite values")
-    return values.T.contiguous() if target.transposed else values
+    return values.T.contiguous() if target.transposed else values.reshape(target.rows, target.columns)
+
+
+def write_matrix(graph: ir.Graph, target: GraphTarget, matrix: Tensor) -> None:
+    """Other values for a matrix: W [N, K] float32, stored as the graph stores it."""
+    value = graph.initializers[target.name]
+    assert value.const_value is not None
+    turned = matrix.T if target.transposed else matrix
+    array = turned.numpy().reshape(value.const_value.shape.numpy()).astype(value.const_value.dtype.numpy())
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=target.name)
 
 
 def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir.Node]) -> GraphTarget | str:
@@ -204,11 +216,12 @@ def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir
         return f"its type {stored.dtype} is neither float32 nor float16"
     if value.is_graph_output():
         return "it is an output of the graph"
-    if len(stored.shape) != 2:
-        return f"it has {len(stored.shape)} axes, a matrix has 2"
     uses = weight_uses(value)
     if isinstance(uses, str):
         return uses
+    kernels = [use.node.op_type == "Conv" for use in uses]
+    if not all(kernels) and len(stored.shape) != 2:
+        return f"it has {len(stored.shape)} axes, a matrix has 2"
     if len({u.rows_first for u in uses}) > 1:
         return "it is multiplied as it is and transposed"
     for use in uses:
@@ -217,7 +230,8 @@ def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir
         refusal = "a last product" if use.node in last else selection.refusal(use.node)
         if refusal is not None:
             return refusal
-    first, second = (int(n) for n in stored.shape.numpy())
+    first, *rest = (int(n) for n in stored.shape.numpy())
+    second = math.prod(rest)
     transposed = not uses[0].rows_first
     rows, columns = (second, first) if transposed else (first, second)
     if not rows or not columns:
@@ -253,15 +267,23 @@ def stored_weight(value: ir.Value | None) -> ir.Value | None:
     return value if value is not None and value.is_initializer() and value.const_value is not None else None
 
 
+def _is_lookup(node: ir.Node, index: int) -> bool:
+    return node.op_type == "Gather" and index == 0 and _integer(node, "axis", 0) == 0
+
+
 def _swaps(node: ir.Node) -> bool:
     source = node.inputs[0]
     if source is None or source.const_value is None or len(source.const_value.shape) != 2:
         return False
-    return "perm" not in node.attributes or list(node.attributes["perm"].as_ints()) == [1, 0]
+    perm = node.attributes.get("perm")
+    return perm is None or (perm.type == ir.AttributeType.INTS and list(perm.as_ints()) == [1, 0])
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
+    try:
+        return int(node.attributes[name].as_int()) if name in node.attributes else default
+    except TypeError as error:
+        raise InputError(f"attribute {name!r} of node {node.name!r} is no whole number") from error
 
 
 def _matches(patterns: Sequence[str], node: ir.Node) -> bool:

@@ -44,6 +44,7 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=Fp4Options,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
     formats=("bnb", "float"),
     codebook="fp4",
     beats_rtn=False,

@@ -45,6 +45,7 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=Nf4Options,
     run=quantize,
+    inputs=("checkpoint", "onnx"),
     formats=("bnb", "float"),
     codebook="nf4",
     beats_rtn=False,

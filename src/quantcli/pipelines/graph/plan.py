@@ -1,12 +1,12 @@
 """What a run on a graph will do: which matrices, with which scheme, fed with what; what has no effect is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.blocks import container_bits, plan_blocks
+from quantcli.graphs.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.files import Model
 from quantcli.graphs.rewrite import refuse_opset
 from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
@@ -18,7 +18,7 @@ from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "plan_graph", "plan_weights"]
+__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target", "weight_encoding"]
 
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
@@ -26,7 +26,7 @@ _IDLE: Mapping[str, str] = {
     "mixed_bits": "give each matrix its bits by --override",
     "quantize_embeddings": "add Gather to --op-types",
     "format": "use --encoding nbits or qdq",
-    "correct_earlier": "leave it out",
+    "correct_earlier": "use --layer-wise",
     "dtype": "leave it out: what stays float keeps its type",
     "device": "leave it out: graphs are run on the CPU",
     "simulation": "leave it out",
@@ -161,13 +161,11 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
         InputError: a graph without weights, or quantized already.
     """
     model, step, graph = plan.model, plan.step, plan.options.graph
-    encoding = _weight_encoding(graph)
+    encoding = weight_encoding(graph)
     graph = replace(graph, encoding=encoding, op_types=graph.op_types or ("MatMul", "Gemm"))
     plan = replace(plan, options=replace(plan.options, graph=graph))
     options = plan.options
-    if getattr(step.settings, "zero", "integer") == "float":
-        raise UsageError("zero=float does not apply to ONNX graphs, whose nodes hold whole zero points")
-    if getattr(step.settings, "zero", "integer") != "integer":
+    if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
     prepare(model)
     found, kept = find_targets(
@@ -182,7 +180,17 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
-    targets = {t.name: _scheme_target(t, options) for t in found}
+    codebook = step.algorithm.codebook
+    if codebook is not None:
+        _refuse_codebook(step, graph)
+        found = [t for t in found if not lacks_codebook_blocks(model, t, options, kept)]
+        if not found:
+            raise InputError(
+                f"MatMulBnb4 can hold none of the weights of {plan.source.path}: {next(iter(kept.values()))}"
+            )
+    targets = {t.name: scheme_target(t, options, codebook) for t in found}
+    if getattr(step.settings, "zero", None) == "float":
+        _refuse_float_zeros(found, targets, graph)
     for bits in sorted({t.scheme.bits for t in targets.values()}):
         if bits not in step.algorithm.bits:
             raise UsageError(f"{step.algorithm.name} does not make {bits} bits", hint="see `quantcli algorithms`")
@@ -194,7 +202,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     return plan
 
 
-def _weight_encoding(graph: GraphOptions) -> str:
+def weight_encoding(graph: GraphOptions) -> str:
     """The encoding; refuses what only graphs of integers have.
 
     Raises:
@@ -209,6 +217,8 @@ def _weight_encoding(graph: GraphOptions) -> str:
     for name in graph.op_types:
         if name not in GRAPH_OP_TYPES:
             raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+    if "Conv" in graph.op_types and graph.encoding != "qdq":
+        raise UsageError("Conv has no operator with quantized weights", hint="add --encoding qdq")
     return graph.encoding or "nbits"
 
 
@@ -219,6 +229,11 @@ def _stored_bytes(model: Model, name: str) -> int:
 
 def _refuse_inputs(plan: GraphPlan) -> None:
     options = plan.options
+    if options.graph.layer_wise and not plan.calibrates:
+        raise UsageError(
+            f"--layer-wise runs the graph on calibration inputs, {plan.step.algorithm.name} has none",
+            hint="leave it out, or use -a gptq",
+        )
     if plan.calibrates:
         refuse_feeds(options, plan.model.graph, plan.source)
     elif _names_inputs(options) or options.calibration != CalibrationOptions():
@@ -240,7 +255,51 @@ def _unset(name: str) -> Any:
     return spec.default_factory() if callable(spec.default_factory) else spec.default
 
 
-def _scheme_target(target: GraphTarget, options: QuantizeOptions) -> Target:
+def _refuse_codebook(step: Step, graph: GraphOptions) -> None:
+    """Refuses what MatMulBnb4 does not have.
+
+    Raises:
+        UsageError: tables, another encoding, nested scales.
+    """
+    name = step.algorithm.name
+    if graph.encoding != "nbits":
+        raise UsageError(f"{name} is for MatMulBnb4, DequantizeLinear has no codebook", hint="use --encoding nbits")
+    if graph.accuracy_level:
+        raise UsageError(f"--accuracy-level is an attribute of MatMulNBits, {name} writes MatMulBnb4")
+    if "Gather" in graph.op_types:
+        raise UsageError(f"{name} is for MatMulBnb4, which multiplies", hint="leave Gather out of --op-types")
+    if getattr(step.settings, "double_quant", False):
+        raise UsageError("MatMulBnb4 has float32 scales, double_quant does not apply", hint="leave it out")
+
+
+def lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOptions, kept: dict[str, str]) -> bool:
+    """Whether MatMulBnb4 cannot hold a matrix; the reason is noted."""
+    stored = model.graph.initializers[target.name].const_value
+    if stored is not None and stored.dtype.name != "FLOAT":
+        kept[target.name] = f"MatMulBnb4 has float32 scales, the weight is {stored.dtype.name}"
+    elif plan_codebook_blocks(group_index(target.columns, Scheme(4, options.group_size))) is None:
+        kept[target.name] = f"its {target.columns} columns are no multiple of 16, the smallest block of MatMulBnb4"
+    return target.name in kept
+
+
+def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Target], graph: GraphOptions) -> None:
+    """MatMulNBits has fractions as zero points in containers of 2 and 4 bits; nothing else has."""
+    if graph.encoding != "nbits":
+        raise UsageError("zero=float does not apply to DequantizeLinear", hint="use --encoding nbits, or zero=integer")
+    for target in found:
+        scheme = targets[target.name].scheme
+        if any(use.node.op_type == "Gather" for use in target.uses):
+            raise UsageError("zero=float does not apply to GatherBlockQuantized", hint="leave Gather out of --op-types")
+        if container_bits(scheme.bits) > 4:
+            raise UsageError(f"zero=float is for 1 to 4 bits, not {scheme.bits}", hint="use zero=integer")
+        if plan_blocks(group_index(target.columns, scheme), scheme.bits).columns is not None:
+            raise UsageError(
+                f"zero=float needs groups of whole blocks, {scheme.group_size} columns are none",
+                hint="use --group-size 32, 64 or 128",
+            )
+
+
+def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
     bits, size, symmetric = options.weight_bits, options.group_size, options.symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
@@ -249,7 +308,8 @@ def _scheme_target(target: GraphTarget, options: QuantizeOptions) -> Target:
             bits = bits if override.bits is None else override.bits
             size = size if override.group_size is None else override.group_size
             symmetric = symmetric if override.symmetric is None else override.symmetric
-    scheme = Scheme(bits, size, symmetric)
-    layout = plan_blocks(group_index(target.columns, scheme), scheme.bits)
+    scheme = Scheme(bits, size, symmetric, codebook=codebook)
+    group = group_index(target.columns, scheme)
+    layout = (None if codebook is None else plan_codebook_blocks(group)) or plan_blocks(group, bits)
     stored = target.rows * layout.row_bytes
     return Target(target.name, target.name, target.rows, target.columns, target.transposed, scheme, stored)

@@ -58,8 +58,9 @@ def plan_whole(plan: GraphPlan) -> GraphPlan:
     for name, hint in _IDLE.items():
         if getattr(options, name) != getattr(type(options), name, ()):
             raise UsageError(f"--{name.replace('_', '-')} has no effect with {algorithm.name}", hint=hint)
-    if graph.accuracy_level or not graph.quantize_last_matmul:
-        name = "--accuracy-level" if graph.accuracy_level else "--no-quantize-last-matmul"
+    if graph.accuracy_level or graph.layer_wise or not graph.quantize_last_matmul:
+        name = "--layer-wise" if graph.layer_wise else "--no-quantize-last-matmul"
+        name = "--accuracy-level" if graph.accuracy_level else name
         raise UsageError(f"{name} has no effect with {algorithm.name}", hint="leave nodes out with --nodes-exclude")
     if graph.calibration_cache is not None and algorithm.calibration == "none":
         raise UsageError(f"{algorithm.name} measures no ranges that --calibration-cache could hold", hint="use static")
