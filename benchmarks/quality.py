@@ -285,8 +285,9 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("quantcli", "torch", "transformers", "numba"))
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_digest(path: Path) -> str:
+    """Tells one text from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -326,8 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = options.model.absolute()
     settings = {
         "model": model.name, "rows": options.rows, "samples": options.samples, "seq_len": options.seq_len,
-        "threads": options.threads, "calibration": _digest(options.calibration)[:12],
-        "evaluation": _digest(options.evaluation)[:12],
+        "threads": options.threads, "calibration": file_digest(options.calibration),
+        "evaluation": file_digest(options.evaluation),
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="quantcli-quality-") as scratch:
         models = {"demo": model, "folded": folded(model)}

@@ -13,13 +13,7 @@ _TITLES = {
     "demo": "The demo model",
     "folded": "The demo model with its norms folded",
 }
-_HEAD = f"""# Quality
-
-Written by `benchmarks/quality.py`; what stands between the two marks is replaced by each run.
-
-{BEGIN}
-{END}
-"""
+_WRITER = "Written by `benchmarks/quality.py`; what stands between the two marks is replaced by each run."
 _LEGEND = """\
 KL is the mean divergence of the float model's distribution from the quantized model's in nats per token, ± its
 standard error clustered by window; in brackets the perplexity. Cost is the size of the weight files (embedding and
@@ -29,19 +23,35 @@ behind a rotation; awq is followed by kquant where no rounder is named. In an or
 by less than the larger standard error. A cell that is empty was not measured, or the method has no such scheme."""
 
 
-def write_page(path: Path, found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str]) -> None:
-    """Writes the measured part of the page, and leaves what people wrote around it."""
-    text = path.read_text() if path.is_file() else _HEAD
+def write_page(
+    path: Path,
+    found: Mapping[str, Any],
+    methods: Sequence[str],
+    schemes: Sequence[str],
+    writer: str = _WRITER,
+    legend: str = _LEGEND,
+) -> None:
+    """Writes the measured part of the page, and leaves what people wrote around it.
+
+    Args:
+        path: The page; made where there is none.
+        found: Results.
+        methods: Rows.
+        schemes: Columns.
+        writer: What a new page says about where it comes from.
+        legend: What the figures are.
+    """
+    text = path.read_text() if path.is_file() else f"# Quality\n\n{writer}\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{path} has no lines {BEGIN} and {END} to write between")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{BEGIN}\n{_measured(found, methods, schemes)}\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n{_measured(found, methods, schemes, legend)}\n{END}{after}")
 
 
-def _measured(found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str]) -> str:
-    parts = [_circumstances(found), _LEGEND]
+def _measured(found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str], legend: str) -> str:
+    parts = [_circumstances(found), legend]
     for model, title in _TITLES.items():
         own = {name.split("/", 1)[1]: cell for name, cell in found["cells"].items() if name.startswith(f"{model}/")}
         if not own:

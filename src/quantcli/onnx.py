@@ -28,7 +28,7 @@ from quantcli.graphs.rewrite import refuse_opset, replace_matrices
 from quantcli.graphs.walk import Selection, find_targets, prepare
 from quantcli.options import GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
-from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target
+from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target, weight_encoding
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.progress import Progress, Silent
 
@@ -159,6 +159,8 @@ class GPTQWeightOnlyQuantConfig(WeightOnlyQuantConfig):
     """Search the range of each block under the Hessian's diagonal. Default: true."""
     perchannel: bool = True
     """Only true."""
+    layer_wise: bool = False
+    """Quantize in the order in which inputs flow: each matrix corrects the error of those before it."""
 
     def chain(self) -> tuple[str, dict[str, Any]]:
         """GPTQ with the settings that mean the same."""
@@ -253,6 +255,7 @@ class MatMulNBitsQuantizer:
             nodes_include=_exactly(nodes_to_include),
             nodes_exclude=_exactly(nodes_to_exclude),
         )
+        self._encoding = weight_encoding(self._graph)
         self._options = QuantizeOptions(
             model="",
             output=Path(),
@@ -301,10 +304,11 @@ class MatMulNBitsQuantizer:
         for bits in {t.scheme.bits for t in targets.values()}:
             if bits not in step.algorithm.bits:
                 raise UsageError(f"{step.algorithm.name} does not make {bits} bits")
-            refuse_opset(model.graph, graph.encoding, bits)
-        work = GraphWork(model, folder, found, targets, step, transforms[0] if transforms else None)
+            refuse_opset(model.graph, self._encoding, bits)
+        layer_wise = getattr(self.algo_config, "layer_wise", False)
+        work = GraphWork(model, folder, found, targets, step, transforms[0] if transforms else None, layer_wise)
         results, self.layers = solve_graph(work, feeds, self._progress, memory_bytes=_HESSIAN_BYTES)
-        replace_matrices(model, found, results.__getitem__, graph.encoding, graph.accuracy_level)
+        replace_matrices(model, found, results.__getitem__, self._encoding, graph.accuracy_level)
         ir.external_data.load_to_model(model)  # what stays float belongs to the result, wherever that is saved
         self.model = ONNXModel(ir.to_proto(model))
 

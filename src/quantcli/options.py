@@ -35,7 +35,7 @@ INITS = ("zero", "loftq")
 DTYPES = ("keep", "float32", "float16", "bfloat16")
 ADAPTER_FORMATS = ("onnx_adapter", "safetensors", "npz")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
-GRAPH_ENCODINGS = ("nbits", "qdq")
+GRAPH_ENCODINGS = ("nbits", "qdq", "qoperator")
 GRAPH_OP_TYPES = ("MatMul", "Gemm", "Gather", "Conv")
 SELF, BUILTIN = "self", "builtin"
 FLOAT_BITS = 16
@@ -178,12 +178,14 @@ def _clip_ratio(given: float | None, bits: int, few: float) -> float:
 class GraphOptions:
     """What quantizing an ONNX graph takes beyond what checkpoints take."""
 
-    encoding: str = "nbits"
-    """nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear with blocks (opset 21)."""
+    encoding: str | None = None
+    """nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear, with blocks (opset 21) where
+    weights alone are quantized; qoperator: operators on integers. Default: nbits; qdq for static."""
     accuracy_level: int = 0
     """Arithmetic of MatMulNBits: 0 exact, 1 fp32, 2 fp16, 3 bf16, 4 int8."""
-    op_types: tuple[str, ...] = ("MatMul", "Gemm")
-    """Operators whose weights are quantized, joined by commas: MatMul, Gemm, Gather (embeddings), Conv (with qdq)."""
+    op_types: tuple[str, ...] = ()
+    """Operators to quantize, joined by commas: MatMul, Gemm, Gather (embeddings), Conv (with qdq) where weights alone
+    are quantized, what onnxruntime can with dynamic and static. Default: MatMul,Gemm; all with dynamic and static."""
     nodes_include: tuple[str, ...] = ()
     """Name or regular expression of nodes; given once or more, only these are quantized."""
     nodes_exclude: tuple[str, ...] = ()
@@ -191,21 +193,40 @@ class GraphOptions:
     quantize_last_matmul: bool = True
     """Quantize products with no other product behind them, such as a language model's output head."""
     calibration_inputs: Path | None = None
-    """An .npz file, or a folder of them: each file is one batch, its arrays are named as the graph's inputs.
-    Language models need none: text is made into their inputs."""
+    """An .npz file or a folder of them, arrays named as the graph's inputs, rows along the first axis; or, with
+    --image-spec, a folder of images. Language models need none: text is made into their inputs."""
+    image_spec: str | None = None
+    """How images become inputs: size=224x224, and after commas mean=0.5/0.5/0.5, std=0.2/0.2/0.2 (per channel or one
+    for all), scale=0.0039 (of the pixels, before that), layout=nchw or nhwc, order=rgb, bgr or gray."""
+    user_script: Path | None = None
+    """A Python file with a function that returns samples; it is run."""
+    data_function: str | None = None
+    """The function in --user-script: returns an iterable of dictionaries by input name, or an object with get_next."""
+    calibration_cache: Path | None = None
+    """File of measured ranges: read where it is there, else written; static only."""
+    debug_activations: bool = False
+    """Compare float and integer graph node by node on the samples, the worst first; dynamic and static only."""
+    exclude_worst: int = 0
+    """Quantize again without so many nodes, those that lose most by their own rounding; dynamic and static only."""
+    layer_wise: bool = False
+    """Quantize in the order in which inputs flow: each matrix sees what the quantized ones before it made of them, and
+    gptq corrects their error. The graph is run once per step of that order."""
 
     def __post_init__(self) -> None:
-        if self.encoding not in GRAPH_ENCODINGS:
+        if self.encoding is not None and self.encoding not in GRAPH_ENCODINGS:
             raise UsageError(f"unknown --encoding {self.encoding!r}, {nearest(self.encoding, GRAPH_ENCODINGS)}")
         if self.accuracy_level not in range(5):
             raise UsageError(f"--accuracy-level must be 0 to 4, got {self.accuracy_level}")
         if self.accuracy_level and self.encoding == "qdq":
             raise UsageError("--accuracy-level is an attribute of MatMulNBits", hint="use --encoding nbits")
-        for name in self.op_types:
-            if name not in GRAPH_OP_TYPES:
-                raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
-        if "Conv" in self.op_types and self.encoding != "qdq":
-            raise UsageError("Conv has no operator with quantized weights", hint="add --encoding qdq")
+        if self.exclude_worst < 0:
+            raise UsageError(f"--exclude-worst must be 0 or more, got {self.exclude_worst}")
+        if (self.user_script is None) != (self.data_function is None):
+            raise UsageError("--user-script and --data-function go together", hint="give both")
+        if self.user_script is not None and self.calibration_inputs is not None:
+            raise UsageError("--user-script and --calibration-inputs exclude each other", hint="leave one out")
+        if self.image_spec is not None and self.calibration_inputs is None:
+            raise UsageError("--image-spec is for a folder of images", hint="add --calibration-inputs FOLDER")
         for pattern in self.nodes_include:
             compile_regex(pattern, "--nodes-include")
         for pattern in self.nodes_exclude:
@@ -262,8 +283,8 @@ class QuantizeOptions:
     that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
-    bits: int = 4
-    """Bits per weight."""
+    bits: int | None = None
+    """Bits per weight. Default: 4; 8 for dynamic and static."""
     group_size: int = 64
     """Input columns that share a scale; -1 is one scale per output row."""
     symmetric: bool = False
@@ -318,7 +339,7 @@ class QuantizeOptions:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
         if self.group_size != PER_CHANNEL and self.group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
-        if not 1 <= self.bits <= 8:
+        if self.bits is not None and not 1 <= self.bits <= 8:
             raise UsageError(f"bits must be 1 to 8, got {self.bits}")
         for pattern in self.exclude:
             compile_regex(pattern, "--exclude")
@@ -328,6 +349,11 @@ class QuantizeOptions:
                 hint="add --evaluate, or give them to `quantcli evaluate`",
             )
         self._check_mixed()
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits per weight where single weights are rounded."""
+        return 4 if self.bits is None else self.bits
 
     @property
     def mixes(self) -> bool:
@@ -346,7 +372,7 @@ class QuantizeOptions:
                 raise UsageError("--mixed-bits needs a target", hint="add --target-bits 3.5 or --target-size 60MB")
             return
         flag = "--target-bits" if self.target_bits is not None else "--target-size"
-        if self.bits != QuantizeOptions.bits:
+        if self.bits is not None:
             raise UsageError(f"--bits and {flag} exclude each other", hint="say what to mix with --mixed-bits 3,4")
         if self.mixed_bits and len(set(self.mixed_bits)) < 2:
             raise UsageError("--mixed-bits needs two different numbers or more", hint="write --mixed-bits 3,4")

@@ -226,10 +226,10 @@ def test_what_cannot_be_served_is_refused_with_its_reason(command):
 
 
 def test_what_is_so_anyway_is_taken_and_said(capsys):
-    assert quantize("--disable_telemetry --implementation olive --task text-generation").bits == 4
+    assert quantize("--disable_telemetry --implementation olive --task text-generation").weight_bits == 4
     said = capsys.readouterr().err
     assert "note: --disable_telemetry has nothing to do: quantcli sends nothing anywhere" in said
-    with pytest.raises(UsageError, match="--implementation takes olive, got 'inc'"):
+    with pytest.raises(UsageError, match="--implementation takes olive or ort, got 'inc'"):
         quantize("--implementation inc")
 
 
@@ -254,7 +254,7 @@ def test_values_are_never_rewritten():
 )
 def test_quarot_as_its_pass_was_configured(words, algorithm, bits):
     made = quantize(words)
-    assert (made.algorithm, made.bits) == (algorithm, bits)
+    assert (made.algorithm, made.weight_bits) == (algorithm, bits)
 
 
 def test_quarot_with_bits_of_activations_and_cache():
@@ -344,3 +344,22 @@ def test_arguments_of_weight_only_quantization_elsewhere(capsys):
 def test_arguments_elsewhere_that_ask_for_what_is_not_here(words, message):
     with pytest.raises(UsageError, match=message):
         quantize(words)
+
+
+def test_arguments_of_integer_graphs_in_other_tools():
+    made = quantize(
+        "--quant_mode static --quant_format QOperator --weight_type QInt8 --act_precision uint8 --per_channel True"
+        " --reduce_range True --calibrate_method Percentile --nodes_to_exclude a b --op_types_to_quantize Conv Gemm"
+        " --quant_preprocess True --user_script user_script.py --dataloader_func create --implementation ort"
+    )
+    assert made.algorithm == "static" and made.graph.encoding == "qoperator"
+    assert made.settings == {
+        "weight_type": "int8", "activation_type": "uint8", "per_channel": "true", "reduce_range": "true",
+        "calibrate_method": "percentile",
+    }  # fmt: skip
+    assert made.graph.nodes_exclude == ("a", "b") and made.graph.op_types == ("Conv", "Gemm")
+    assert made.graph.user_script == Path("user_script.py") and made.graph.data_function == "create"
+    assert quantize("--activation_type QUInt16 --per_channel False").settings == {"activation_type": "uint16"}
+    for words in ("--data_config calib", "--prepare_qnn_config"):
+        with pytest.raises(UsageError, match="cannot be used with quantize"):
+            quantize(words)

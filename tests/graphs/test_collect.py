@@ -6,8 +6,9 @@ import torch
 
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError
-from quantcli.graphs.collect import collect_moments, combine, stages_of
+from quantcli.graphs.collect import collect_moments, combine, levels_of, stages_of
 from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.walk import Selection, find_targets, prepare
 
 RANDOM = np.random.default_rng(0)
 A, B = (RANDOM.standard_normal(s).astype(np.float32) for s in ((40, 24), (24, 24)))
@@ -90,3 +91,35 @@ def test_stages_fit_into_memory():
 def test_wrong_inputs(feed, message):
     with pytest.raises(InputError, match=message):
         collect_moments(graph_model(NODES, {"a": A, "b": B}), Path(), {"r": 24}, [feed])
+
+
+def test_a_reference_gives_cross_moments():
+    """Of the same tokens in both graphs, batch by batch, held out or not."""
+    other = graph_model(NODES, {"a": A + 0.1, "b": B})
+    found = collect_moments(
+        other, Path(), {"r": 24}, FEEDS, held_out_step=3, reference=graph_model(NODES, {"a": A, "b": B})
+    )
+    statistics = combine([found["r"]])
+    changed, kept = (np.maximum(np.concatenate([f["x"] for f in FEEDS]) @ w, 0) for w in (A + 0.1, A))
+    train = np.r_[0:8, 16]
+    np.testing.assert_allclose(statistics.hessian.numpy(), changed[train].T @ changed[train] / 9, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(statistics.cross.numpy(), kept[train].T @ changed[train] / 9, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(
+        statistics.held_out_cross.numpy(), kept[8:16].T @ changed[8:16] / 8, rtol=1e-3, atol=1e-2
+    )
+
+
+def test_levels_follow_the_longest_way():
+    nodes = [
+        N("MatMul", "x a", "h", "first"),
+        N("MatMul", "h b", "g", "second"),
+        N("Add", "h g", "s", "skip"),
+        N("MatMul", "s b2", "y", "third"),
+        N("MatMul", "x a2", "z", "aside"),
+        N("Add", "z h", "zh", "add"),
+        N("MatMul", "zh b3", "w", "fourth"),
+    ]
+    model = graph_model(nodes, {"a": A, "a2": A, "b": B, "b2": B, "b3": B}, outputs="y w")
+    prepare(model)
+    targets, _ = find_targets(model.graph, Selection())
+    assert levels_of(model.graph, targets) == [["x"], ["h", "zh"], ["s"]]

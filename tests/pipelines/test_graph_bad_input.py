@@ -78,6 +78,11 @@ def no_type(proto):
     proto.graph.initializer[0].data_type = 0
 
 
+def no_type_at_all(proto):
+    no_type(proto)
+    del proto.graph.value_info[:]
+
+
 def negative_axis(proto):
     proto.graph.initializer[0].dims[0] = -4
 
@@ -121,7 +126,8 @@ def external_constant(proto):
         (lose, "node 'relu' reads 'nowhere', which nothing makes"),
         (same_output, "two tensors named 'h'"),
         (drop_output, "nothing makes its output 'nothing'"),
-        (no_type, "no such type or shape"),
+        (no_type, "another type than it has"),
+        (no_type_at_all, "no such type or shape"),
         (negative_axis, "no such type or shape"),
         (other_shape, "its shape takes"),
         (old, "opset 6, 7 or later is needed"),

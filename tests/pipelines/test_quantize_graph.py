@@ -100,6 +100,30 @@ def test_gptq_is_far_ahead_of_rtn(bits, folder):
     assert best < 1.05 * gptq
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "awq,gptq"])
+def test_layer_wise_corrects_the_error_of_earlier_matrices(algorithm, folder):
+    """At 2 bits, where there is much of it. The first matrix has nothing before it; a norm lets awq scale."""
+    plain, layer_wise = (
+        GraphOptions(calibration_inputs=folder.parent / "inputs", layer_wise=on) for on in (False, True)
+    )
+    random = np.random.default_rng(5)
+    w = {n: (random.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5).astype(np.float32) for n in "abcd"}
+    nodes = [
+        N("LayerNormalization", "x gain", "n", "norm"),
+        *(N("MatMul", f"{x} {m}", f"{m}1", m) for x, m in zip(("n", "a1", "b1", "c1"), "abcd", strict=True)),
+    ]
+    model = graph_model(nodes, w | {"gain": np.ones(WIDTH, np.float32)}, outputs="d1")
+    save_graph(model, folder / "net.onnx")
+    one = quantize(folder, "plain", plain, bits=2, algorithm=algorithm)
+    other = quantize(folder, "layer-wise", layer_wise, bits=2, algorithm=algorithm)
+    assert error(folder, other.output) < 0.7 * error(folder, one.output)
+    graphs = [open_graph(r.output / "model" / "net.onnx").graph for r in (one, other)]
+    first, last = ([g.initializers[f"{n}.qweight"].const_value.numpy() for g in graphs] for n in "ad")
+    if algorithm == "gptq":
+        np.testing.assert_array_equal(*first)
+    assert (last[0] != last[1]).any()
+
+
 def test_one_stage_after_the_other_gives_the_same_codes(folder):
     """With memory for one Hessian at a time, the graph is run once per tensor."""
     graph = GraphOptions(calibration_inputs=folder.parent / "inputs")
@@ -205,6 +229,7 @@ def test_a_file_alone(folder):
         ({"algorithm": "nf4"}, {"accuracy_level": 4}, "is an attribute of MatMulNBits"),
         ({"algorithm": "awq,gptq"}, {}, "calibration inputs are needed"),
         ({"algorithm": "quarot,gptq"}, {}, "quarot does not apply"),
+        ({"algorithm": "rtn"}, {"layer_wise": True}, "--layer-wise runs the graph on calibration inputs, rtn has none"),
         ({"format": "gptq"}, {}, "--format is for checkpoints"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}}, {"encoding": "qdq"}, "zero=float does not apply to Deq"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}, "bits": 5}, {}, "zero=float is for 1 to 4 bits, not 5"),

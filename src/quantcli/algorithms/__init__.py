@@ -43,8 +43,9 @@ class Algorithm:
     """Kinds of model it takes: checkpoint, onnx."""
     formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
     """Formats that hold its result exactly; the first is taken where none is asked for."""
-    scope: Literal["stage", "model"] = "stage"
-    """Of a transform: whether it works on each input of linears as text reaches it, or on the model beforehand."""
+    scope: Literal["stage", "model", "graph"] = "stage"
+    """Of a transform: whether it works on each input of linears as text reaches it, on the model beforehand, or on an
+    ONNX graph beforehand (source file, target file, options, reader of samples) -> what became of it."""
     codebook: str | None = None
     """Of a rounder: the codebook that its codes name; None for uniform grids."""
     beats_rtn: bool = True
@@ -107,10 +108,21 @@ def find_chain(text: str) -> list[Algorithm]:
             raise UsageError(
                 f"{algorithm.name} rounds, nothing can follow it", hint="write transforms first, as in -a awq,gptq"
             )
+        if algorithm.scope == "graph" and chain[-1].kind != "graph":
+            raise UsageError(
+                f"{algorithm.name} is for integer activations, {chain[-1].name} leaves them float",
+                hint=f"use -a {algorithm.name},static or {algorithm.name},dynamic",
+            )
+        if algorithm.scope != "graph" and chain[-1].kind == "graph":
+            able = [a.name for a in ALGORITHMS.values() if a.scope == "graph"]
+            raise UsageError(
+                f"{algorithm.name} is for weights that are rounded one by one, {chain[-1].name} takes a whole graph",
+                hint=f"use -a {chain[-1].name}" + (f" or {able[0]},{chain[-1].name}" if able else ""),
+            )
     names = [a.name for a in chain]
     if len(set(names)) != len(names):
         raise UsageError(f"an algorithm is named twice in {text!r}")
-    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"]):
+    if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"], ["graph"]):
         raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
     return chain
 
@@ -152,6 +164,8 @@ def _parse(algorithm: str, name: str, text: str, wanted: Any) -> Any:
         if text not in choices:
             raise UsageError(f"{algorithm}: {name} is one of {', '.join(choices)}, got {text!r}")
         return text
+    if typing.get_origin(wanted) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if wanted is bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{algorithm}: {name} is true or false, got {text!r}")

@@ -146,14 +146,33 @@ _GRAPHS: dict[str, Alias] = {
     "--perchannel": Dropped("every row has scales of its own", value=True, only=_TRUE),
 }
 
+_TYPES = ("int4", "uint4", "int8", "uint8", "int16", "uint16")
+_ORT_WORDS = {kind: f"Q{'UInt' if kind[0] == 'u' else 'Int'}{kind.lstrip('uint')}" for kind in _TYPES}
+_METHODS = {"MinMax": "minmax", "Entropy": "entropy", "Percentile": "percentile", "Distribution": "distribution"}
+# arguments of dynamic and static quantization of ONNX graphs in other tools
+_INTEGERS: dict[str, Alias] = {
+    "--quant_mode": Rename("", {"static": ("-a", "static"), "dynamic": ("-a", "dynamic")}, only=True),
+    "--quant_format": Rename("", {"QDQ": ("--encoding", "qdq"), "QOperator": ("--encoding", "qoperator")}, only=True),
+    "--weight_type": Rename("--weight-type", {o: ("--weight-type", k) for k, o in _ORT_WORDS.items()}),
+    "--activation_type": Rename("--activation-type", {o: ("--activation-type", k) for k, o in _ORT_WORDS.items()}),
+    "--act_precision": Rename("--activation-type", {k: ("--activation-type", k) for k in _TYPES}, only=True),
+    "--calibrate_method": Rename("--calibrate-method", {k: ("--calibrate-method", v) for k, v in _METHODS.items()}),
+    "--nodes_to_quantize": Each("--nodes-include"),
+    "--quant_preprocess": Dropped("graphs are always prepared", value=True, only=_TRUE),
+    "--dataloader_func": Rename("--data-function"),
+    "--data_config": Refused("samples have flags of their own", "use --calibration-inputs, --user-script or --data"),
+    "--prepare_qnn_config": Refused("there is no configuration of QNN yet", "leave it out"),
+}
+
 ALIASES: dict[str, dict[str, Alias]] = {
     "quantize": {
         **_EVERYWHERE,
         **_CHECKPOINT,
         "--algorithms": Words("--algorithm"),
         "--precision": Rename("--bits", _BITS, only=True),
-        "--act_precision": Refused("activations stay float here, only weights are quantized"),
-        "--implementation": Dropped("the algorithms are our own", value=True, only=("olive",)),
+        "--implementation": Dropped(
+            "dynamic and static are onnxruntime's, the other algorithms our own", value=True, only=("olive", "ort")
+        ),
         "--use_qdq_encoding": Switch(("--encoding", "qdq"), ("--encoding", "nbits")),
         "-d": Rename("--data-name"),
         "--data_files": Rename("--data"),
@@ -167,6 +186,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--w_rtn": Rounder("rtn", "gptq"),
         "--rotate": Dropped("quarot rotates", value=True, only=("True", "true")),
         **_GRAPHS,
+        **_INTEGERS,
     },
     "finetune": {
         **_EVERYWHERE,

@@ -61,6 +61,8 @@ def show(result: Any, console: "Console") -> None:
     heads = ("layers", "worst", "bits", "group", "count", "size", "mean error", "worst error", "vs rtn")
     if rows:
         console.table(heads, rows, left=2)
+    if getattr(result, "comparison", None) is not None:
+        _show_comparison(result.comparison, console)
     if result.evaluation is not None:
         from quantcli.cli.evaluate import show as show_evaluation
 
@@ -74,6 +76,21 @@ def show(result: Any, console: "Console") -> None:
         f"{result.output}: {human_size(result.size_bytes)}, {share:.0%} of {human_size(result.parent_size_bytes)}, "
         f"{stored}in {human_duration(result.seconds)}, peak memory {human_size(result.peak_bytes)}"
     )
+
+
+def _show_comparison(comparison: dict[str, Any], console: "Console") -> None:
+    """Which nodes lose most, and what comes out in the end."""
+    rows = [
+        (node["name"], node["op_type"], f"{node['own_db']:.1f}", _decibels(node["model_db"]))
+        for node in comparison["nodes"]
+    ]
+    console.table(("node", "operator", "own dB", "in the model dB"), rows, left=2)
+    ratios = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in comparison["outputs"].items())
+    console.text(f"signal to quantization noise of the outputs on {comparison['samples']} samples: {ratios}")
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _overrides(words: list[str]) -> tuple[Override, ...]:
@@ -117,13 +134,36 @@ COMMAND = Command(
         "nodes_include": FlagStyle(metavar="REGEX"),
         "nodes_exclude": FlagStyle(metavar="REGEX"),
         "calibration_inputs": FlagStyle(metavar="FILE|FOLDER"),
+        "image_spec": FlagStyle(metavar="KEY=VALUE,..."),
+        "user_script": FlagStyle(metavar="FILE"),
+        "data_function": FlagStyle(metavar="NAME"),
+        "calibration_cache": FlagStyle(metavar="FILE"),
         **SIMULATION_STYLES,
     },
-    settings={"damp_percent": ("damp_percent", None), "desc_act": ("order", "desc_act")},
+    settings={
+        "damp_percent": ("damp_percent", None),
+        "desc_act": ("order", "desc_act"),
+        "weight_type": ("weight_type", None),
+        "activation_type": ("activation_type", None),
+        "calibrate_method": ("calibrate_method", None),
+        "per_channel": ("per_channel", "true"),
+        "reduce_range": ("reduce_range", "true"),
+        "equalize": ("equalize", "true"),
+        "bias_correction": ("bias_correction", "true"),
+    },
     panels={
         "Calibration": ("calibration", "correct_earlier"),
         "Simulation": ("simulation",),
-        "ONNX graphs": ("graph",),
+        "ONNX graphs": (
+            "graph",
+            "weight_type",
+            "activation_type",
+            "calibrate_method",
+            "per_channel",
+            "reduce_range",
+            "equalize",
+            "bias_correction",
+        ),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
     },
     examples=(
@@ -132,5 +172,6 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q --target-bits 3.5 --evaluate",
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
+        "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
     ),
 )

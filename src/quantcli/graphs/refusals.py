@@ -97,7 +97,7 @@ def _size_bytes(tensor: onnx.TensorProto) -> int:
     if any(size < 0 for size in tensor.dims):
         raise ValueError(f"shape {list(tensor.dims)}")
     bits: int = ir.DataType(tensor.data_type).bitwidth
-    return -(-math.prod(tensor.dims) * bits // 8)
+    return -(-math.prod(int(size) for size in tensor.dims) * bits // 8)
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -47,6 +47,9 @@ class TokenFeeds:
                 "attention_mask": np.ones_like(ids),
                 "position_ids": np.arange(ids.shape[1])[None].repeat(len(ids), 0),
                 "token_type_ids": np.zeros_like(ids),
+                "cache_position": np.arange(ids.shape[1]),
+                "past_sequence_length": np.array([ids.shape[1] - 1]),
+                "total_sequence_length": np.array(ids.shape[1]),
             }
             feed = {}
             for name, value in inputs.items():

@@ -33,6 +33,7 @@ __all__ = [
     "read_matrix",
     "stored_weight",
     "weight_uses",
+    "write_matrix",
 ]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -197,6 +198,15 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
     if not all_finite(values):
         raise InputError(f"weight {target.name!r} holds NaN or infinite values")
     return values.T.contiguous() if target.transposed else values.reshape(target.rows, target.columns)
+
+
+def write_matrix(graph: ir.Graph, target: GraphTarget, matrix: Tensor) -> None:
+    """Other values for a matrix: W [N, K] float32, stored as the graph stores it."""
+    value = graph.initializers[target.name]
+    assert value.const_value is not None
+    turned = matrix.T if target.transposed else matrix
+    array = turned.numpy().reshape(value.const_value.shape.numpy()).astype(value.const_value.dtype.numpy())
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=target.name)
 
 
 def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir.Node]) -> GraphTarget | str:

@@ -22,7 +22,7 @@ from quantcli.pipelines.graph.feeds import context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
-from quantcli.pipelines.graph.whole import check_whole, quantize_whole
+from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
 from quantcli.progress import Progress, Silent
 
@@ -42,16 +42,12 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> GraphResu
     """
     progress = progress or Silent()
     plan = plan_graph(options)
-    if plan.step.algorithm.kind == "graph":
-        check_whole(plan)
-        quantize = quantize_whole
-    else:
-        plan = plan_weights(plan)
-        quantize = _quantize_weights
+    whole = plan.step.algorithm.kind == "graph"
+    plan = plan_whole(plan) if whole else plan_weights(plan)
     if options.dry_run:
         return plan
     progress.plan("Quantize", plan.rows())
-    result = quantize(plan, progress)
+    result = quantize_whole(plan, progress) if whole else _quantize_weights(plan, progress)
     return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
 
 
@@ -78,10 +74,11 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
         held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and options.preset == "best" and len(feeds) > 1 else 0
         scaling = plan.transforms[0] if plan.transforms else None
-        work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling)
+        work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling, options.graph.layer_wise)
         results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         graph = options.graph
-        placements = replace_matrices(model, plan.found, results.__getitem__, graph.encoding, graph.accuracy_level)
+        encoding = str(graph.encoding)
+        placements = replace_matrices(model, plan.found, results.__getitem__, encoding, graph.accuracy_level)
         note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
         written = partial.model / source.path.name
         save_graph(model, written)

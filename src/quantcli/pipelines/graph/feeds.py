@@ -1,11 +1,13 @@
-"""What a graph is run on to gather statistics: arrays from files, or text where it is a language model's graph."""
+"""What a graph is run on to gather statistics: files, a user's function, or text for a language model's graph."""
 
 from typing import Any, Protocol
 
 from quantcli.data.calibration import calibration_rows
-from quantcli.data.feeds import NpzFeeds
+from quantcli.data.graph_inputs import Samples, npz_samples, script_samples
+from quantcli.data.images import image_samples, parse_image_spec
 from quantcli.errors import UsageError
 from quantcli.graphs.files import Graph
+from quantcli.graphs.inputs import input_specs
 from quantcli.graphs.token_inputs import INPUT_IDS, TokenFeeds
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
@@ -24,7 +26,11 @@ class Feeds(Protocol):
 
 def reads_text(options: QuantizeOptions, graph: Graph) -> bool:
     """Whether inputs are made from text."""
-    return options.graph.calibration_inputs is None and any(v.name == INPUT_IDS for v in graph.inputs)
+    return not _names_samples(options) and any(v.name == INPUT_IDS for v in graph.inputs)
+
+
+def _names_samples(options: QuantizeOptions) -> bool:
+    return options.graph.calibration_inputs is not None or options.graph.user_script is not None
 
 
 def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) -> None:
@@ -34,16 +40,19 @@ def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) ->
         UsageError: no inputs for this graph, or options that contradict each other.
     """
     calibration = options.calibration
-    rows = CalibrationOptions(num_samples=calibration.num_samples)
-    if options.graph.calibration_inputs is not None:
+    rows = CalibrationOptions(num_samples=calibration.num_samples, batch_size=calibration.batch_size)
+    if _names_samples(options):
         if calibration != rows:
-            raise UsageError("--calibration-inputs and options of text exclude each other", hint="leave one out")
+            flag = "--calibration-inputs" if options.graph.user_script is None else "--user-script"
+            raise UsageError(f"{flag} and options of text exclude each other", hint="leave one out")
+        if options.graph.image_spec is not None:
+            parse_image_spec(options.graph.image_spec)
         return
     if not reads_text(options, graph):
         inputs = ", ".join(str(v.name) for v in graph.inputs)
         raise UsageError(
             f"calibration inputs are needed: the graph's inputs are {inputs}, which no text can be made into",
-            hint="add --calibration-inputs FOLDER of .npz files",
+            hint="add --calibration-inputs FOLDER of .npz files, or of images with --image-spec; or --user-script",
         )
     if calibration.data == SELF:
         raise UsageError("--data self is for checkpoints: a graph does not write its own text", hint="use --data FILE")
@@ -57,23 +66,32 @@ def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) ->
 
 def describe_feeds(options: QuantizeOptions, graph: Graph) -> str:
     """In words."""
+    if options.graph.user_script is not None:
+        return f"{options.graph.user_script}:{options.graph.data_function}, at most {options.calibration.num_samples}"
     if options.graph.calibration_inputs is not None:
-        return f"{options.graph.calibration_inputs}, {options.calibration.num_samples} batches or all"
+        kind = "images" if options.graph.image_spec else "batches"
+        return f"{options.graph.calibration_inputs}, {options.calibration.num_samples} {kind} or all"
     calibration = options.calibration
     named = calibration.data or calibration.data_name or BUILTIN
     text = "Python's documentation" if named == BUILTIN else named
     return f"{text}, {calibration.num_samples} rows of {calibration.seq_len} tokens"
 
 
-def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, progress: Progress) -> Feeds:
+def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, progress: Progress) -> Samples:
     """The calibration inputs that the options name; text by default where the graph takes tokens.
 
     Raises:
-        InputError: files or text that cannot be read, or a graph with inputs of which text says nothing.
+        InputError: files, functions or text that give no samples, or a graph with inputs of which text says nothing.
     """
-    calibration = options.calibration
-    if options.graph.calibration_inputs is not None:
-        return NpzFeeds.open(options.graph.calibration_inputs, calibration.num_samples)
+    calibration, given = options.calibration, options.graph
+    specs = input_specs(source.path)
+    sizes = {"batch_size": calibration.batch_size, "limit": calibration.num_samples}
+    if given.user_script is not None:
+        return script_samples(given.user_script, given.data_function or "", specs, **sizes)
+    if given.calibration_inputs is not None and given.image_spec is not None:
+        return image_samples(given.calibration_inputs, specs, parse_image_spec(given.image_spec), **sizes)
+    if given.calibration_inputs is not None:
+        return npz_samples(given.calibration_inputs, specs, **sizes)
     rows = calibration_rows(
         calibration,
         source.folder,
@@ -85,7 +103,8 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     heads, size = _decoder(source, "num_key_value_heads"), _decoder(source, "head_size")
     axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
     known = {name: length for name, length in axes.items() if length is not None}
-    return TokenFeeds(graph, rows.tokens, calibration.batch_size, known)
+    feeds = TokenFeeds(graph, rows.tokens, calibration.batch_size, known)
+    return Samples(specs, lambda: ((feed, f"batch {number} of text") for number, feed in enumerate(feeds)))
 
 
 def context_length(source: GraphSource) -> int | None:

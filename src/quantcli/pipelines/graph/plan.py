@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from quantcli.algorithms import Step
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.files import Model
 from quantcli.graphs.rewrite import refuse_opset
 from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
-from quantcli.options import CalibrationOptions, GraphOptions, QuantizeOptions
+from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.pipelines.planning.plan import Target
@@ -18,7 +18,7 @@ from quantcli.pipelines.planning.steps import resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target"]
+__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target", "weight_encoding"]
 
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
@@ -26,7 +26,7 @@ _IDLE: Mapping[str, str] = {
     "mixed_bits": "give each matrix its bits by --override",
     "quantize_embeddings": "add Gather to --op-types",
     "format": "use --encoding nbits or qdq",
-    "correct_earlier": "leave it out",
+    "correct_earlier": "use --layer-wise",
     "dtype": "leave it out: what stays float keeps its type",
     "device": "leave it out: graphs are run on the CPU",
     "simulation": "leave it out",
@@ -61,6 +61,8 @@ class GraphPlan:
         """Whether the graph is run on inputs."""
         if self.options.preset == "fast":
             return False
+        if self.options.graph.debug_activations or self.options.graph.exclude_worst:
+            return True
         used = [s.algorithm.calibration for s in (*self.transforms, self.step)]
         return "required" in used or ("optional" in used and _names_inputs(self.options))
 
@@ -81,8 +83,11 @@ class GraphPlan:
             held = sorted({t.scheme.bits for t in self.targets.values()})
             odd = [f"{b} bits lie in {container_bits(b)}-bit containers" for b in held if container_bits(b) != b]
             rows += [
-                ("scheme", f"{options.bits} bits, group size {group}, {kind}" + "".join(f"; {said}" for said in odd)),
-                ("encoding", graph.encoding),
+                (
+                    "scheme",
+                    f"{options.weight_bits} bits, group size {group}, {kind}" + "".join(f"; {said}" for said in odd),
+                ),
+                ("encoding", str(graph.encoding)),
                 (
                     "matrices",
                     f"{len(self.targets)}, {weights / 1e6:.2f} M weights"
@@ -120,7 +125,7 @@ class GraphPlan:
 
     @property
     def _default(self) -> Scheme:
-        return Scheme(self.options.bits, self.options.group_size, self.options.symmetric)
+        return Scheme(self.options.weight_bits, self.options.group_size, self.options.symmetric)
 
 
 def plan_graph(options: QuantizeOptions) -> GraphPlan:
@@ -144,7 +149,8 @@ def plan_graph(options: QuantizeOptions) -> GraphPlan:
             hint="leave it out",
         )
     named = ",".join(s.algorithm.name for s in (*transforms, step))
-    return GraphPlan(source, model, step, replace(options, algorithm=named), tuple(transforms))
+    bits = options.bits if step.algorithm.kind == "graph" else options.weight_bits
+    return GraphPlan(source, model, step, replace(options, algorithm=named, bits=bits), tuple(transforms))
 
 
 def plan_weights(plan: GraphPlan) -> GraphPlan:
@@ -154,7 +160,11 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
         UsageError: schemes that neither the algorithm nor the encoding has, inputs that are missing or have no use.
         InputError: a graph without weights, or quantized already.
     """
-    options, graph, model, step = plan.options, plan.options.graph, plan.model, plan.step
+    model, step, graph = plan.model, plan.step, plan.options.graph
+    encoding = weight_encoding(graph)
+    graph = replace(graph, encoding=encoding, op_types=graph.op_types or ("MatMul", "Gemm"))
+    plan = replace(plan, options=replace(plan.options, graph=graph))
+    options = plan.options
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
     prepare(model)
@@ -184,12 +194,32 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     for bits in sorted({t.scheme.bits for t in targets.values()}):
         if bits not in step.algorithm.bits:
             raise UsageError(f"{step.algorithm.name} does not make {bits} bits", hint="see `quantcli algorithms`")
-        refuse_opset(model.graph, graph.encoding, bits)
+        refuse_opset(model.graph, encoding, bits)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
     plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)
     _refuse_inputs(plan)
     return plan
+
+
+def weight_encoding(graph: GraphOptions) -> str:
+    """The encoding; refuses what only graphs of integers have.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name in ("calibration_cache", "debug_activations", "exclude_worst"):
+        if getattr(graph, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is for activations, only weights are quantized here", hint="use -a static")
+    if graph.encoding == "qoperator":
+        raise UsageError("weights alone have no operators on integers", hint="use --encoding nbits, or -a static")
+    for name in graph.op_types:
+        if name not in GRAPH_OP_TYPES:
+            raise UsageError(f"--op-types {name!r} cannot be quantized, {nearest(name, GRAPH_OP_TYPES)}")
+    if "Conv" in graph.op_types and graph.encoding != "qdq":
+        raise UsageError("Conv has no operator with quantized weights", hint="add --encoding qdq")
+    return graph.encoding or "nbits"
 
 
 def _stored_bytes(model: Model, name: str) -> int:
@@ -199,6 +229,11 @@ def _stored_bytes(model: Model, name: str) -> int:
 
 def _refuse_inputs(plan: GraphPlan) -> None:
     options = plan.options
+    if options.graph.layer_wise and not plan.calibrates:
+        raise UsageError(
+            f"--layer-wise runs the graph on calibration inputs, {plan.step.algorithm.name} has none",
+            hint="leave it out, or use -a gptq",
+        )
     if plan.calibrates:
         refuse_feeds(options, plan.model.graph, plan.source)
     elif _names_inputs(options) or options.calibration != CalibrationOptions():
@@ -211,7 +246,8 @@ def _refuse_inputs(plan: GraphPlan) -> None:
 
 def _names_inputs(options: QuantizeOptions) -> bool:
     text = options.calibration
-    return bool(options.graph.calibration_inputs or text.data or text.data_name)
+    given = options.graph.calibration_inputs or options.graph.user_script
+    return bool(given or text.data or text.data_name)
 
 
 def _unset(name: str) -> Any:
@@ -265,7 +301,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
 
 def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
-    bits, size, symmetric = options.bits, options.group_size, options.symmetric
+    bits, size, symmetric = options.weight_bits, options.group_size, options.symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
     for override in options.overrides:
         if any(override in options.matching(name) for name in names):

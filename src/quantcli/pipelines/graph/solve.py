@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from quantcli.algorithms import Step, find
 from quantcli.errors import InputError
-from quantcli.graphs.collect import InputMoments, collect_moments, combine, stages_of
+from quantcli.graphs.collect import InputMoments, collect_moments, combine, levels_of, stages_of
 from quantcli.graphs.files import Model
 from quantcli.graphs.folds import find_graph_folds
-from quantcli.graphs.walk import GraphTarget, read_matrix
+from quantcli.graphs.walk import GraphTarget, read_matrix, write_matrix
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
 from quantcli.pipelines.graph.feeds import Feeds
 from quantcli.pipelines.graph.scaling import GraphScaling
@@ -37,6 +39,8 @@ class GraphWork:
     """The rounder."""
     scaling: Step | None = None
     """What scales tensors before."""
+    layer_wise: bool = False
+    """Whether each matrix sees what the quantized ones before it make of the inputs, and corrects their error."""
 
 
 def solve_graph(
@@ -62,18 +66,25 @@ def solve_graph(
     for target in work.found:
         by_inputs[target.inputs if feeds is not None else (target.name,)].append(target)
     widths = {name: t.columns for t in work.found for name in t.inputs}
-    stages = stages_of(widths, memory_bytes) if feeds is not None else [[]]
+    levels = levels_of(work.model.graph, work.found) if work.layer_wise else [list(widths)]
+    room = memory_bytes // 2 if work.layer_wise else memory_bytes  # a second matrix of moments beside each
+    cut = [stages_of({name: widths[name] for name in level}, room) for level in levels]
+    stages = [stage for part in cut for stage in part] if feeds is not None else [[]]
+    current = work.model.clone() if work.layer_wise else work.model
     seen: dict[str, InputMoments] = {}
     with progress.track("Quantizing", len(work.found)) as task:
         for stage in stages:
             if feeds is not None:
                 wanted = {name: widths[name] for name in stage}
-                seen |= collect_moments(work.model, work.folder, wanted, feeds, held_out_step)
+                reference = work.model if work.layer_wise and solver.results else None
+                seen |= collect_moments(current, work.folder, wanted, feeds, held_out_step, reference)
             for inputs in [key for key in by_inputs if feeds is None or set(key) <= set(seen)]:
                 members = by_inputs.pop(inputs)
                 solver.solve(members, [seen[name] for name in inputs] if feeds is not None else [])
                 for target in members:
                     task.advance(detail=target.name)
+                    if work.layer_wise:
+                        write_matrix(current.graph, target, solver.effective(target.name))
             waiting = {name for key in by_inputs for name in key}
             seen = {name: moments for name, moments in seen.items() if name in waiting}
     if solver.scaling is not None:
@@ -88,6 +99,7 @@ class _Solver:
         self._work, self._progress = work, progress
         self.results: dict[str, QuantizedTensor] = {}
         self.reports: dict[str, LayerReport] = {}
+        self._scales: dict[str, Tensor] = {}
         self.scaling = None
         if work.scaling is not None:
             folds = find_graph_folds(work.model, work.found)
@@ -120,5 +132,12 @@ class _Solver:
                 members[0].inputs[0], list(weights.values()), schemes, statistics, self.results, quantized
             )
         made, said = solve_linears(targets, weights, algorithm, settings, statistics, scale)
+        if scale is not None:
+            self._scales |= dict.fromkeys(made, scale)
         self.results |= made
         self.reports |= {report.name: report for report in said}
+
+    def effective(self, name: str) -> Tensor:
+        """A finished matrix [N, K] as it acts on inputs that are not scaled."""
+        values = self.results[name].dequantize()
+        return values / self._scales[name] if name in self._scales else values

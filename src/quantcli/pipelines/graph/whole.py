@@ -1,46 +1,183 @@
-"""Algorithms that take a whole graph, activations too: they write a graph file from a graph file."""
+"""Algorithms that take a whole graph, activations too: they write a graph file from a graph file.
 
+The steps: transforms of the float graph, the quantizer, and, where nodes are to be excluded for what they lose, the
+quantizer once more without them, on the ranges that were measured the first time.
+"""
+
+import re
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from quantcli.algorithms import Step
+from quantcli.data.graph_inputs import Samples
 from quantcli.errors import UsageError
 from quantcli.evaluate.speed import peak_memory
+from quantcli.graphs.compare import NodeError
+from quantcli.graphs.integers import IntegerGraph
+from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.progress import Progress
 
-__all__ = ["check_whole", "quantize_whole"]
+__all__ = ["IntegerResult", "plan_whole", "quantize_whole"]
+
+_IDLE = {
+    "group_size": "integer graphs have one scale per tensor, or per channel with --per-channel",
+    "symmetric": "say --set activation_symmetric=true or --set weight_grid=sym",
+    "overrides": "leave nodes out with --nodes-exclude",
+    "quantize_lm_head": "leave it out",
+    "max_memory": "leave it out",
+}
 
 
-def check_whole(plan: GraphPlan) -> None:
-    """Refuses what has no effect on the algorithm, before anything is read.
+@dataclass(frozen=True)
+class IntegerResult(GraphResult):
+    """What became of a graph of integers."""
+
+    quantized: tuple[str, ...] = ()
+    """Nodes with weights that compute with integers."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that --exclude-worst left float."""
+    comparison: dict[str, Any] | None = None
+    """Errors by node, worst first, and of the outputs, in dB."""
+    notes: tuple[str, ...] = ()
+    """What there was to say on the way."""
+
+
+def plan_whole(plan: GraphPlan) -> GraphPlan:
+    """Gives the algorithm what flags say, and refuses what has no effect on it, before anything is read.
 
     Raises:
         UsageError: naming the flag.
     """
-    if plan.step.algorithm.calibration == "required":
-        raise UsageError(f"{plan.step.algorithm.name} cannot be run from here yet")
+    options, graph, algorithm = plan.options, plan.options.graph, plan.step.algorithm
+    for name, hint in _IDLE.items():
+        if getattr(options, name) != getattr(type(options), name, ()):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with {algorithm.name}", hint=hint)
+    if graph.accuracy_level or graph.layer_wise or not graph.quantize_last_matmul:
+        name = "--layer-wise" if graph.layer_wise else "--no-quantize-last-matmul"
+        name = "--accuracy-level" if graph.accuracy_level else name
+        raise UsageError(f"{name} has no effect with {algorithm.name}", hint="leave nodes out with --nodes-exclude")
+    if graph.calibration_cache is not None and algorithm.calibration == "none":
+        raise UsageError(f"{algorithm.name} measures no ranges that --calibration-cache could hold", hint="use static")
+    if plan.calibrates and not _has_ranges(plan):
+        refuse_feeds(options, plan.model.graph, plan.source)
+    elif not plan.calibrates and (graph.calibration_inputs is not None or graph.user_script is not None):
+        raise UsageError(f"{algorithm.name} uses no calibration inputs", hint="leave them out, or use -a static")
+    settings = _with_flags(plan)
+    resolved = replace(options, graph=replace(graph, encoding=getattr(settings, "encoding", None)))
+    return replace(plan, step=replace(plan.step, settings=settings), options=resolved)
 
 
-def quantize_whole(plan: GraphPlan, progress: Progress) -> GraphResult:
-    """Runs the algorithm on the source's file; the folder is made as for every other graph.
+def _with_flags(plan: GraphPlan) -> Any:
+    """The algorithm's settings with what --bits, --encoding and the flags that choose nodes say."""
+    options, graph, settings = plan.options, plan.options.graph, plan.step.settings
+    given: dict[str, Any] = {
+        "op_types": graph.op_types,
+        "nodes_include": graph.nodes_include,
+        "nodes_exclude": (*graph.nodes_exclude, *options.exclude),
+        "encoding": graph.encoding,
+    }
+    changes = {name: value for name, value in given.items() if value}
+    if options.bits is not None:
+        kind = "uint" if settings.weight_type.startswith("uint") else "int"
+        changes["weight_type"] = f"{kind}{options.bits}"
+    for name, value in changes.items():
+        flag = "--bits" if name == "weight_type" else "--" + name.replace("_", "-")
+        if not hasattr(settings, name) or (name == "encoding" and value == "nbits"):
+            hint = "; ".join(f"--encoding {f}" for f in plan.step.algorithm.formats)
+            raise UsageError(f"{plan.step.algorithm.name} has no {flag} {value}", hint=f"leave it out, or use {hint}")
+        if options.settings.get(name) is not None and getattr(settings, name) != value:
+            raise UsageError(f"{flag} and --set {name} contradict each other", hint="leave one out")
+    return replace(settings, **changes)
 
-    Raises:
-        QuantcliError: see `errors`; nothing half-written stays behind.
-    """
-    begin, source, options = time.perf_counter(), plan.source, plan.options
-    reader: Any = None
-    with open_graph_output(source, options, source.size_bytes) as partial, peak_memory() as watched:
+
+def _has_ranges(plan: GraphPlan) -> bool:
+    """Whether a cache says all that samples would."""
+    graph = plan.options.graph
+    again = graph.debug_activations or graph.exclude_worst or getattr(plan.step.settings, "bias_correction", False)
+    cached = graph.calibration_cache is not None and graph.calibration_cache.is_file()
+    return cached and not again and not plan.transforms
+
+
+def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
+    """Runs the algorithm on the source's file; the folder is made as for every other graph."""
+    begin, source, options, graph = time.perf_counter(), plan.source, plan.options, plan.options.graph
+    algorithm = plan.step.algorithm
+    samples: Samples | None = None
+    cache = graph.calibration_cache
+    if plan.calibrates and not _has_ranges(plan):
+        samples = open_feeds(options, plan.model.graph, source, progress)
+    if cache is not None and cache.is_file():
+        progress.note(f"ranges are read from {cache}, none are measured")
+    notes: list[str] = []
+    with open_graph_output(source, options, 3 * source.size_bytes) as partial, peak_memory() as watched:
         written = partial.model / source.path.name
-        plan.step.algorithm.run(source.path, written, plan.step.settings, reader)
-        result = GraphResult(
+        excluded: tuple[str, ...] = ()
+        with TemporaryDirectory(dir=partial.root, prefix=".graph-") as name:
+            folder = Path(name)
+            path = _transform(plan.transforms, source.path, folder, samples, notes)
+            ranges = cache if cache is not None or algorithm.calibration == "none" else folder / "ranges.json"
+            settings = plan.step.settings
+            compares = graph.debug_activations or graph.exclude_worst > 0
+            progress.note(
+                f"{algorithm.name} reads {describe_feeds(options, plan.model.graph)}" if samples else algorithm.name
+            )
+            made: IntegerGraph = algorithm.run(path, written, settings, _again(samples), ranges, compares)
+            if graph.exclude_worst:
+                assert made.comparison is not None
+                excluded = _worst(made.comparison.nodes, graph.exclude_worst)
+                settings = replace(settings, nodes_exclude=(*settings.nodes_exclude, *map(_exactly, excluded)))
+                progress.note(f"once more without {', '.join(excluded)}")
+                made = algorithm.run(path, written, settings, _again(samples), ranges, compares)
+        notes += made.notes
+        for note in notes:
+            progress.warn(note)
+        result = IntegerResult(
             output=options.output,
             layers=[],
-            kept={},
+            kept={name: "not asked for" for name in made.kept},
             size_bytes=0,
             parent_size_bytes=0,
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
+            quantized=made.quantized,
+            excluded=excluded,
+            comparison=asdict(made.comparison) if made.comparison is not None else None,
+            notes=tuple(notes),
         )
-        return commit_graph(partial, written, source, options, result, progress)
+        committed = commit_graph(partial, written, source, options, result, progress)
+        assert isinstance(committed, IntegerResult)
+        return committed
+
+
+def _transform(steps: Sequence[Step], path: Path, folder: Path, samples: Samples | None, notes: list[str]) -> Path:
+    """The float graph after all transforms; the source itself where there is none."""
+    for step in steps:
+        target = folder / f"{step.algorithm.name}.onnx"
+        notes += step.algorithm.run(path, target, step.settings, _again(samples)).notes
+        path = target
+    return path
+
+
+def _again(samples: Samples | None) -> Samples | None:
+    if samples is not None:
+        samples.rewind()
+    return samples
+
+
+def _worst(nodes: Sequence[NodeError], count: int) -> tuple[str, ...]:
+    if count >= len(nodes):
+        raise UsageError(
+            f"--exclude-worst {count} leaves nothing of {len(nodes)} quantized nodes", hint="give a smaller number"
+        )
+    return tuple(node.name for node in nodes[:count])
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"

@@ -30,12 +30,13 @@ def make_plan(options: QuantizeOptions) -> Plan:
     _refuse_graph_flags(options)
     *transforms, rounder = resolve_steps(options)
     algorithm, settings = rounder.algorithm, rounder.settings
-    options = replace(options, format=resolve_format(options.format, algorithm))
+    bits = None if options.mixes else options.weight_bits
+    options = replace(options, format=resolve_format(options.format, algorithm), bits=bits)
     codec = CODECS[options.format or ""]
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
     default = Scheme(
-        options.bits,
+        options.weight_bits,
         options.group_size,
         options.symmetric,
         codec.lowest_zero,

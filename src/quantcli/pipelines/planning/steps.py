@@ -45,11 +45,10 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:
-        if options.bits not in algorithm.bits:
+        given = options.bits if rounder.kind == "graph" else options.weight_bits
+        if given is not None and given not in algorithm.bits:
             allowed = ", ".join(map(str, algorithm.bits))
-            raise UsageError(
-                f"{algorithm.name} makes {allowed} bits, not {options.bits}", hint="see `quantcli algorithms`"
-            )
+            raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
     if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):

@@ -1,0 +1,266 @@
+"""Weight-only methods on an ONNX graph beside onnxruntime's own quantizer, as docs/onnx-quality.md.
+
+    python benchmarks/onnx_quality.py [--only REGEX] [--samples 16] [--results FILE.json] [--output PAGE.md] [--tiny]
+
+The demo model is captured as a float32 graph once. A cell is a method and a scheme: `quantcli quantize` on that graph,
+or onnxruntime's MatMulNBitsQuantizer on the same graph with the same calibration inputs, then `quantcli evaluate`
+against the float graph, each in a process of its own. It is kept in the results file as soon as it is measured, and
+measured once: an interrupted benchmark continues where it was. `--only` is searched in names as "demo/gptq/8b g32".
+
+`checkpoint, gptq` quantizes the checkpoint on the same text and captures the result: what its graph costs and is worth.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import FIGURES, Bench, code_digest, environment, file_digest
+from quality_page import write_page
+from running import ROOT, evaluate, quantcli, quantize_command, run_measured, write_tiny_model
+
+BEGIN_TEXT = "Written by `benchmarks/onnx_quality.py`; what stands between the two marks is replaced by each run."
+LEGEND = """\
+All methods start from one float32 graph and the same calibration inputs. KL is the mean divergence of the float graph's
+distribution from the quantized graph's in nats per token, ± its standard error clustered by window; in brackets the
+perplexity. Cost is the size of the graph with its weights (the embedding stays float), the seconds from graph to
+written graph, and the peak memory above what the process held when it began. `ort` is onnxruntime's
+MatMulNBitsQuantizer with the algorithm named; what it does not make is left empty. `best` is `--preset best`; awq is
+followed by kquant where no rounder is named. `checkpoint, gptq` is the checkpoint quantized and then captured. In an
+order, ≈ joins methods whose KL differs by less than the larger standard error."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits, columns that share a scale, and the grid."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    @property
+    def flags(self) -> list[str]:
+        """Of `quantcli quantize`."""
+        symmetric = ["--sym"] if self.symmetric else []
+        return ["--bits", str(self.bits), "--group-size", str(self.group_size), *symmetric]
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "4b g32 asym": Scheme(4, 32),
+    "4b g32 sym": Scheme(4, 32, symmetric=True),
+    "4b g128 asym": Scheme(4, 128),
+    "8b g32": Scheme(8, 32),
+    "2b g32": Scheme(2, 32),
+}
+OURS: Mapping[str, tuple[str, ...]] = {
+    "rtn": ("-a", "rtn"),
+    "hqq": ("-a", "hqq"),
+    "kquant": ("-a", "kquant"),
+    "awq": ("-a", "awq"),
+    "awq,gptq": ("-a", "awq,gptq"),
+    "gptq": ("-a", "gptq"),
+    "best": ("--preset", "best"),
+}
+CALIBRATED = ("awq", "awq,gptq", "gptq", "best")
+THEIRS: Mapping[str, tuple[int, ...]] = {
+    "ort default": (2, 4, 8), "ort rtn": (4,), "ort kquant": (4,), "ort hqq": (2, 4), "ort gptq": (4,),
+}  # fmt: skip
+"""Each with the bits that it makes."""
+CHECKPOINT = "checkpoint, gptq"
+METHODS = (*OURS, *THEIRS, CHECKPOINT)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at once."""
+
+    method: str
+    scheme: str
+
+    @property
+    def name(self) -> str:
+        """Key in the results, and what `--only` is searched in."""
+        return f"demo/{self.method}/{self.scheme}"
+
+
+def cells() -> Iterator[Cell]:
+    """All of them."""
+    for method in METHODS:
+        for name, scheme in SCHEMES.items():
+            hqq_sym = method in ("ort hqq", "hqq") and scheme.symmetric
+            if scheme.bits in THEIRS.get(method, (2, 4, 8)) and not hqq_sym:
+                yield Cell(method, name)
+
+
+@dataclass
+class GraphBench(Bench):
+    """The same book-keeping; graphs instead of checkpoints."""
+
+    def measure_cell(self, cell: Cell) -> dict[str, Any]:
+        """Quantizes and evaluates; what failed says so in its own words."""
+        output, log = self.work / "quantized", self.work / "log"
+        shutil.rmtree(output, ignore_errors=True)
+        command = self._command(cell, output)
+        cost = run_measured(command, environment(), log)
+        try:
+            if cost.exit_code:
+                return {"failed": f"exit {cost.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
+            report = json.loads((output / "report.json").read_text())
+            folder, seconds = output, report["seconds"]
+            if cell.method == CHECKPOINT:
+                folder = self.work / "captured"
+                shutil.rmtree(folder, ignore_errors=True)
+                made = quantcli(
+                    ["capture-onnx-graph", "-m", str(output), "-o", str(folder), "--accuracy-level", "0", "--json"],
+                    environment(),
+                )
+                seconds += made["seconds"]
+            samples, length = self.settings["samples"], self.settings["seq_len"]
+            quality = evaluate(folder, self.graph, self.evaluation, samples, length, environment())
+        except RuntimeError as error:
+            return {"failed": str(error)}
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+        return {
+            **{key: quality[key] for key in FIGURES},
+            "size_bytes": quality["size_bytes"],
+            "bits_per_weight": quality["quantized_bits_per_weight"],
+            "float_result": False,
+            "seconds": seconds,
+            "peak_bytes": report.get("peak_above_baseline_bytes", report["peak_bytes"]),
+            "process_seconds": cost.wall_seconds,
+        }
+
+    @property
+    def graph(self) -> Path:
+        """The float graph's folder."""
+        return self.models["graph"]
+
+    def capture(self) -> None:
+        """Makes the float graph and the calibration inputs, which all cells share."""
+        made = ["capture-onnx-graph", "-m", str(self.models["demo"]), "-o", str(self.graph), "--quiet", "--json"]
+        quantcli(made, environment())
+        write_inputs(self.graph, self._text(), self.work / "inputs")
+
+    def _text(self) -> list[str]:
+        rows, length = self.settings["rows"], self.settings["seq_len"]
+        return ["--data", str(self.calibration), "--num-samples", str(rows), "--seq-len", str(length)]
+
+    def _command(self, cell: Cell, output: Path) -> list[str]:
+        scheme = SCHEMES[cell.scheme]
+        if cell.method in OURS:
+            flags = [*OURS[cell.method], *scheme.flags]
+            flags += self._text() if cell.method in CALIBRATED else []
+            return quantize_command(self.graph, output, flags)
+        if cell.method == CHECKPOINT:
+            flags = ["-a", "gptq", "--quantize-lm-head", *scheme.flags, *self._text()]
+            return quantize_command(self.models["demo"], output, flags)
+        settings = {"algorithm": cell.method.removeprefix("ort "), "bits": scheme.bits}
+        settings |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric}
+        worker = ROOT / "benchmarks" / "peer_workers" / "onnxruntime_worker.py"
+        model, inputs = str(self.graph / "model"), str(self.work / "inputs")
+        return [sys.executable, str(worker), model, inputs, str(output), json.dumps(settings)]
+
+
+def write_inputs(graph: Path, text: Sequence[str], folder: Path) -> None:
+    """The batches that `quantcli quantize` makes of the text, as .npz files for other tools."""
+    import numpy as np
+
+    from quantcli.cli.app import parse
+    from quantcli.pipelines.graph.feeds import open_feeds
+    from quantcli.pipelines.graph.source import GraphSource
+    from quantcli.progress import Silent
+
+    options = parse(["quantize", "-m", str(graph), "-o", "-", "-a", "gptq", *text]).options
+    source, model = GraphSource.open(options.model)
+    folder.mkdir()
+    for number, feed in enumerate(open_feeds(options, model.graph, source, Silent())):
+        np.savez(folder / f"{number:05}.npz", **feed)
+
+
+def versions() -> str:
+    """Of what computes."""
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("quantcli", "onnxruntime", "onnxruntime-genai", "torch"))
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells to measure")
+    parser.add_argument("--samples", type=int, default=16, help="evaluation windows of seq-len tokens")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows of seq-len tokens")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--model", type=Path, help="float checkpoint; default: the demo model")
+    parser.add_argument("--calibration", type=Path, help="jsonl with a field text; default: the demo text")
+    parser.add_argument("--evaluation", type=Path, help="other text to judge by; default: the demo text")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model and its text: does everything run?")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "onnx_quality.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "onnx-quality.md", help="the page to write")
+    parser.add_argument("--again", action="store_true", help="measure the cells of --only anew")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
+    options = parser.parse_args(arguments)
+    if not options.tiny and None in (options.model, options.calibration, options.evaluation):
+        sys.path.insert(0, str(ROOT / "scripts"))
+        from wheel_member import demo_folder
+
+        text = demo_folder("wikipedia")
+        options.model = options.model or demo_folder("smollm2-135m-instruct")
+        options.calibration = options.calibration or text / "calibration.jsonl"
+        options.evaluation = options.evaluation or text / "evaluation.jsonl"
+        if not (options.model / "config.json").is_file() or not options.calibration.is_file():
+            parser.error("the demo model is not there: run `make demo` first, or give --model and the texts")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _arguments(arguments)
+    chosen = [cell for cell in cells() if options.only.search(cell.name)]
+    if options.list:
+        print("\n".join(cell.name for cell in chosen))
+        return
+    with tempfile.TemporaryDirectory(prefix="quantcli-onnx-quality-") as scratch:
+        work = Path(scratch)
+        if options.tiny:
+            write_tiny_model(work / "tiny")
+            options.model, options.calibration = work / "tiny", work / "tiny" / "text.jsonl"
+            options.evaluation = options.calibration
+        settings = {
+            "model": options.model.name, "rows": options.rows, "samples": options.samples, "seq_len": options.seq_len,
+            "calibration": file_digest(options.calibration), "evaluation": file_digest(options.evaluation),
+        }  # fmt: skip
+        models = {"demo": options.model.absolute(), "graph": work / "graph"}
+        texts = options.calibration.absolute(), options.evaluation.absolute()
+        bench = GraphBench(models, *texts, options.results, work, settings)
+        bench.open()
+        bench.capture()
+        code, stamped, failed = code_digest(), versions(), False
+        for cell in chosen:
+            kept = bench.found["cells"].get(cell.name, {"failed": "not measured"})
+            if "failed" not in kept and not options.again:
+                continue
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
+            values = bench.measure_cell(cell)
+            failed = failed or "failed" in values
+            print(
+                f"         {values.get('failed') or 'KL {kl_mean:.4f}, {seconds:.0f} s'.format(**values)}", flush=True
+            )
+            stamp = {"date": time.strftime("%Y-%m-%d"), "version": stamped, "code": code, "load": os.getloadavg()[0]}
+            bench.found["cells"][cell.name] = values | stamp
+            bench.keep()
+            write_page(options.output, bench.found, METHODS, list(SCHEMES), BEGIN_TEXT, LEGEND)
+        write_page(options.output, bench.found, METHODS, list(SCHEMES), BEGIN_TEXT, LEGEND)
+    if failed:
+        raise SystemExit("some cells failed; the next run tries them again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""onnxruntime's MatMulNBitsQuantizer: `onnxruntime_worker.py FOLDER INPUTS OUTPUT SETTINGS`.
+
+FOLDER is an ONNX Runtime GenAI folder with a float model.onnx, INPUTS a folder of .npz files, OUTPUT gets model/ and
+report.json, SETTINGS is JSON with algorithm, bits, group_size and symmetric.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from measure import Measurement
+from onnxruntime.quantization import matmul_nbits_quantizer as tool
+
+
+class Reader:
+    """The .npz files, one batch each."""
+
+    def __init__(self, folder: Path):
+        self._rest = iter(sorted(folder.glob("*.npz")))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch."""
+        path = next(self._rest, None)
+        return None if path is None else dict(np.load(path))
+
+
+def config(settings: dict[str, Any], inputs: Path) -> Any:
+    """Of the algorithm that is asked for; None for the default, which takes the quantizer's own arguments."""
+    algorithm, bits, size = settings["algorithm"], settings["bits"], settings["group_size"]
+    if algorithm == "default":
+        return None
+    if algorithm == "hqq":
+        return tool.HQQWeightOnlyQuantConfig(block_size=size, bits=bits)
+    if bits != 4:
+        raise SystemExit(f"{algorithm} makes 4 bits whatever is asked for")
+    if algorithm == "gptq":
+        return tool.GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader(inputs))
+    kinds = {"rtn": tool.RTNWeightOnlyQuantConfig, "kquant": tool.KQuantWeightOnlyQuantConfig}
+    return kinds[algorithm]()
+
+
+def main() -> None:
+    folder, inputs, output = (Path(a) for a in sys.argv[1:4])
+    settings = json.loads(sys.argv[4])
+    measurement = Measurement()
+    quantizer = tool.MatMulNBitsQuantizer(
+        str(folder / "model.onnx"),
+        bits=settings["bits"],
+        block_size=settings["group_size"],
+        is_symmetric=settings["symmetric"],
+        algo_config=config(settings, inputs),
+    )
+    measurement.mark("load")
+    quantizer.process()
+    measurement.mark("solve")
+    model = output / "model"
+    model.mkdir(parents=True)
+    quantizer.model.save_model_to_file(str(model / "model.onnx"), True)
+    measurement.mark("save")
+    for path in folder.iterdir():
+        if path.is_file() and ".onnx" not in path.name:
+            shutil.copyfile(path, model / path.name)
+    measurement.done(output, version=onnxruntime.__version__, settings=settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Quantizers of whole ONNX graphs, activations included."""

@@ -1,0 +1,135 @@
+"""Dynamic int8 of ONNX graphs: integer weights, and activations whose range is taken anew at every run. No data.
+
+MatMul (Gemm becomes MatMul and Add) and Conv compute with uint8 activations and 8-bit weights, by onnxruntime's
+quantizer. Left out, for onnxruntime cannot run it: 4-bit weights; and scales per channel for Conv, which its quantizer
+takes per tensor without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quantcli.algorithms import Algorithm
+from quantcli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from quantcli.graphs.inputs import CalibrationReader
+    from quantcli.graphs.integers import IntegerGraph
+
+__all__ = ["ALGORITHM", "DynamicOptions", "quantize"]
+
+
+@dataclass(frozen=True)
+class DynamicOptions:
+    """What to quantize, and how weights are held."""
+
+    weight_type: Literal["uint8", "int8"] = "uint8"
+    """Type of weights. int8 with its full range overflows on x86 processors without VNNI: take reduce_range along."""
+    weight_grid: Literal["auto", "sym", "asym"] = "auto"
+    """sym: zero in the middle; asym: a zero point of their own; auto: sym for int8, asym for uint8."""
+    per_channel: bool = False
+    """One scale per output channel of MatMul instead of one per weight."""
+    reduce_range: bool = False
+    """7 bits for weights, so that sums of products fit into 16 bits."""
+    op_types: tuple[str, ...] = ()
+    """Operators to quantize, with commas: MatMul,Gemm,Conv,Gather,Attention,LSTM; empty: all."""
+    nodes_include: tuple[str, ...] = ()
+    """Names or regular expressions, with commas; empty: all nodes."""
+    nodes_exclude: tuple[str, ...] = ()
+    """Names or regular expressions of nodes that stay float."""
+
+
+_ABLE = ("MatMul", "Gemm", "Conv", "Gather", "Attention", "LSTM", "EmbedLayerNormalization", "Transpose")
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    options: DynamicOptions,
+    reader: CalibrationReader | None = None,
+    cache: None = None,
+    debug: bool = False,
+) -> IntegerGraph:
+    """Writes the quantized graph.
+
+    Args:
+        source: Float graph file.
+        target: File to write, with `target`.data beside it.
+        options: See there.
+        reader: Samples for `debug`; nothing is calibrated.
+        cache: There is nothing to keep.
+        debug: Whether float and quantized graph are compared, node by node.
+
+    Raises:
+        UsageError: options that would have no effect on this graph.
+        InputError: a graph that cannot be prepared, or a node that was asked for and stays float.
+    """
+    from tempfile import TemporaryDirectory
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from quantcli.graphs import compare, integers
+    from quantcli.graphs.files import open_graph, save_graph
+    from quantcli.graphs.inputs import rewound
+    from quantcli.graphs.prepare import prepare
+    from quantcli.graphs.scales import has_weight
+
+    with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
+        folder = Path(name)
+        prepared = prepare(source, folder / "prepared.onnx")
+        model = open_graph(folder / "prepared.onnx")
+        chosen = integers.select_nodes(model, _ABLE, options.op_types, options.nodes_include, options.nodes_exclude)
+        names = {str(n.name) for n in chosen}
+        weighted = [str(n.name) for n in model.graph if has_weight(n)]
+        if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):
+            raise UsageError(
+                f"dynamic Conv has one scale per weight, per_channel would have no effect on {convs[0]}",
+                hint="use -a static, or op_types=MatMul,Gemm",
+            )
+        integers.split_gemms(model, names)
+        save_graph(model, folder / "ready.onnx")
+        asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
+        extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
+        with integers.captured_warnings() as notes:
+            quantize_dynamic(
+                folder / "ready.onnx",
+                folder / "made.onnx",
+                op_types_to_quantize=[t for t in _ABLE if t != "Gemm"],
+                per_channel=options.per_channel,
+                reduce_range=options.reduce_range,
+                weight_type=QuantType.QInt8 if options.weight_type == "int8" else QuantType.QUInt8,
+                nodes_to_quantize=sorted(names),
+                use_external_data_format=True,
+                extra_options=extra,
+            )
+        left = integers.float_nodes(folder / "made.onnx", asked)
+        if left:
+            raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
+        integers.finish(folder / "made.onnx", target)
+        compared = None
+        if debug:
+            compared = compare.compare(folder / "ready.onnx", target, names, rewound(reader, "a comparison"))
+    notes += integers.full_int8(target, options.reduce_range)
+    done = {name for name, _ in asked}
+    return integers.IntegerGraph(
+        quantized=tuple(n for n in weighted if n in done),
+        kept=tuple(n for n in weighted if n not in done),
+        prepared=prepared,
+        notes=tuple(notes),
+        comparison=compared,
+    )
+
+
+ALGORITHM = Algorithm(
+    name="dynamic",
+    kind="graph",
+    summary="int8 weights, activations rounded as they come, for ONNX graphs; no data",
+    bits=(8,),
+    calibration="none",
+    options=DynamicOptions,
+    run=quantize,
+    inputs=("onnx",),
+    formats=("qoperator",),
+)

@@ -1,0 +1,190 @@
+"""Moves factors from the channels of activations into the weights that read them, with what that takes of a graph.
+
+Which factors, `algorithms.transforms.smoothquant` says. Here are the places: inputs of MatMul and Gemm with constant
+weights. A factor is undone in what makes the input (a norm's gain, the linear in front), or by a Mul in front of the
+readers where something else reads the input too.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.errors import InputError, UsageError
+from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.inputs import CalibrationReader
+from quantcli.graphs.integers import select_nodes
+from quantcli.graphs.prepare import prepare
+from quantcli.graphs.scales import constant_of, find_maker, has_weight, scale_columns, weight_columns
+from quantcli.graphs.twins import plain_session, run_sample
+
+__all__ = ["Channels", "Place", "Smoothed", "smooth"]
+
+
+@dataclass
+class Channels:
+    """What was seen of an activation [..., K]."""
+
+    largest: np.ndarray
+    """Largest magnitude of each channel, [K] float64."""
+    rows: np.ndarray
+    """Some of its rows, [R, K] float32."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An activation that may be scaled, and its readers."""
+
+    tensor: str
+    """Its name."""
+    readers: tuple[ir.Node, ...]
+    """The MatMul and Gemm nodes that multiply it by a constant."""
+
+    def weights(self) -> list[np.ndarray]:
+        """[K, N] float32 of each reader."""
+        found = []
+        for node in self.readers:
+            array = constant_of(node.inputs[1])
+            assert array is not None
+            found.append(weight_columns(node, array).astype(np.float32))
+        return found
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What became of a graph."""
+
+    folded: tuple[str, ...]
+    """Activations whose factors went into what makes them."""
+    multiplied: tuple[str, ...]
+    """Activations that a Mul divides."""
+    kept: tuple[str, ...]
+    """Activations that stay as they were: no factors are better."""
+    notes: tuple[str, ...]
+    """What there is to say."""
+
+
+def smooth(
+    source: Path,
+    target: Path,
+    reader: CalibrationReader,
+    find: Callable[[Channels, list[np.ndarray]], np.ndarray | None],
+    *,
+    rows: int,
+    fold_only: bool = False,
+    include: Collection[str] = (),
+    exclude: Collection[str] = (),
+) -> Smoothed:
+    """Writes the graph with smoothed activations; its float function is the same.
+
+    Args:
+        source: Float graph file.
+        target: File to write, with `target`.data beside it.
+        reader: Samples.
+        find: From what was seen of an activation and the weights [K, N] of its readers to factors [K] float64, or None.
+        rows: How many rows of each activation `find` is given.
+        fold_only: Whether activations that need a Mul are left as they are.
+        include: Names or regular expressions of nodes; empty for all.
+        exclude: The same; these stay as they are.
+
+    Raises:
+        UsageError: no node is left, or a name that no node has.
+        InputError: a graph that cannot be prepared, no samples, or samples that do not fit.
+    """
+    with TemporaryDirectory(dir=target.parent, prefix=".smooth-") as name:
+        ready = Path(name) / "ready.onnx"
+        prepare(source, ready)
+        model = open_graph(ready)
+        places = _places(model, [*include], [*exclude])
+        seen = _look(ready, [p.tensor for p in places], reader, rows)
+        folded, multiplied, kept = [], [], []
+        for place in places:
+            value = place.readers[0].inputs[0]
+            assert value is not None
+            maker = find_maker(value, -1, place.readers)
+            foldable = maker is not None and maker.repeat == 1
+            scale = None if fold_only and not foldable else find(seen[place.tensor], place.weights())
+            if scale is None:
+                kept.append(place.tensor)
+                continue
+            for node in place.readers:
+                scale_columns(node, scale)
+            if foldable and maker is not None:
+                maker.divide(scale)
+                folded.append(place.tensor)
+            else:
+                _multiply(model.graph, value, place.readers, 1 / scale)
+                multiplied.append(place.tensor)
+        save_graph(model, target)
+    said = f"smoothquant: {len(folded)} activations folded, {len(multiplied)} with a Mul, {len(kept)} as they were"
+    return Smoothed(tuple(folded), tuple(multiplied), tuple(kept), (said,))
+
+
+def _places(model: ir.Model, include: list[str], exclude: list[str]) -> list[Place]:
+    chosen = {n.name for n in select_nodes(model, ("MatMul", "Gemm"), (), include, exclude)}
+    readers: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        if node.name not in chosen or not has_weight(node) or weight is None or weight.shape is None:
+            continue
+        if len(weight.shape) == 2 and node.attributes.get_int("transA", 0) == 0 and node.inputs[0] is not None:
+            readers.setdefault(str(node.inputs[0].name), []).append(node)
+    if not readers:
+        raise UsageError("no MatMul or Gemm with a constant weight is left to smooth", hint="leave smoothquant out")
+    return [Place(tensor, tuple(nodes)) for tensor, nodes in readers.items()]
+
+
+def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -> dict[str, Channels]:
+    """Runs the samples; tensors of one at a time, of which the extremes and the first rows of each sample are kept."""
+    model = open_graph(ready)
+    known = {str(v.name): v for v in model.graph.inputs}
+    inside = {str(v.name): v for n in model.graph for v in n.outputs}
+    model.graph.outputs[:] = [inside[n] for n in names if n in inside]
+    largest: dict[str, np.ndarray] = {}
+    parts: dict[str, list[np.ndarray]] = {n: [] for n in names}
+    samples = 0
+    with TemporaryDirectory(dir=ready.parent, prefix=".look-") as folder:
+        save_graph(model, Path(folder) / "look.onnx")
+        session = plain_session(Path(folder) / "look.onnx") if len(model.graph.outputs) else None
+        while feed := reader.get_next():
+            values = {n: feed[n] for n in names if n in known}
+            if session is not None:
+                got = [o.name for o in session.get_outputs()]
+                values |= dict(zip(got, run_sample(session, feed, samples), strict=True))
+            for name, array in values.items():
+                if not np.isfinite(array).all():
+                    raise InputError(f"{name} holds values that are not finite in sample {samples}")
+                flat = array.reshape(-1, array.shape[-1])
+                if not len(flat):
+                    continue
+                top = np.abs(flat).max(0).astype(np.float64)
+                largest[name] = np.maximum(largest[name], top) if name in largest else top
+                # some rows of every sample: twice as many as needed at most, every other one dropped then
+                parts[name].append(flat[:: max(1, len(flat) // rows)].astype(np.float32))
+                if sum(map(len, parts[name])) > 2 * rows:
+                    parts[name] = [np.concatenate(parts[name])[::2]]
+            samples += 1
+    if not samples:
+        raise InputError("there are no samples to smooth activations with")
+    unseen = [name for name in names if name not in largest]
+    if unseen:
+        raise InputError(f"{unseen[0]} was empty in every sample", hint="exclude the nodes that read it")
+    return {n: Channels(largest[n], np.concatenate(parts[n])[:rows]) for n in names}
+
+
+def _multiply(graph: ir.Graph, value: ir.Value, readers: tuple[ir.Node, ...], factors: np.ndarray) -> None:
+    """Puts one Mul between a value and these readers."""
+    name = f"{value.name}.smoothed"
+    dtype = value.dtype or ir.DataType.FLOAT
+    array = factors.astype(dtype.numpy())
+    constant = ir.Value(name=f"{name}.factors", const_value=ir.Tensor(array, name=f"{name}.factors"))
+    constant.dtype, constant.shape = dtype, ir.Shape(array.shape)
+    graph.register_initializer(constant)
+    node = ir.node("Mul", [value, constant], name=f"{name}.Mul")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+    graph.insert_before(readers[0], node)
+    for reader in readers:
+        reader.replace_input_with(0, node.outputs[0])
