@@ -72,7 +72,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
     with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
         feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
         memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
-        held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and options.preset == "best" and len(feeds) > 1 else 0
+        held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and plan.holds_out and len(feeds) > 1 else 0
         scaling = plan.transforms[0] if plan.transforms else None
         work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling, options.graph.layer_wise)
         results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)

@@ -66,6 +66,12 @@ class GraphPlan:
         used = [s.algorithm.calibration for s in (*self.transforms, self.step)]
         return "required" in used or ("optional" in used and _names_inputs(self.options))
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some inputs only judge: scales, refit and sweeps are kept where they help on those too."""
+        settings = self.step.settings
+        return bool(self.transforms or getattr(settings, "refit", False) or getattr(settings, "sweeps", 0))
+
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
         options, graph = self.options, self.options.graph
