@@ -194,7 +194,11 @@ def save_adapter(base, folder, **values):
 
 
 @pytest.mark.parametrize("name", ["float", "Q"])
-@pytest.mark.parametrize("values", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}], ids=["plain", "pattern"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}, {"use_dora": True}],
+    ids=["plain", "pattern", "dora"],
+)
 def test_a_checkpoint_with_an_adapter_writes_what_peft_writes(folders, tmp_path, name, values):
     from quantcli.models.load import load
 
