@@ -83,7 +83,8 @@ def _make(model: Path, work: Path, level: int) -> tuple[Path, Path, Path]:
     if not quantized.exists():
         quantize.run(QuantizeOptions(str(model), quantized, algorithm="rtn", group_size=64))
     if not base.exists():
-        capture.run(CaptureOptions(str(quantized), base, accuracy_level=level))
+        # a head of 4 bits, as the builder makes it: a float one takes half of the time, and would hide the rest
+        capture.run(CaptureOptions(str(quantized), base, accuracy_level=level, lm_head_bits=4))
     for name, (rank, targets) in ADAPTERS.items():
         folder = work / _file_name(name)
         if not folder.exists():

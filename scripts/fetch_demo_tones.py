@@ -3,7 +3,8 @@
 The source archive of vaderSentiment carries sentences of movie and Amazon reviews that people scored from -4 to 4
 (Hutto and Gilbert, ICWSM 2014). Rows are `{"phrase": ..., "tone": "positive" or "negative"}`, as many of each tone:
 `movie-held-out.jsonl` and `amazon-held-out.jsonl` to judge a model by, `movie-train.jsonl` and `amazon-train.jsonl` to
-train it on. No review gives to both, and no sentence to train on shares a run of words with one held out.
+train it on. No Amazon review gives to both (the other table names none), and no sentence to train on shares a run of
+words with one held out.
 """
 
 import json
