@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from measure import Measurement
+from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
 
-class Reader:
+class Reader(CalibrationDataReader):
     """The .npz files, one batch each."""
 
     def __init__(self, folder: Path):
