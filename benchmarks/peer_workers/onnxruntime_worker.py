@@ -5,6 +5,7 @@ report.json, SETTINGS is JSON with algorithm, bits, group_size and symmetric.
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from measure import Measurement
+from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
 
-class Reader:
+class Reader(CalibrationDataReader):
     """The .npz files, one batch each."""
 
     def __init__(self, folder: Path):
@@ -44,7 +46,8 @@ def config(settings: dict[str, Any], inputs: Path) -> Any:
 
 
 def main() -> None:
-    folder, inputs, output = (Path(a) for a in sys.argv[1:4])
+    folder, inputs, output = (Path(a).absolute() for a in sys.argv[1:4])
+    os.chdir(folder)  # its GPTQ opens graphs from memory, whose weights are then looked for here
     settings = json.loads(sys.argv[4])
     measurement = Measurement()
     quantizer = tool.MatMulNBitsQuantizer(

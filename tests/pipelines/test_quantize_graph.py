@@ -200,7 +200,7 @@ def test_one_bit_and_kernels(tmp_path):
     wanted, found = (onnxruntime.InferenceSession(str(p)).run(None, feed) for p in paths)
     np.testing.assert_allclose(found[0], wanted[0], atol=0.02 * np.abs(wanted[0]).max())
     with pytest.raises(UsageError, match="Conv has no operator with quantized weights"):
-        GraphOptions(op_types=("Conv",))
+        quantize(source, "none", GraphOptions(op_types=("Conv",)), bits=8, algorithm="kquant")
 
 
 def test_selection_and_overrides(folder):
