@@ -56,7 +56,7 @@ def test_files_that_are_no_npz_are_errors(tmp_path):
     with pytest.raises(InputError, match=r"has no \.npz files"):
         npz_samples(tmp_path, PAIR)
     (tmp_path / "1.npz").write_bytes(b"PK not an archive")
-    with pytest.raises(InputError, match=r"is no \.npz file"):
+    with pytest.raises(InputError, match=r"is not an \.npz file"):
         npz_samples(tmp_path, PAIR).get_next()
     np.savez(tmp_path / "1.npz", a=np.array([{}], dtype=object))
     with pytest.raises(InputError, match="plain arrays"):
