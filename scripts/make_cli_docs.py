@@ -35,8 +35,9 @@ def page() -> str:
     parts.append(
         "Every flag may be written with underscores (`--group_size 64`), switches written so may carry True or False."
     )
-    for name in ("quantize", "capture-onnx-graph", "evaluate"):
-        parts += [f"### {name}", aliases(name)]
+    for name in COMMANDS:
+        if name in ALIASES:
+            parts += [f"### {name}", aliases(name)]
     return "\n\n".join(parts) + "\n"
 
 
