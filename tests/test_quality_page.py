@@ -19,14 +19,14 @@ def module():
 def cell(kl, bits=4.3, **more):
     return {
         "reference_perplexity": 18.0, "perplexity": 20.0, "kl_mean": kl, "kl_standard_error": 0.01,
-        "size_bytes": 90e6, "bits_per_weight": bits, "float_result": False, "seconds": 12.0, "peak_bytes": 3e8,
+        "size_bytes": 90e6, "bits_per_weight": bits, "float_result": False, "cpu_seconds": 12.0, "peak_bytes": 3e8,
         "date": "2026-11-21", "version": "quantcli 1", "code": "a", "load": 1.0,
     } | more  # fmt: skip
 
 
 def results(**cells):
     machine = {"cores": 2, "processor": "P", "memory_bytes": 2**34, "python": "3.11"}
-    settings = {"model": "m", "rows": 64, "seq_len": 512, "samples": 16}
+    settings = {"model": "m", "rows": 64, "seq_len": 512, "samples": 16, "threads": 1}
     return {"machine": machine, "settings": settings, "cells": {k.replace("__", "/"): v for k, v in cells.items()}}
 
 
@@ -62,7 +62,7 @@ def test_failures_and_changed_code_are_said(module, tmp_path):
     failed = {"failed": "exit 3", "date": "2026-11-20", "version": "quantcli 1", "code": "b", "load": 9.0}
     page = written(module, tmp_path / "q.md", results(**{"demo__rtn__3b g64": failed, "demo__gptq__3b g64": cell(0.2)}))
     assert "| rtn |  | failed |" in page
-    assert "2026-11-20 to 2026-11-21" in page and "2 versions" in page and "load 9" in page
+    assert "2026-11-20 to 2026-11-21" in page and "2 versions" in page and "load 1.0 to 9.0" in " ".join(page.split())
 
 
 def test_what_people_wrote_stays(module, tmp_path):

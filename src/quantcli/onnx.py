@@ -306,7 +306,8 @@ class MatMulNBitsQuantizer:
                 raise UsageError(f"{step.algorithm.name} does not make {bits} bits")
             refuse_opset(model.graph, self._encoding, bits)
         layer_wise = getattr(self.algo_config, "layer_wise", False)
-        work = GraphWork(model, folder, found, targets, step, transforms[0] if transforms else None, layer_wise)
+        scaling = transforms[0] if transforms else None
+        work = GraphWork(model, folder, found, targets, step, scaling, layer_wise=layer_wise)
         results, self.layers = solve_graph(work, feeds, self._progress, memory_bytes=_HESSIAN_BYTES)
         replace_matrices(model, found, results.__getitem__, self._encoding, graph.accuracy_level)
         ir.external_data.load_to_model(model)  # what stays float belongs to the result, wherever that is saved

@@ -74,7 +74,8 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
         held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and plan.holds_out and len(feeds) > 1 else 0
         scaling = plan.transforms[0] if plan.transforms else None
-        work = GraphWork(model, source.folder, plan.found, targets, plan.step, scaling, options.graph.layer_wise)
+        steps = (plan.step, scaling, plan.must_scale)
+        work = GraphWork(model, source.folder, plan.found, targets, *steps, options.graph.layer_wise)
         results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
         graph = options.graph
         encoding = str(graph.encoding)

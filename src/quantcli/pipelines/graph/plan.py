@@ -47,6 +47,8 @@ class GraphPlan:
     """With the algorithm's name."""
     transforms: tuple[Step, ...] = ()
     """What the float weights go through first."""
+    must_scale: bool = True
+    """Whether a graph in which a transform can scale nothing is refused: not where only a preset brought it along."""
     found: tuple[GraphTarget, ...] = ()
     """The matrices."""
     targets: Mapping[str, Target] | None = None
@@ -156,7 +158,8 @@ def plan_graph(options: QuantizeOptions) -> GraphPlan:
         )
     named = ",".join(s.algorithm.name for s in (*transforms, step))
     bits = options.bits if step.algorithm.kind == "graph" else options.weight_bits
-    return GraphPlan(source, model, step, replace(options, algorithm=named, bits=bits), tuple(transforms))
+    asked = replace(options, algorithm=named, bits=bits)
+    return GraphPlan(source, model, step, asked, tuple(transforms), must_scale=options.algorithm is not None)
 
 
 def plan_weights(plan: GraphPlan) -> GraphPlan:

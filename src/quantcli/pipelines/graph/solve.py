@@ -39,6 +39,8 @@ class GraphWork:
     """The rounder."""
     scaling: Step | None = None
     """What scales tensors before."""
+    must_scale: bool = True
+    """Whether a graph in which that can scale nothing is refused."""
     layer_wise: bool = False
     """Whether each matrix sees what the quantized ones before it make of the inputs, and corrects their error."""
 
@@ -105,7 +107,7 @@ class _Solver:
             folds = find_graph_folds(work.model, work.found)
             self.scaling = GraphScaling(work.model.graph, work.scaling, folds)
             inputs = {name for t in work.found for name in t.inputs}
-            if not folds:
+            if not folds and work.must_scale:
                 raise InputError(
                     f"{work.scaling.algorithm.name} can scale none of the graph's {len(inputs)} tensors: what"
                     " makes them cannot be divided",
