@@ -12,27 +12,25 @@ measured once: an interrupted benchmark continues where it was. `--only` is sear
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import FIGURES, Bench, code_digest, environment, file_digest
+from quality import FIGURES, Bench, environment, file_digest
 from quality_page import write_page
-from running import ROOT, evaluate, quantcli, quantize_command, run_measured, write_tiny_model
+from running import ROOT, evaluate, quantcli, quantize_command, run_measured, take_demo, write_tiny_model
 
 BEGIN_TEXT = "Written by `benchmarks/onnx_quality.py`; what stands between the two marks is replaced by each run."
 LEGEND = """\
 All methods start from one float32 graph and the same calibration inputs. KL is the mean divergence of the float graph's
 distribution from the quantized graph's in nats per token, ± its standard error clustered by window; in brackets the
-perplexity. Cost is the size of the graph with its weights (the embedding stays float), the seconds from graph to
-written graph, and the peak memory above what the process held when it began. `ort` is onnxruntime's
+perplexity. Cost is the size of the graph with its weights (the embedding stays float), the processor seconds from start
+to exit, and the peak memory above what the process held when it began. `ort` is onnxruntime's
 MatMulNBitsQuantizer with the algorithm named; what it does not make is left empty. `best` is `--preset best`; awq is
 followed by kquant where no rounder is named. `checkpoint, gptq` is the checkpoint quantized and then captured. In an
 order, ≈ joins methods whose KL differs by less than the larger standard error."""
@@ -104,7 +102,7 @@ def cells() -> Iterator[Cell]:
 class GraphBench(Bench):
     """The same book-keeping; graphs instead of checkpoints."""
 
-    def measure_cell(self, cell: Cell) -> dict[str, Any]:
+    def measure(self, cell: Cell) -> dict[str, Any]:
         """Quantizes and evaluates; what failed says so in its own words."""
         output, log = self.work / "quantized", self.work / "log"
         shutil.rmtree(output, ignore_errors=True)
@@ -114,15 +112,15 @@ class GraphBench(Bench):
             if cost.exit_code:
                 return {"failed": f"exit {cost.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
             report = json.loads((output / "report.json").read_text())
-            folder, seconds = output, report["seconds"]
+            folder, seconds = output, cost.cpu_seconds
             if cell.method == CHECKPOINT:
                 folder = self.work / "captured"
                 shutil.rmtree(folder, ignore_errors=True)
-                made = quantcli(
-                    ["capture-onnx-graph", "-m", str(output), "-o", str(folder), "--accuracy-level", "0", "--json"],
-                    environment(),
-                )
-                seconds += made["seconds"]
+                words = ["capture-onnx-graph", "-m", str(output), "-o", str(folder), "--accuracy-level", "0"]
+                made = run_measured([sys.executable, "-m", "quantcli", *words], environment(), log)
+                if made.exit_code:
+                    return {"failed": f"exit {made.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
+                seconds += made.cpu_seconds
             samples, length = self.settings["samples"], self.settings["seq_len"]
             quality = evaluate(folder, self.graph, self.evaluation, samples, length, environment())
         except RuntimeError as error:
@@ -134,9 +132,9 @@ class GraphBench(Bench):
             "size_bytes": quality["size_bytes"],
             "bits_per_weight": quality["quantized_bits_per_weight"],
             "float_result": False,
-            "seconds": seconds,
+            "cpu_seconds": seconds,
             "peak_bytes": report.get("peak_above_baseline_bytes", report["peak_bytes"]),
-            "process_seconds": cost.wall_seconds,
+            "wall_seconds": cost.wall_seconds,
         }
 
     @property
@@ -209,15 +207,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
     options = parser.parse_args(arguments)
     if not options.tiny and None in (options.model, options.calibration, options.evaluation):
-        sys.path.insert(0, str(ROOT / "scripts"))
-        from wheel_member import demo_folder
-
-        text = demo_folder("wikipedia")
-        options.model = options.model or demo_folder("smollm2-135m-instruct")
-        options.calibration = options.calibration or text / "calibration.jsonl"
-        options.evaluation = options.evaluation or text / "evaluation.jsonl"
-        if not (options.model / "config.json").is_file() or not options.calibration.is_file():
-            parser.error("the demo model is not there: run `make demo` first, or give --model and the texts")
+        take_demo(parser, options)
     return options
 
 
@@ -235,31 +225,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.evaluation = options.calibration
         settings = {
             "model": options.model.name, "rows": options.rows, "samples": options.samples, "seq_len": options.seq_len,
-            "calibration": file_digest(options.calibration), "evaluation": file_digest(options.evaluation),
+            "threads": 1, "calibration": file_digest(options.calibration),
+            "evaluation": file_digest(options.evaluation),
         }  # fmt: skip
         models = {"demo": options.model.absolute(), "graph": work / "graph"}
         texts = options.calibration.absolute(), options.evaluation.absolute()
         bench = GraphBench(models, *texts, options.results, work, settings)
         bench.open()
         bench.capture()
-        code, stamped, failed = code_digest(), versions(), False
-        for cell in chosen:
-            kept = bench.found["cells"].get(cell.name, {"failed": "not measured"})
-            if "failed" not in kept and not options.again:
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
-            values = bench.measure_cell(cell)
-            failed = failed or "failed" in values
-            print(
-                f"         {values.get('failed') or 'KL {kl_mean:.4f}, {seconds:.0f} s'.format(**values)}", flush=True
-            )
-            stamp = {"date": time.strftime("%Y-%m-%d"), "version": stamped, "code": code, "load": os.getloadavg()[0]}
-            bench.found["cells"][cell.name] = values | stamp
-            bench.keep()
+
+        def write() -> None:
             write_page(options.output, bench.found, METHODS, list(SCHEMES), BEGIN_TEXT, LEGEND)
-        write_page(options.output, bench.found, METHODS, list(SCHEMES), BEGIN_TEXT, LEGEND)
-    if failed:
-        raise SystemExit("some cells failed; the next run tries them again")
+
+        bench.run(chosen, options.again, versions(), write, lambda _: None)
 
 
 if __name__ == "__main__":

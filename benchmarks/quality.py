@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ from running import (
     quantcli,
     quantize_command,
     run_measured,
+    take_demo,
     write_tiny_model,
 )
 
@@ -143,7 +144,42 @@ class Bench:
         aside.write_text(json.dumps(self.found, indent=1) + "\n")
         aside.replace(self.results)
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
+    def run(
+        self,
+        cells: Sequence[Any],
+        again: bool,
+        version: str,
+        write: Callable[[], None],
+        skip: Callable[[Any], str | None],
+    ) -> None:
+        """Measures cells that were not yet, or `again`, and writes the page after each.
+
+        Raises:
+            SystemExit: some failed.
+        """
+        code, failed = code_digest(), False
+        for cell in cells:
+            kept = self.found["cells"].get(cell.name, {"failed": "not measured"})
+            if "failed" not in kept and not again:
+                continue
+            why = skip(cell)
+            if why is not None:
+                print(f"{cell.name}: skipped, {why}", flush=True)
+                continue
+            print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
+            values = self.measure(cell)
+            failed = failed or "failed" in values
+            said = values.get("failed") or "KL {kl_mean:.4f}, {cpu_seconds:.0f} s".format(**values)
+            print(f"         {said}", flush=True)
+            stamp = {"date": time.strftime("%Y-%m-%d"), "version": version, "code": code, "load": os.getloadavg()[0]}
+            self.found["cells"][cell.name] = values | stamp
+            self.keep()
+            write()
+        write()
+        if failed:
+            raise SystemExit("some cells failed; the next run tries them again")
+
+    def measure(self, cell: Any) -> dict[str, Any]:
         """Quantizes and evaluates; what failed says so in its own words."""
         self._compile(cell)
         model, output = self.models[cell.model], self.work / "quantized"
@@ -306,15 +342,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
     options = parser.parse_args(arguments)
     if None in (options.model, options.calibration, options.evaluation):
-        sys.path.insert(0, str(ROOT / "scripts"))
-        from wheel_member import demo_folder
-
-        text = demo_folder("wikipedia")
-        options.model = options.model or demo_folder("smollm2-135m-instruct")
-        options.calibration = options.calibration or text / "calibration.jsonl"
-        options.evaluation = options.evaluation or text / "evaluation.jsonl"
-        if not (options.model / "config.json").is_file() or not options.calibration.is_file():
-            parser.error("the demo model is not there: run `make demo` first, or give --model and the texts")
+        take_demo(parser, options)
     return options
 
 
@@ -336,29 +364,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(models, *texts, options.results, Path(scratch), settings)
         bench.open()
         known = {a["name"]: a["bits"] for a in quantcli(["algorithms", "--json"], environment())["algorithms"]}
-        flags, code, stamped, failed = quantize_flags(), code_digest(), versions(), False
-        for cell in chosen:
-            kept = bench.found["cells"].get(cell.name, {"failed": "not measured"})
-            if "failed" not in kept and not options.again:
-                continue
-            why = missing(cell, known, flags)
-            if why is not None:
-                print(f"{cell.name}: skipped, {why}", flush=True)
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
-            values = bench.measure(cell)
-            failed = failed or "failed" in values
-            print(
-                f"         {values.get('failed') or 'KL {kl_mean:.4f}, {cpu_seconds:.0f} s'.format(**values)}",
-                flush=True,
-            )
-            stamp = {"date": time.strftime("%Y-%m-%d"), "version": stamped, "code": code, "load": os.getloadavg()[0]}
-            bench.found["cells"][cell.name] = values | stamp
-            bench.keep()
+        flags = quantize_flags()
+
+        def write() -> None:
             write_page(options.output, bench.found, list(METHODS), list(SCHEMES))
-        write_page(options.output, bench.found, list(METHODS), list(SCHEMES))
-    if failed:
-        raise SystemExit("some cells failed; the next run tries them again")
+
+        bench.run(chosen, options.again, versions(), write, lambda cell: missing(cell, known, flags))
 
 
 def quantize_flags() -> str:

@@ -1,5 +1,6 @@
 """Runs workers one after the other, each in a process of its own, and says what each cost."""
 
+import argparse
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ __all__ = [
     "quantcli",
     "quantize_command",
     "run_measured",
+    "take_demo",
     "write_tiny_model",
 ]
 
@@ -113,6 +115,19 @@ def quantize_command(model: Path, output: Path, flags: Sequence[str]) -> list[st
         "--force",
         *flags,
     ]
+
+
+def take_demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fills in what is not given of `model`, `calibration` and `evaluation`: those that `make demo` fetches."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from wheel_member import demo_folder
+
+    text = demo_folder("wikipedia")
+    options.model = options.model or demo_folder("smollm2-135m-instruct")
+    options.calibration = options.calibration or text / "calibration.jsonl"
+    options.evaluation = options.evaluation or text / "evaluation.jsonl"
+    if not (options.model / "config.json").is_file() or not options.calibration.is_file():
+        parser.error("the demo model is not there: run `make demo` first, or give --model and the texts")
 
 
 def write_tiny_model(folder: Path) -> None:

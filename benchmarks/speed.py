@@ -28,6 +28,7 @@ from running import (
     our_command,
     our_environment,
     run_measured,
+    take_demo,
     write_tiny_model,
 )
 
@@ -260,15 +261,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.keep and options.work is None:
         parser.error("--keep needs --work")
     if None in (options.model, options.calibration, options.evaluation):
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-        from wheel_member import demo_folder
-
-        text = demo_folder("wikipedia")
-        options.model = options.model or demo_folder("smollm2-135m-instruct")
-        options.calibration = options.calibration or text / "calibration.jsonl"
-        options.evaluation = options.evaluation or text / "evaluation.jsonl"
-        if not (options.model / "config.json").is_file() or not options.calibration.is_file():
-            parser.error("the demo model is not there: run `make demo` first, or give --model and the texts")
+        take_demo(parser, options)
     return options
 
 

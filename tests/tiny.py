@@ -14,6 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from quantcli.progress import Silent
+
 VOCABULARY = 200
 _DECODER = {
     "vocab_size": VOCABULARY,
@@ -86,3 +88,13 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
         for p in sorted(folder.rglob(pattern))
         if p.is_file()
     }
+
+
+class Warnings(Silent):
+    """Keeps what a run warned of."""
+
+    def __init__(self):
+        self.said = []
+
+    def warn(self, message):
+        self.said.append(message)

@@ -12,6 +12,7 @@ bits, QDQ for all of them, `nodes_to_include` names the only nodes to quantize, 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class CalibrationDataReader(Protocol):
 
 
 @dataclass(kw_only=True)
-class WeightOnlyQuantConfig:
+class WeightOnlyQuantConfig(ABC):
     """What all algorithms share."""
 
     quant_format: Any = "QOperator"
@@ -72,9 +73,9 @@ class WeightOnlyQuantConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further options of our algorithms, as `quantcli algorithms NAME` lists them."""
 
+    @abstractmethod
     def chain(self) -> tuple[str, dict[str, Any]]:
         """Our algorithms, joined by commas, and their settings."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -13,14 +13,6 @@ from quantcli.options import ExampleOptions
 from quantcli.progress import Silent
 
 
-class Warnings(Silent):
-    def __init__(self):
-        self.said = []
-
-    def warn(self, message):
-        self.said.append(message)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -85,7 +77,7 @@ def test_a_long_text_is_cut_into_pieces_and_nothing_lost(tokenizer, tmp_path):
 
 def test_what_is_missing_is_said(tokenizer, tmp_path):
     values = [*PAIRS, {"q": "w1", "a": ""}, {"q": tiny.words(6), "a": tiny.words(9)}, {"q": tiny.words(40), "a": "w1"}]
-    told, name = Warnings(), tmp_path / "a.jsonl"
+    told, name = tiny.Warnings(), tmp_path / "a.jsonl"
     sets = read(
         tokenizer,
         rows(name, values),
@@ -105,7 +97,7 @@ def test_what_is_missing_is_said(tokenizer, tmp_path):
 
 def test_what_is_missing_is_said_of_each_file(tokenizer, tmp_path):
     held = rows(tmp_path / "b.jsonl", [{"q": "w1", "a": "w2"}, {"q": "w1", "a": " "}])
-    told = Warnings()
+    told = tiny.Warnings()
     file = rows(tmp_path / "a.jsonl", PAIRS)
     sets = read(tokenizer, file, text_template="{q} {a}", eval_split=held, max_samples=20, progress=told)
     assert (len(sets.train), len(sets.eval)) == (20, 1)

@@ -25,14 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TEMPLATE = "{phrase} w7 {tone}"
 
 
-class Warnings(Silent):
-    def __init__(self):
-        self.said = []
-
-    def warn(self, message):
-        self.said.append(message)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """A float, a gptq and an nf4 folder of the same model."""
@@ -133,7 +125,7 @@ def test_a_folder_outlives_its_base_and_can_be_finetuned_anew(bases, data, tmp_p
     finetune.run(asked(tmp_path / "q", tmp_path / "f", data, max_steps=1))
     before = tiny.digests(tmp_path / "f")
     shutil.rmtree(tmp_path / "q")
-    told = Warnings()
+    told = tiny.Warnings()
     finetune.run(asked(tmp_path / "f", tmp_path / "g", data, max_steps=1), told)
     assert told.said == [f"{tmp_path / 'f' / 'adapter'} is not taken along: a new adapter is trained on the base alone"]
     assert tiny.digests(tmp_path / "f") == before
