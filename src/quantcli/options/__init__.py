@@ -1,0 +1,42 @@
+"""What each command was asked to do: frozen, checked once, passed whole.
+
+A field's docstring is its help text on the command line. `None` means "inherit"; `pipelines` resolve it in one place.
+"""
+
+from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, GenerateAdapterOptions
+from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
+from quantcli.options.capture import CaptureOptions
+from quantcli.options.evaluate import EvaluateOptions
+from quantcli.options.examples import ExampleOptions
+from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
+from quantcli.options.generate import GenerateOptions
+from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
+from quantcli.options.overrides import Override
+from quantcli.options.quantize import FORMATS, MIXED_BITS, PRESETS, QuantizeOptions
+from quantcli.options.simulation import SimulationOptions
+
+__all__ = [
+    "ADAPTER_FORMATS",
+    "BUILTIN",
+    "DTYPES",
+    "FORMATS",
+    "GRAPH_ENCODINGS",
+    "GRAPH_OP_TYPES",
+    "INITS",
+    "METHODS",
+    "MIXED_BITS",
+    "PRESETS",
+    "SELF",
+    "CalibrationOptions",
+    "CaptureOptions",
+    "ConvertAdapterOptions",
+    "EvaluateOptions",
+    "ExampleOptions",
+    "FinetuneOptions",
+    "GenerateAdapterOptions",
+    "GenerateOptions",
+    "GraphOptions",
+    "Override",
+    "QuantizeOptions",
+    "SimulationOptions",
+]

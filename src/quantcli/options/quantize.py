@@ -1,0 +1,136 @@
+"""What `quantize` was asked to do."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quantcli.errors import UsageError, nearest
+from quantcli.options.calibration import CalibrationOptions
+from quantcli.options.finetune import DTYPES
+from quantcli.options.graph import GraphOptions
+from quantcli.options.overrides import Override
+from quantcli.options.regex import compile_regex
+from quantcli.options.simulation import SimulationOptions
+from quantcli.scheme import PER_CHANNEL
+
+__all__ = ["FORMATS", "MIXED_BITS", "PRESETS", "QuantizeOptions"]
+
+PRESETS = ("fast", "balanced", "best")
+FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+MIXED_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `quantcli quantize` was asked to do."""
+
+    model: str
+    """Model to quantize: a checkpoint folder, an output folder of an earlier command, a hub id; or an .onnx file or a
+    folder with one."""
+    output: Path
+    """Folder to write."""
+    algorithm: str | None = None
+    """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
+    what the preset says, gptq for balanced."""
+    preset: str | None = None
+    """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
+    that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
+    bits: int | None = None
+    """Bits per weight. Default: 4; 8 for dynamic and static."""
+    group_size: int = 64
+    """Input columns that share a scale; -1 is one scale per output row."""
+    symmetric: bool = False
+    """Symmetric grid (zero point fixed in the middle) or asymmetric."""
+    target_bits: float | None = None
+    """Mixed bits: the average of stored bits per quantized weight, scales and zero points included, as runs report it;
+    met within 1% below. Which linear gets how many bits is chosen by measuring what each costs."""
+    target_size: int | None = None
+    """Mixed bits: the size of the written weight files, float tensors included, as 60MB; met within 1% below."""
+    mixed_bits: tuple[int, ...] = ()
+    """Bits to choose from with a target, as 3,4,8. Default: what algorithm and format can do of 2,3,4,8."""
+    quantize_lm_head: bool = False
+    """Quantize the output head too; a head tied to the embedding gets its own codes."""
+    quantize_embeddings: bool = False
+    """Quantize the input embedding too (8 bits, rtn); read by quantcli's own loader and capture only."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of linears that stay float."""
+    overrides: tuple[Override, ...] = ()
+    """Other bits, group size or symmetry for some linears; the last match wins."""
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    """Calibration text."""
+    format: str | None = None
+    """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
+    nf4 and fp4) or float (dequantized, which every tool reads). Default: bnb for nf4 and fp4, gptq for the others."""
+    correct_earlier: bool = False
+    """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
+    dtype: str = "keep"
+    """Type of the tensors that stay float: keep, float32, float16 or bfloat16."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: cuda where there is one."""
+    max_memory: int | None = None
+    """Bytes of memory that the run may take; default: what is free."""
+    trust_remote_code: bool = False
+    """Run model code that the folder brings along."""
+    evaluate: bool = False
+    """Evaluate the written folder against the original."""
+    simulation: SimulationOptions = field(default_factory=SimulationOptions)
+    """What `evaluate` rounds beside the weights."""
+    graph: GraphOptions = field(default_factory=GraphOptions)
+    """Where the model is an ONNX graph."""
+    force: bool = False
+    """Replace an output folder of ours, or an interrupted run with other options."""
+    dry_run: bool = False
+    """Print the plan with estimated size, memory and time, and do nothing."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
+        if self.format is not None and self.format not in FORMATS:
+            raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
+        if self.group_size != PER_CHANNEL and self.group_size < 16:
+            raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise UsageError(f"bits must be 1 to 8, got {self.bits}")
+        for pattern in self.exclude:
+            compile_regex(pattern, "--exclude")
+        if self.simulation.simulates and not self.evaluate:
+            raise UsageError(
+                "--a-bits, --k-bits and --v-bits are simulated when a result is evaluated; a checkpoint holds weights",
+                hint="add --evaluate, or give them to `quantcli evaluate`",
+            )
+        self._check_mixed()
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits per weight where single weights are rounded."""
+        return 4 if self.bits is None else self.bits
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the bits of each linear are chosen to meet a target."""
+        return self.target_bits is not None or self.target_size is not None
+
+    def matching(self, name: str) -> list[Override]:
+        """Overrides of the linear of that name, the last of which wins."""
+        return [override for override in self.overrides if re.search(override.pattern, name)]
+
+    def _check_mixed(self) -> None:
+        if self.target_bits is not None and self.target_size is not None:
+            raise UsageError("--target-bits and --target-size exclude each other", hint="leave one out")
+        if not self.mixes:
+            if self.mixed_bits:
+                raise UsageError("--mixed-bits needs a target", hint="add --target-bits 3.5 or --target-size 60MB")
+            return
+        flag = "--target-bits" if self.target_bits is not None else "--target-size"
+        if self.bits is not None:
+            raise UsageError(f"--bits and {flag} exclude each other", hint="say what to mix with --mixed-bits 3,4")
+        if self.mixed_bits and len(set(self.mixed_bits)) < 2:
+            raise UsageError("--mixed-bits needs two different numbers or more", hint="write --mixed-bits 3,4")
+        if any(not 1 <= bits <= 8 for bits in self.mixed_bits):
+            raise UsageError(f"--mixed-bits are 1 to 8, got {', '.join(map(str, self.mixed_bits))}")
+        if (self.target_bits or self.target_size or 0) <= 0:
+            raise UsageError(f"{flag} must be above 0, got {self.target_bits or self.target_size or 0}")
