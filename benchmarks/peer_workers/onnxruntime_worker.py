@@ -1,7 +1,7 @@
 """onnxruntime's MatMulNBitsQuantizer: `onnxruntime_worker.py FOLDER INPUTS OUTPUT SETTINGS`.
 
 FOLDER is an ONNX Runtime GenAI folder with a float model.onnx, INPUTS a folder of .npz files, OUTPUT gets model/ and
-report.json, SETTINGS is JSON with algorithm, bits, group_size and symmetric.
+report.json, SETTINGS is JSON with algorithm, bits, group_size, symmetric and rows (for gptq: how many of the files).
 """
 
 import json
@@ -19,10 +19,10 @@ from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
 
 class Reader(CalibrationDataReader):
-    """The .npz files, one batch each."""
+    """The first .npz files, one batch each."""
 
-    def __init__(self, folder: Path):
-        self._rest = iter(sorted(folder.glob("*.npz")))
+    def __init__(self, folder: Path, rows: int):
+        self._rest = iter(sorted(folder.glob("*.npz"))[:rows])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch."""
@@ -40,7 +40,7 @@ def config(settings: dict[str, Any], inputs: Path) -> Any:
     if bits != 4:
         raise SystemExit(f"{algorithm} makes 4 bits whatever is asked for")
     if algorithm == "gptq":
-        return tool.GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader(inputs))
+        return tool.GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader(inputs, settings["rows"]))
     kinds = {"rtn": tool.RTNWeightOnlyQuantConfig, "kquant": tool.KQuantWeightOnlyQuantConfig}
     return kinds[algorithm]()
 
@@ -62,6 +62,7 @@ def main() -> None:
     measurement.mark("solve")
     model = output / "model"
     model.mkdir(parents=True)
+    os.chdir(model)  # onnx looks for an earlier data file of that name in the current folder, not where it writes
     quantizer.model.save_model_to_file(str(model / "model.onnx"), True)
     measurement.mark("save")
     for path in folder.iterdir():
