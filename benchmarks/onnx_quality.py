@@ -115,7 +115,7 @@ class GraphBench(Bench):
             if cost.exit_code:
                 return {"failed": f"exit {cost.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
             report = json.loads((output / "report.json").read_text())
-            folder, seconds = output, cost.cpu_seconds
+            folder, seconds = output / "model", cost.cpu_seconds
             if cell.method == CHECKPOINT:
                 folder = self.work / "captured"
                 shutil.rmtree(folder, ignore_errors=True)
