@@ -5,13 +5,13 @@ report.json, SETTINGS is JSON with algorithm, bits, group_size, symmetric and ro
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from measure import Measurement
 from onnxruntime.quantization import CalibrationDataReader
@@ -47,11 +47,10 @@ def config(settings: dict[str, Any], inputs: Path) -> Any:
 
 def main() -> None:
     folder, inputs, output = (Path(a).absolute() for a in sys.argv[1:4])
-    os.chdir(folder)  # its GPTQ opens graphs from memory, whose weights are then looked for here
     settings = json.loads(sys.argv[4])
     measurement = Measurement()
     quantizer = tool.MatMulNBitsQuantizer(
-        str(folder / "model.onnx"),
+        onnx.load(folder / "model.onnx"),  # from a path, its rtn and kquant write an embedding that points nowhere
         bits=settings["bits"],
         block_size=settings["group_size"],
         is_symmetric=settings["symmetric"],
@@ -62,7 +61,6 @@ def main() -> None:
     measurement.mark("solve")
     model = output / "model"
     model.mkdir(parents=True)
-    os.chdir(model)  # onnx looks for an earlier data file of that name in the current folder, not where it writes
     quantizer.model.save_model_to_file(str(model / "model.onnx"), True)
     measurement.mark("save")
     for path in folder.iterdir():
