@@ -125,7 +125,9 @@ class GraphBench(Bench):
                     return {"failed": f"exit {made.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
                 seconds += made.cpu_seconds
             samples, length = self.settings["samples"], self.settings["seq_len"]
-            quality = evaluate(folder, self.graph, self.evaluation, samples, length, environment())
+            quality = evaluate(
+                folder, self.graph, self.evaluation, samples, length, environment(), cache=self.work / "logits"
+            )
         except RuntimeError as error:
             return {"failed": str(error)}
         finally:
