@@ -1,0 +1,181 @@
+"""What QNN's provider wants of a graph: fused operators, channels last, and QDQ nodes of its types around everything.
+
+onnxruntime's `get_qnn_qdq_config` says the types: one scale for weights of MatMul, the fixed grids of Sigmoid and Tanh in
+16 bits, the least range of a tensor, and conversions around tensors of another width. What it leaves out is added here:
+operators that only move values (Transpose, Reshape, MaxPool) get integers where they are the first too, so that they do
+not stay float in front of the graph.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from quantcli.errors import InputError, UsageError
+from quantcli.graphs.channels import make_channel_last, turn_feed
+from quantcli.graphs.files import save_graph
+from quantcli.graphs.fusions import fuse_operators
+from quantcli.graphs.inputs import CalibrationReader, Feed, check_feed, input_specs, rewound
+from quantcli.graphs.prepare import name_nodes
+from quantcli.graphs.twins import plain_session, run_sample
+
+__all__ = ["QnnGraph", "QnnReader", "prepare_qnn", "qnn_extra_options", "qnn_operators"]
+
+_STAY = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
+"""Operators whose inputs and outputs get no grid."""
+_TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2, np.dtype(np.float64): 1e-4}
+"""Of outputs before and after, relative to the largest."""
+
+
+@dataclass(frozen=True)
+class QnnGraph:
+    """What was done to a graph for QNN."""
+
+    fused: Mapping[str, int]
+    """How many of each operator were made of several."""
+    notes: tuple[str, ...]
+    """What users must know."""
+
+
+def prepare_qnn(
+    source: Path, target: Path, inputs: Sequence[str] = (), outputs: Sequence[str] = (), *, fuse_layernorm: bool = False
+) -> QnnGraph:
+    """Writes the float graph that is quantized for QNN; its function is that of the source, but for the layout.
+
+    Args:
+        source: Float graph file as `prepare` wrote it.
+        target: File to write in the same folder, with `target`.data beside it.
+        inputs: Names of inputs to make channel-last.
+        outputs: Names of outputs to make channel-last.
+        fuse_layernorm: Whether LayerNormalization is made of its parts.
+
+    Raises:
+        UsageError: nothing to fuse, or names that are none.
+    """
+    model, fused = fuse_operators(source, layer_norms=fuse_layernorm)
+    if fuse_layernorm and "LayerNormalization" not in fused:
+        whole = any(n.op_type == "LayerNormalization" for n in model.graph)
+        raise UsageError(
+            "the graph has no parts of a LayerNormalization to fuse" + (", it has the operator itself" if whole else ""),
+            hint="leave fuse_layernorm out",
+        )
+    said = make_channel_last(model, inputs, outputs)
+    name_nodes(model)
+    save_graph(model, target)
+    counts = ", ".join(f"{count} {name}" for name, count in fused.items())
+    notes = [*([f"fused for QNN: {counts}"] if fused else []), *said]
+    open_axes = {v.name: v for v in model.graph.inputs if v.shape is None or not v.shape.is_static()}
+    if open_axes:
+        notes.append(f"QNN takes inputs of fixed sizes, {', '.join(map(str, open_axes))} has axes of any: fix them")
+    return QnnGraph(fused, tuple(notes))
+
+
+def qnn_operators(model: ir.Model) -> set[str]:
+    """The operators that are quantized for QNN: all that the graph has."""
+    return {n.op_type for n in model.graph if n.op_type not in _STAY}
+
+
+def qnn_extra_options(
+    path: Path, names: Collection[str], wide: Collection[str], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `quantize_static` is told beyond its arguments.
+
+    Args:
+        path: The graph that is quantized.
+        names: Its nodes that are quantized.
+        wide: Nodes whose outputs get 16 bits where activations have 8.
+        arguments: Of `get_qnn_qdq_config`: types, symmetry, per_channel.
+
+    Raises:
+        UsageError: nodes whose outputs cannot have another width.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
+
+    proto = onnx.load(str(path), load_external_data=False)
+    types = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    outputs = [o for n in proto.graph.node if n.name in wide for o in n.output if types.get(o) in floats]
+    kind = QuantType.QUInt16 if arguments["activation_type"] is QuantType.QUInt8 else QuantType.QInt16
+    try:
+        config = get_qnn_qdq_config(
+            proto,
+            None,
+            init_overrides={output: [{"quant_type": kind}] for output in outputs},
+            op_types_to_quantize=sorted({n.op_type for n in proto.graph.node if n.name in names}),
+            nodes_to_exclude=[n.name for n in proto.graph.node if n.name not in names],
+            **arguments,
+        )
+    except ValueError as error:
+        raise UsageError(f"nodes_16bit: {error}", hint="name other nodes, or use 16 bits for all activations") from error
+    for name, overrides in config.extra_options["TensorQuantOverrides"].items():
+        for override in overrides:
+            if "scale" in override and types.get(name) == onnx.TensorProto.FLOAT16:
+                override["scale"] = override["scale"].astype(np.float16)
+    extra: dict[str, Any] = config.extra_options | {"ForceQuantizeNoInputCheck": True}
+    return extra
+
+
+class QnnReader:
+    """Samples of the graph as it was given, in the layout of the graph for QNN.
+
+    The first one is run through both graphs, which must agree.
+    """
+
+    def __init__(
+        self, reader: CalibrationReader, before: Path, after: Path, inputs: Sequence[str], outputs: Sequence[str]
+    ):
+        """Nothing is read yet.
+
+        Args:
+            reader: Samples in the old layout.
+            before: The graph as it was given.
+            after: The graph for QNN.
+            inputs: Names of inputs that are channel-last there.
+            outputs: Names of outputs that are.
+        """
+        self._reader, self._before, self._after = reader, before, after
+        self._inputs, self._outputs = inputs, outputs
+        self._specs = input_specs(before)
+        self._compared = False
+
+    def get_next(self) -> Feed | None:
+        """The next sample by input name; None after the last.
+
+        Raises:
+            InputError: the two graphs differ.
+        """
+        feed = self._reader.get_next()
+        if not feed:
+            return None
+        turned = turn_feed(check_feed(self._specs, feed, "a sample"), self._inputs)
+        if not self._compared:
+            self._compare(feed, turned)
+            self._compared = True
+        return turned
+
+    def rewind(self) -> None:
+        """Begins once more."""
+        rewound(self._reader, "quantization for QNN")
+
+    def _compare(self, feed: Feed, turned: Feed) -> None:
+        found = [_outputs(path, sample) for path, sample in ((self._before, feed), (self._after, turned))]
+        for name, before in found[0].items():
+            if before.dtype not in _TOLERANCE:
+                continue
+            after = np.moveaxis(found[1][name], -1, 1) if name in self._outputs else found[1][name]
+            most = _TOLERANCE[before.dtype] * max(1.0, float(np.abs(before).max(initial=0)))
+            if before.shape != after.shape or not np.allclose(before, after, rtol=0, atol=most, equal_nan=True):
+                raise InputError(
+                    f"the graph gives another {name} with its operators fused for QNN, on the first sample",
+                    hint="leave fuse_layernorm out; if that is not it, use preprocess=none",
+                )
+
+
+def _outputs(path: Path, feed: Feed) -> dict[str, np.ndarray]:
+    session = plain_session(path)
+    return dict(zip([o.name for o in session.get_outputs()], run_sample(session, feed, 0), strict=True))
