@@ -1,9 +1,9 @@
 """Sequences of a float graph that become one operator, as QNN's provider has them; the function stays.
 
-onnxruntime's fusions find them (Gelu, LpNormalization, SpaceToDepth, LayerNormalization). Its `qnn_preprocess_model`
-that runs them is not used, as of onnxruntime 1.31: it fails on graphs with metadata; it first lets a session optimize
-the graph, which from opset 17 on makes LayerNormalization whatever `fuse_layernorm` says; from opset 20 on it then finds
-nothing left to fuse and writes no file; before opset 17 `fuse_layernorm` is a line in the log. What is wrong with the
+onnxruntime's fusions find them (Gelu, LpNormalization, SpaceToDepth, LayerNormalization). Its `qnn_preprocess_model`,
+which runs them, is not used, as of onnxruntime 1.31. It fails on graphs with metadata. It lets a session optimize the
+graph first, which makes LayerNormalization from opset 17 on, whatever `fuse_layernorm` says; from opset 20 on nothing is
+left to fuse then, and no file is written. Before opset 17, `fuse_layernorm` is a line in the log. What is wrong with the
 fusions themselves is made up for here:
 
 - LayerNormalization was made of means over any axis, over several axes, and of gains that are broadcast;
@@ -50,7 +50,12 @@ def fuse_operators(path: Path, *, layer_norms: bool) -> tuple[ir.Model, dict[str
     proto = onnx.load(str(path), load_external_data=False)
     _load_constants(proto, path.parent)
     _say_keepdims(proto.graph)
-    kinds = [FusionGelu, FusionLpNormalization, FusionSpaceToDepth, *([FusionLayerNormalization] if layer_norms else [])]
+    kinds = [
+        FusionGelu,
+        FusionLpNormalization,
+        FusionSpaceToDepth,
+        *([FusionLayerNormalization] if layer_norms else []),
+    ]
     model = ONNXModel(proto)
     made: Counter[str] = Counter()
     for kind in kinds:

@@ -1,21 +1,22 @@
 """What QNN's provider wants of a graph: fused operators, channels last, and QDQ nodes of its types around everything.
 
-onnxruntime's `get_qnn_qdq_config` says the types: one scale for weights of MatMul, the fixed grids of Sigmoid and Tanh in
-16 bits, the least range of a tensor, and conversions around tensors of another width. What it leaves out is added here:
-operators that only move values (Transpose, Reshape, MaxPool) get integers where they are the first too, so that they do
-not stay float in front of the graph.
+onnxruntime's `get_qnn_qdq_config` says the types: one scale for weights of MatMul, the fixed grids of Sigmoid and Tanh
+in 16 bits, the least range of a tensor, and conversions around tensors of another width. What it leaves out is added:
+operators that only move values (Transpose, Reshape, MaxPool) get integers where they come first too, so that they do not
+stay float in front of the graph.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.channels import make_channel_last, turn_feed
 from quantcli.graphs.files import save_graph
 from quantcli.graphs.fusions import fuse_operators
@@ -27,6 +28,7 @@ __all__ = ["QnnGraph", "QnnReader", "prepare_qnn", "qnn_extra_options", "qnn_ope
 
 _STAY = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
 """Operators whose inputs and outputs get no grid."""
+_NORMS = ("LayerNormalization", "InstanceNormalization", "BatchNormalization")
 _TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2, np.dtype(np.float64): 1e-4}
 """Of outputs before and after, relative to the largest."""
 
@@ -42,7 +44,13 @@ class QnnGraph:
 
 
 def prepare_qnn(
-    source: Path, target: Path, inputs: Sequence[str] = (), outputs: Sequence[str] = (), *, fuse_layernorm: bool = False
+    source: Path,
+    target: Path,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    *,
+    fuse_layernorm: bool = False,
 ) -> QnnGraph:
     """Writes the float graph that is quantized for QNN; its function is that of the source, but for the layout.
 
@@ -51,6 +59,7 @@ def prepare_qnn(
         target: File to write in the same folder, with `target`.data beside it.
         inputs: Names of inputs to make channel-last.
         outputs: Names of outputs to make channel-last.
+        sizes: Of axes that may have any, by their name.
         fuse_layernorm: Whether LayerNormalization is made of its parts.
 
     Raises:
@@ -60,18 +69,38 @@ def prepare_qnn(
     if fuse_layernorm and "LayerNormalization" not in fused:
         whole = any(n.op_type == "LayerNormalization" for n in model.graph)
         raise UsageError(
-            "the graph has no parts of a LayerNormalization to fuse" + (", it has the operator itself" if whole else ""),
+            "the graph has no parts of a LayerNormalization to fuse"
+            + (", it has the operator itself" if whole else ""),
             hint="leave fuse_layernorm out",
         )
+    _fix_sizes(model, sizes)
     said = make_channel_last(model, inputs, outputs)
     name_nodes(model)
     save_graph(model, target)
     counts = ", ".join(f"{count} {name}" for name, count in fused.items())
     notes = [*([f"fused for QNN: {counts}"] if fused else []), *said]
-    open_axes = {v.name: v for v in model.graph.inputs if v.shape is None or not v.shape.is_static()}
-    if open_axes:
-        notes.append(f"QNN takes inputs of fixed sizes, {', '.join(map(str, open_axes))} has axes of any: fix them")
+    axes = sorted({f"{v.name}: {axis}" for v in model.graph.inputs for axis in _open_axes(v)})
+    if axes:
+        notes.append(f"QNN takes inputs of fixed sizes, these axes have any ({', '.join(axes)}): set fixed_dims")
     return QnnGraph(fused, tuple(notes))
+
+
+def _open_axes(value: ir.Value) -> list[str]:
+    shape = value.shape or ()
+    return [str(d.value or f"axis {i}") for i, d in enumerate(shape) if not isinstance(d, int)]
+
+
+def _fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Gives axes their size, in every shape of the graph."""
+    known = {axis for v in model.graph.inputs for axis in _open_axes(v)}
+    for name in sizes:
+        if name not in known:
+            raise UsageError(f"no input has an axis {name!r} that may be any, {nearest(name, sorted(known))}")
+    if not sizes:
+        return
+    for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d) for d in value.shape])
 
 
 def qnn_operators(model: ir.Model) -> set[str]:
@@ -111,8 +140,16 @@ def qnn_extra_options(
             **arguments,
         )
     except ValueError as error:
-        raise UsageError(f"nodes_16bit: {error}", hint="name other nodes, or use 16 bits for all activations") from error
-    for name, overrides in config.extra_options["TensorQuantOverrides"].items():
+        raise UsageError(
+            f"nodes_16bit: {error}", hint="name other nodes, or use 16 bits for all activations"
+        ) from error
+    overridden = config.extra_options["TensorQuantOverrides"]
+    if arguments["per_channel"]:  # a gain has no second axis, which onnxruntime looks for and then does without
+        for node in proto.graph.node:
+            if node.op_type in _NORMS and node.name in names:
+                plain = {"quant_type": arguments["weight_type"], "symmetric": arguments["weight_symmetric"]}
+                overridden.setdefault(node.input[1], [plain])
+    for name, overrides in overridden.items():
         for override in overrides:
             if "scale" in override and types.get(name) == onnx.TensorProto.FLOAT16:
                 override["scale"] = override["scale"].astype(np.float16)
@@ -140,7 +177,7 @@ class QnnReader:
         """
         self._reader, self._before, self._after = reader, before, after
         self._inputs, self._outputs = inputs, outputs
-        self._specs = input_specs(before)
+        self._specs = input_specs(before), input_specs(after)
         self._compared = False
 
     def get_next(self) -> Feed | None:
@@ -152,7 +189,8 @@ class QnnReader:
         feed = self._reader.get_next()
         if not feed:
             return None
-        turned = turn_feed(check_feed(self._specs, feed, "a sample"), self._inputs)
+        turned = turn_feed(check_feed(self._specs[0], feed, "a sample"), self._inputs)
+        check_feed(self._specs[1], turned, "a sample for QNN")
         if not self._compared:
             self._compare(feed, turned)
             self._compared = True

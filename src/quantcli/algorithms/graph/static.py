@@ -1,12 +1,14 @@
 """Static quantization of ONNX graphs: integer weights and activations, whose ranges are measured on samples before.
 
-onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). Left out: the Distribution calibrator,
-whose ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative
-error 0.03 where int16 has 0.0007, onnxruntime 1.31).
+onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). With preprocess=qnn, graph and types are
+made for Qualcomm's provider (`graphs.qnn`); the result runs on the CPU too. Left out: the Distribution calibrator, whose
+ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative error
+0.03 where int16 has 0.0007, onnxruntime 1.31).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,8 @@ class StaticOptions:
     """Of qnn: names of inputs [N, C, ...] that become [N, ..., C]. Samples are given as before, and turned."""
     outputs_to_make_channel_last: tuple[str, ...] = ()
     """Of qnn: names of outputs that become [N, ..., C]."""
+    fixed_dims: tuple[str, ...] = ()
+    """Of qnn: sizes of the input's axes that may have any, as n=1,width=224; QNN takes fixed sizes alone."""
     nodes_16bit: tuple[str, ...] = ()
     """Of qnn: names or regular expressions of nodes that work in 16 bits where activations have 8."""
     keep_removable_activations: bool = False
@@ -102,10 +106,20 @@ class StaticOptions:
             return
         if self.encoding != "qdq":
             raise UsageError("QNN reads graphs with QDQ nodes, not operators on integers", hint="use encoding=qdq")
+        for text in self.fixed_dims:
+            if not re.fullmatch(r"[^=]+=[1-9]\d*", text):
+                raise UsageError(f"fixed_dims {text!r} is no size of an axis", hint="write fixed_dims=n=1,width=224")
         if self.nodes_16bit and not self.activation_type.endswith("int8"):
             raise UsageError(f"nodes_16bit has no effect, all activations are {self.activation_type}")
         if self.keep_removable_activations and self.activation_symmetric:
-            raise UsageError("keep_removable_activations has no effect: symmetric activations keep Relu and Clip anyway")
+            raise UsageError(
+                "keep_removable_activations has no effect: symmetric activations keep Relu and Clip anyway"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What fixed_dims says."""
+        return {name: int(size) for name, _, size in (text.partition("=") for text in self.fixed_dims)}
 
     @property
     def opset(self) -> int:
@@ -119,6 +133,7 @@ _OF_QNN = (
     "fuse_layernorm",
     "inputs_to_make_channel_last",
     "outputs_to_make_channel_last",
+    "fixed_dims",
     "nodes_16bit",
     "keep_removable_activations",
 )
@@ -181,7 +196,7 @@ def quantize(
         if options.preprocess == "qnn":
             before, ready = ready, folder / "qnn.onnx"
             turned = options.inputs_to_make_channel_last, options.outputs_to_make_channel_last
-            said = qnn.prepare_qnn(before, ready, *turned, fuse_layernorm=options.fuse_layernorm).notes
+            said = qnn.prepare_qnn(before, ready, *turned, options.sizes, fuse_layernorm=options.fuse_layernorm).notes
             reader = qnn.QnnReader(reader, before, ready, *turned) if reader is not None else None
         model = open_graph(ready)
         if options.preprocess == "qnn":
@@ -297,7 +312,7 @@ def _write(
 ALGORITHM = Algorithm(
     name="static",
     kind="graph",
-    summary="integer weights and activations with measured ranges, for ONNX graphs",
+    summary="integer weights and activations with measured ranges, for ONNX graphs; for QNN with --preprocess qnn",
     bits=(4, 8, 16),
     calibration="required",
     options=StaticOptions,
