@@ -2,9 +2,9 @@
 
 onnxruntime's fusions find them (Gelu, LpNormalization, SpaceToDepth, LayerNormalization). Its `qnn_preprocess_model`,
 which runs them, is not used, as of onnxruntime 1.31. It fails on graphs with metadata. It lets a session optimize the
-graph first, which makes LayerNormalization from opset 17 on, whatever `fuse_layernorm` says; from opset 20 on nothing is
-left to fuse then, and no file is written. Before opset 17, `fuse_layernorm` is a line in the log. What is wrong with the
-fusions themselves is made up for here:
+graph first, which makes LayerNormalization from opset 17 on, whatever `fuse_layernorm` says; from opset 20 on nothing
+is left to fuse then, and no file is written. Before opset 17, `fuse_layernorm` is a line in the log. What is wrong with
+the fusions themselves is made up for here:
 
 - LayerNormalization was made of means over any axis, over several axes, and of gains that are broadcast;
 - tensors that are outputs of the graph too, or are read by a subgraph, were removed;
@@ -100,7 +100,8 @@ def _is_layer_norm(parts: Sequence[onnx.NodeProto], whole: onnx.NodeProto, model
         if axes is None or len(axes) != 1 or int(axes[0]) not in last or _attribute(node, "keepdims") == 0:
             return False
     sizes = {tuple(model.get_initializer(name).dims) for name in whole.input[1:]}
-    return len(sizes) == 1 and (not shape or sizes == {(shape[-1],)})
+    wide = shape[-1] if shape and isinstance(shape[-1], int) else max(sizes)[0]
+    return sizes == {(wide,)} and wide != 1
 
 
 def _has_fixed_image(node: onnx.NodeProto, made: str, model: Any) -> bool:

@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 from quantcli.errors import InputError
 from quantcli.graphs.files import open_graph, save_graph
 
-__all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "name_nodes", "prepare"]
+__all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
 
 LOWEST_OPSET = 13
 """DequantizeLinear has one scale per channel from here on."""
@@ -77,7 +77,7 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
         passes.RemoveUnusedNodesPass()(model)
         model.metadata_props[_MARK[0]] = _MARK[1]
         save_graph(model, target)
-    untyped = _infer_types(target)
+    untyped = infer_types(target)
     return Prepared((before, model.opset_imports[""]), lifted, folded, tuple(left), tuple(untyped))
 
 
@@ -99,7 +99,7 @@ def _lift_opset(model: ir.Model, path: Path, opset: int) -> ir.Model:
     return found
 
 
-def _infer_types(path: Path) -> list[str]:
+def infer_types(path: Path) -> list[str]:
     """Writes types and shapes of all values into a graph file whose weights stand beside it; the names left without."""
     proto = onnx.load(str(path), load_external_data=False)
     try:

@@ -2,8 +2,8 @@
 
 onnxruntime's `get_qnn_qdq_config` says the types: one scale for weights of MatMul, the fixed grids of Sigmoid and Tanh
 in 16 bits, the least range of a tensor, and conversions around tensors of another width. What it leaves out is added:
-operators that only move values (Transpose, Reshape, MaxPool) get integers where they come first too, so that they do not
-stay float in front of the graph.
+operators that only move values (Transpose, Reshape, MaxPool) get integers where they come first too, so that they do
+not stay float in front of the graph.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.channels import make_channel_last, turn_feed
-from quantcli.graphs.files import save_graph
+from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.fusions import fuse_operators
 from quantcli.graphs.inputs import CalibrationReader, Feed, check_feed, input_specs, rewound
-from quantcli.graphs.prepare import name_nodes
+from quantcli.graphs.prepare import infer_types, name_nodes
 from quantcli.graphs.twins import plain_session, run_sample
 
 __all__ = ["QnnGraph", "QnnReader", "prepare_qnn", "qnn_extra_options", "qnn_operators"]
@@ -65,6 +65,8 @@ def prepare_qnn(
     Raises:
         UsageError: nothing to fuse, or names that are none.
     """
+    if sizes:
+        source = _fix_sizes(source, sizes)
     model, fused = fuse_operators(source, layer_norms=fuse_layernorm)
     if fuse_layernorm and "LayerNormalization" not in fused:
         whole = any(n.op_type == "LayerNormalization" for n in model.graph)
@@ -73,7 +75,6 @@ def prepare_qnn(
             + (", it has the operator itself" if whole else ""),
             hint="leave fuse_layernorm out",
         )
-    _fix_sizes(model, sizes)
     said = make_channel_last(model, inputs, outputs)
     name_nodes(model)
     save_graph(model, target)
@@ -90,17 +91,20 @@ def _open_axes(value: ir.Value) -> list[str]:
     return [str(d.value or f"axis {i}") for i, d in enumerate(shape) if not isinstance(d, int)]
 
 
-def _fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Gives axes their size, in every shape of the graph."""
+def _fix_sizes(path: Path, sizes: Mapping[str, int]) -> Path:
+    """A file beside it whose axes have these sizes, in every shape."""
+    model = open_graph(path)
     known = {axis for v in model.graph.inputs for axis in _open_axes(v)}
     for name in sizes:
         if name not in known:
-            raise UsageError(f"no input has an axis {name!r} that may be any, {nearest(name, sorted(known))}")
-    if not sizes:
-        return
+            raise UsageError(f"no input has an axis {name!r} of any size, {nearest(name, sorted(known))}")
     for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d) for d in value.shape])
+    fixed = path.with_name(f"{path.stem}.fixed.onnx")
+    save_graph(model, fixed)
+    infer_types(fixed)
+    return fixed
 
 
 def qnn_operators(model: ir.Model) -> set[str]:

@@ -1,9 +1,9 @@
 """Static quantization of ONNX graphs: integer weights and activations, whose ranges are measured on samples before.
 
 onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). With preprocess=qnn, graph and types are
-made for Qualcomm's provider (`graphs.qnn`); the result runs on the CPU too. Left out: the Distribution calibrator, whose
-ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative error
-0.03 where int16 has 0.0007, onnxruntime 1.31).
+made for Qualcomm's provider (`graphs.qnn`); the result runs on the CPU too. Left out: the Distribution calibrator,
+whose ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative
+error 0.03 where int16 has 0.0007, onnxruntime 1.31).
 """
 
 from __future__ import annotations
