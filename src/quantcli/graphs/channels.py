@@ -72,8 +72,8 @@ def _refuse(name: str, values: Sequence[ir.Value], what: str) -> None:
     if found is None:
         raise UsageError(f"the graph has no {what} {name!r}, {nearest(name, [str(v.name) for v in values])}")
     if found.shape is None or len(found.shape) < _LEAST_RANK:
-        axes = "of unknown shape" if found.shape is None else f"with {len(found.shape)} axes"
-        raise UsageError(f"{what} {name} is {axes}, channels can be put last from {_LEAST_RANK} on")
+        axes = "is of unknown shape" if found.shape is None else f"has {len(found.shape)} axes"
+        raise UsageError(f"{what} {name} {axes}, channels can be put last from {_LEAST_RANK} axes on")
 
 
 def _to_first(rank: int) -> list[int]:

@@ -6,7 +6,7 @@ graph first, which makes LayerNormalization from opset 17 on, whatever `fuse_lay
 is left to fuse then, and no file is written. Before opset 17, `fuse_layernorm` is a line in the log. What is wrong with
 the fusions themselves is made up for here:
 
-- LayerNormalization was made of means over any axis, over several axes, and of gains that are broadcast;
+- LayerNormalization was made of means over any axis and over several, and computed something else;
 - tensors that are outputs of the graph too, or are read by a subgraph, were removed;
 - a norm at the end of a graph, without a bias, and image sizes that are not fixed raised KeyError and TypeError;
 - ReduceL2 without its optional attribute `keepdims` was not found.

@@ -153,10 +153,6 @@ def qnn_extra_options(
             if node.op_type in _NORMS and node.name in names:
                 plain = {"quant_type": arguments["weight_type"], "symmetric": arguments["weight_symmetric"]}
                 overridden.setdefault(node.input[1], [plain])
-    for name, overrides in overridden.items():
-        for override in overrides:
-            if "scale" in override and types.get(name) == onnx.TensorProto.FLOAT16:
-                override["scale"] = override["scale"].astype(np.float16)
     extra: dict[str, Any] = config.extra_options | {"ForceQuantizeNoInputCheck": True}
     return extra
 
