@@ -140,10 +140,19 @@ def test_axes_get_their_size(tmp_path):
     assert open_graph(target).graph.outputs[0].shape == (1, 10)
     with pytest.raises(InputError, match="a sample for QNN: x has shape 4x3x12x12, the graph takes 1x3x12x12"):
         qnn(source, IMAGES, target, fixed_dims=("n=1",))
-    with pytest.raises(UsageError, match="no input has an axis 'm' of any size"):
+    with pytest.raises(UsageError, match="no input has an axis 'm' that may have any size"):
         qnn(source, one, target, fixed_dims=("m=1",))
     made = qnn(source, IMAGES, target)
-    assert made.notes == ("QNN takes inputs of fixed sizes, these axes have any (x: n): set fixed_dims",)
+    assert made.notes == ("QNN takes inputs of fixed sizes, these axes may have any: n; say fixed_dims=n=1",)
+
+
+def test_axes_without_a_name_are_counted(tmp_path):
+    model = open_graph(small_graphs.cnn(tmp_path / "cnn.onnx"))
+    model.graph.inputs[0].shape = ir.Shape([None, 3, None, 12])
+    save_graph(model, tmp_path / "open.onnx")
+    made = qnn(tmp_path / "open.onnx", IMAGES, tmp_path / "out" / "q.onnx", fixed_dims=("x.2=12",))
+    assert open_graph(tmp_path / "out" / "q.onnx").graph.inputs[0].shape[1:] == (3, 12, 12)
+    assert made.notes == ("QNN takes inputs of fixed sizes, these axes may have any: x.0; say fixed_dims=x.0=1",)
 
 
 def test_a_range_is_never_nothing(tmp_path):

@@ -26,8 +26,8 @@ from quantcli.graphs.twins import plain_session, run_sample
 
 __all__ = ["QnnGraph", "QnnReader", "prepare_qnn", "qnn_extra_options", "qnn_operators"]
 
-_STAY = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
-"""Operators whose inputs and outputs get no grid."""
+_STAY = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear", "Shape", "Size")
+"""Operators whose inputs and outputs get no grid: conversions, and those that read no values."""
 _NORMS = ("LayerNormalization", "InstanceNormalization", "BatchNormalization")
 _TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2, np.dtype(np.float64): 1e-4}
 """Of outputs before and after, relative to the largest."""
@@ -80,31 +80,33 @@ def prepare_qnn(
     save_graph(model, target)
     counts = ", ".join(f"{count} {name}" for name, count in fused.items())
     notes = [*([f"fused for QNN: {counts}"] if fused else []), *said]
-    axes = sorted({f"{v.name}: {axis}" for v in model.graph.inputs for axis in _open_axes(v)})
+    axes = [axis for v in model.graph.inputs for axis in _axes(v) if isinstance(axis, str)]
     if axes:
-        notes.append(f"QNN takes inputs of fixed sizes, these axes have any ({', '.join(axes)}): set fixed_dims")
+        told = ", ".join(dict.fromkeys(axes))
+        notes.append(f"QNN takes inputs of fixed sizes, these axes may have any: {told}; say fixed_dims={axes[0]}=1")
     return QnnGraph(fused, tuple(notes))
 
 
-def _open_axes(value: ir.Value) -> list[str]:
-    shape = value.shape or ()
-    return [str(d.value or f"axis {i}") for i, d in enumerate(shape) if not isinstance(d, int)]
+def _axes(value: ir.Value) -> list[int | str]:
+    """Sizes, and names of the axes that may have any: INPUT.NUMBER where there is none."""
+    return [d if isinstance(d, int) else str(d.value or f"{value.name}.{i}") for i, d in enumerate(value.shape or ())]
 
 
 def _fix_sizes(path: Path, sizes: Mapping[str, int]) -> Path:
     """A file beside it whose axes have these sizes, in every shape."""
     model = open_graph(path)
-    known = {axis for v in model.graph.inputs for axis in _open_axes(v)}
+    known = {axis for v in model.graph.inputs for axis in _axes(v) if isinstance(axis, str)}
     for name in sizes:
         if name not in known:
-            raise UsageError(f"no input has an axis {name!r} of any size, {nearest(name, sorted(known))}")
+            raise UsageError(f"no input has an axis {name!r} that may have any size, {nearest(name, sorted(known))}")
     for value in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d) for d in value.shape])
-    fixed = path.with_name(f"{path.stem}.fixed.onnx")
-    save_graph(model, fixed)
-    infer_types(fixed)
-    return fixed
+            fixed = [sizes.get(str(axis), d) for axis, d in zip(_axes(value), value.shape, strict=True)]
+            value.shape = ir.Shape(fixed)
+    target = path.with_name(f"{path.stem}.fixed.onnx")
+    save_graph(model, target)
+    infer_types(target)
+    return target
 
 
 def qnn_operators(model: ir.Model) -> set[str]:

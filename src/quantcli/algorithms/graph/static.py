@@ -69,7 +69,8 @@ class StaticOptions:
     outputs_to_make_channel_last: tuple[str, ...] = ()
     """Of qnn: names of outputs that become [N, ..., C]."""
     fixed_dims: tuple[str, ...] = ()
-    """Of qnn: sizes of the input's axes that may have any, as n=1,width=224; QNN takes fixed sizes alone."""
+    """Of qnn, which takes fixed sizes alone: those of axes of inputs that may have any, as batch=1,x.2=224: the name of an
+    axis, or that of an input and the axis' number."""
     nodes_16bit: tuple[str, ...] = ()
     """Of qnn: names or regular expressions of nodes that work in 16 bits where activations have 8."""
     keep_removable_activations: bool = False
@@ -108,7 +109,7 @@ class StaticOptions:
             raise UsageError("QNN reads graphs with QDQ nodes, not operators on integers", hint="use encoding=qdq")
         for text in self.fixed_dims:
             if not re.fullmatch(r"[^=]+=[1-9]\d*", text):
-                raise UsageError(f"fixed_dims {text!r} is no size of an axis", hint="write fixed_dims=n=1,width=224")
+                raise UsageError(f"fixed_dims {text!r} is no size of an axis", hint="write fixed_dims=batch=1,x.2=224")
         if self.nodes_16bit and not self.activation_type.endswith("int8"):
             raise UsageError(f"nodes_16bit has no effect, all activations are {self.activation_type}")
         if self.keep_removable_activations and self.activation_symmetric:
