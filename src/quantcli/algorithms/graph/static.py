@@ -69,8 +69,8 @@ class StaticOptions:
     outputs_to_make_channel_last: tuple[str, ...] = ()
     """Of qnn: names of outputs that become [N, ..., C]."""
     fixed_dims: tuple[str, ...] = ()
-    """Of qnn, which takes fixed sizes alone: those of axes of inputs that may have any, as batch=1,x.2=224: the name of an
-    axis, or that of an input and the axis' number."""
+    """Of qnn, which takes fixed sizes alone: those of axes of inputs that may have any, as batch=1,x.2=224: the name of
+    an axis, or that of an input and the axis' number."""
     nodes_16bit: tuple[str, ...] = ()
     """Of qnn: names or regular expressions of nodes that work in 16 bits where activations have 8."""
     keep_removable_activations: bool = False
