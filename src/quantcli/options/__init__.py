@@ -6,6 +6,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, GenerateAdapterOptions
 from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
 from quantcli.options.capture import CaptureOptions
+from quantcli.options.configuration import ConfigurationFile
 from quantcli.options.evaluate import EvaluateOptions
 from quantcli.options.examples import ExampleOptions
 from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
@@ -29,6 +30,7 @@ __all__ = [
     "SELF",
     "CalibrationOptions",
     "CaptureOptions",
+    "ConfigurationFile",
     "ConvertAdapterOptions",
     "EvaluateOptions",
     "ExampleOptions",
