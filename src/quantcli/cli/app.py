@@ -103,19 +103,22 @@ def parse(argv: Sequence[str]) -> Request | int:
     if not args or args[0] not in COMMANDS:
         return _parse_words(args)
     rewritten = rewrite(args[0], args[1:], _flags(args[0]))
-    for note in rewritten.notes:
-        say("note", note)
-    expanded = _expand(args[0], rewritten.args)
-    if expanded is None:
-        return _parse_words([args[0], *rewritten.args])
-    for note in expanded.notes:
-        say("note", note)
+    words, notes = rewritten.args, rewritten.notes
+    expanded = _expand(args[0], words)
+    if expanded is not None:
+        words, notes = expanded.args, [*notes, *expanded.notes]
     try:
-        request = _parse_words([args[0], *expanded.args])
+        request = _parse_words([args[0], *words])
     except UsageError as error:
-        hint = error.hint or f"correct it in {expanded.file.name}, or give the flag, which wins"
+        if expanded is None or error.hint:
+            raise
+        hint = f"correct it in {expanded.file.name}, or give the flag, which wins"
         raise UsageError(error.message, hint=hint) from error
     if isinstance(request, int):
+        return request
+    for note in notes if not request.talk.quiet else ():
+        say("note", note)
+    if expanded is None:
         return request
     return replace(request, options=replace(request.options, config=expanded.file))
 

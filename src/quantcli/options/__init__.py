@@ -14,12 +14,13 @@ from quantcli.options.generate import GenerateOptions
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
 from quantcli.options.quantize import FORMATS, MIXED_BITS, PRESETS, QuantizeOptions
-from quantcli.options.simulation import SimulationOptions
+from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 
 __all__ = [
     "ADAPTER_FORMATS",
     "BUILTIN",
     "DTYPES",
+    "FLOAT_BITS",
     "FORMATS",
     "GRAPH_ENCODINGS",
     "GRAPH_OP_TYPES",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.algorithms import Algorithm, find_chain
-from quantcli.cli.aliases import apply, rewrite
+from quantcli.cli.aliases import rewrite
 from quantcli.cli.configuration.keys import Pass, Variants
 from quantcli.cli.configuration.passes import OTHER_TYPES, PASSES
 from quantcli.cli.configuration.read import read_json
@@ -86,7 +86,8 @@ def expand(args: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, s
     try:
         said = _Reader(typed, flags, names).read(read.values)
     except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
+        hint = error.hint or "docs/configurations.md lists types and keys"
+        raise UsageError(f"{path}: {error.message}", hint=hint) from error
     words = [word for item in said.items for word in item.words]
     notes = [f"{path.name}: {note}" for note in said.notes]
     notes.append(f"{path.name} says {shlex.join(words)}" if words else f"{path.name} says nothing else")
@@ -131,7 +132,7 @@ class _Reader:
         around, passes, defined = self._around(values)
         parts = [self._pass(label, found) for label, found in passes]
         items = self._joined([label for label, _ in passes], [items for items, _, _ in parts])
-        notes = [*around.notes, *(note for _, said, _ in parts for note in said.notes)]
+        notes = [*around.told(), *(note for _, said, _ in parts for note in said.told())]
         chain = self._chain(items)
         data = [(source, spec.data_hint) for _, said, spec in parts for source in said.data]
         if any(algorithm.calibration != "none" for algorithm in chain):
@@ -142,7 +143,7 @@ class _Reader:
             if data or idle:
                 notes.append(f"{chain[-1].name} reads no data, what it says of data has nothing to do")
         outer = self._ours(around.words, notes)
-        return _Words(self._allowed([*outer, *items], chain, notes), notes)
+        return _Words(self._allowed(_once("the file", [*outer, *items]), chain, notes), notes)
 
     def _around(self, values: Mapping[str, Any]) -> tuple[Said, list[tuple[str, Mapping[str, Any]]], dict[str, Any]]:
         """What stands around the passes, the passes by name, the data configurations by name."""
@@ -155,11 +156,11 @@ class _Reader:
                     'it has neither "type" nor "passes"', hint='write one pass, as {"type": "GptqQuantizer", "bits": 4}'
                 )
             return said, list(values.items()), {}
+        if isinstance(values.get("input_model"), dict):
+            self._input_model(values["input_model"], said)
         translate("the workflow", values, WORKFLOW, said)
         for name, system in _objects(values, "systems").items():
             translate(f"system {name!r}", system, SYSTEM, said)
-        if isinstance(values.get("input_model"), dict):
-            self._input_model(values["input_model"], said)
         passes = []
         for name, found in _objects(values, "passes", list).items():
             if isinstance(found, list):
@@ -253,7 +254,7 @@ class _Reader:
             said = Said()
             translate(f'"data_config" {found.get("name", "")!r}', found, DATA, said)
             items += self._ours(said.words, said.notes)
-            notes += said.notes
+            notes += said.told()
         return _once("the data configuration", items)
 
     def _allowed(self, items: Sequence[_Item], chain: Sequence[Algorithm], notes: list[str]) -> list[_Item]:
@@ -280,7 +281,8 @@ def _find(kind: str, called: str, values: dict[str, Any]) -> tuple[str, Pass]:
     others = {name.lower(): name for name in OTHER_TYPES}
     if kind.lower() in others:
         name = others[kind.lower()]
-        apply(OTHER_TYPES[name], f'{called}, "type": "{name}",', [], "quantize", [])
+        other = OTHER_TYPES[name]
+        raise UsageError(f"{called} is {name}, which quantize does not run: {other.why}", hint=other.hint)
     known = {name.lower(): name for name in PASSES}
     if kind.lower() not in known:
         raise UsageError(

@@ -70,7 +70,9 @@ _SEQUENTIAL = only("true or false", "linears are always quantized in the order i
 _FILES: Keys = {
     "save_as_external_data": only("true or false", "weights always stand in a file of their own", "True"),
     "all_tensors_to_one_file": only("true or false", "weights always stand in one file", "True"),
-    "external_data_name": Key("text", Refused("the file of weights is called as the graph, with .data", None)),
+    "external_data_name": Key(
+        "text", Refused("the file of weights is called as the graph, with .data", "leave it out")
+    ),
     "convert_attribute": only("true or false", "attributes stay in the graph", "False"),
 }
 _OLIVE: Keys = {
@@ -97,26 +99,33 @@ _BLOCKS: Keys = {
     **_NODES,
     **_FILES,
 }
-_INTEGERS = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
-_ORT_TYPES = {f"Q{'UInt' if kind[0] == 'u' else 'Int'}{kind.lstrip('uint')}": kind for kind in _INTEGERS}
+_WEIGHTS = ("int8", "uint8", "int16", "int4", "uint4")
 
 
-def _integer(flag: str) -> Key:
-    words = {kind: (flag, kind) for kind in _INTEGERS} | {theirs: (flag, ours) for theirs, ours in _ORT_TYPES.items()}
-    return Key("text", Rename(flag, words, only=True))
+def _weight_type(*kinds: str) -> Key:
+    """A type of weights, in onnxruntime's words, too: int8 or QInt8."""
+    long = {f"Q{kind.replace('uint', 'UInt').replace('int', 'Int')}": kind for kind in kinds}
+    words = {word: ("--weight-type", kind) for word, kind in (*zip(kinds, kinds, strict=True), *long.items())}
+    return Key("text", Rename("--weight-type", words, only=True))
 
 
-_CALIBRATORS = {
-    name: ("--calibrate-method", name.lower()) for name in ("MinMax", "Entropy", "Percentile", "Distribution")
+_SIGNED = ("--activation-type", "int8", "--weight-type", "int8")  # onnxruntime has it no other way
+_ACTIVATION_WORDS = {
+    **{kind: ("--activation-type", kind) for kind in ("uint8", "int16", "uint16")},
+    **{f"Q{kind}": ("--activation-type", kind.lower()) for kind in ("UInt8", "Int16", "UInt16")},
+    "int8": _SIGNED,
+    "QInt8": _SIGNED,
 }
+_ACTIVATION_TYPE = Key("text", Rename("--activation-type", _ACTIVATION_WORDS, only=True))
+_CALIBRATORS = {name: ("--calibrate-method", name.lower()) for name in ("MinMax", "Entropy", "Percentile")}
 _ENCODINGS = {"QDQ": ("--encoding", "qdq"), "QOperator": ("--encoding", "qoperator")}
 _WEIGHT_GRID = _setting_switch("weight_grid=sym", "weight_grid=asym")
 _ACTIVATION_GRID = _setting_switch("activation_symmetric=true", "activation_symmetric=false")
 _TYPES_LEFT_OUT = Key("list of texts", Refused("operators are chosen, not left out", "use op_types_to_quantize"))
 _REDUCE_RANGE = Key("true or false", Switch(("--reduce-range",)))
 _DYNAMIC: Keys = {
-    "precision": _integer("--weight-type"),
-    "weight_type": _integer("--weight-type"),
+    "precision": _weight_type("int8", "uint8"),
+    "weight_type": _weight_type("int8", "uint8"),
     "per_channel": Key("true or false", Switch(("--per-channel",))),
     "reduce_range": _REDUCE_RANGE,
     "weight_symmetric": _WEIGHT_GRID,
@@ -129,10 +138,12 @@ _DYNAMIC: Keys = {
 }
 _STATIC: Keys = {
     **_DYNAMIC,
+    "precision": _weight_type(*_WEIGHTS),
+    "weight_type": _weight_type(*_WEIGHTS),
     "data_config": _DATA_CONFIG,
     "calibrate_method": Key("text", Rename("--calibrate-method", _CALIBRATORS, only=True)),
     "quant_format": Key("text", Rename("--encoding", _ENCODINGS, only=True)),
-    "activation_type": _integer("--activation-type"),
+    "activation_type": _ACTIVATION_TYPE,
     "activation_symmetric": _ACTIVATION_GRID,
     "calibration_providers": _CPU,
     "extra_options": Key(
@@ -283,8 +294,8 @@ _TECHNIQUE: Keys = {
 }
 _AIMET: Keys = {
     "techniques": Key("list of objects", Nested(_TECHNIQUE)),
-    "precision": _integer("--weight-type"),
-    "activation_type": _integer("--activation-type"),
+    "precision": _weight_type(*_WEIGHTS),
+    "activation_type": _ACTIVATION_TYPE,
     "quant_scheme": Key("text", Rename("", {"min_max": ("--calibrate-method", "minmax")}, only=True)),
     "data_config": _DATA_CONFIG,
     "config_file": Key("text", Refused("there are no files of rules for AIMET", "leave it out")),

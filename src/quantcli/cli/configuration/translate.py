@@ -1,18 +1,20 @@
 """From the keys of a configuration to words of the command line."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantcli.cli.aliases import Refused, apply
+from quantcli.cli.aliases import Dropped, Refused, apply
 from quantcli.cli.configuration.keys import Data, Key, Keys, Kind, Missing, Names, Nested, Overrides, Together
 from quantcli.errors import UsageError, nearest
 
 __all__ = ["Said", "is_given", "translate"]
 
 _DEFAULT, _SEARCH = "DEFAULT_VALUE", "SEARCHABLE_VALUES"
+_ARTICLES: Mapping[str, str] = {"true or false": "", "object": "an "}
+_MAX = sys.float_info.max
 _OVERRIDE_KEYS = {"bits": "bits", "group_size": "group_size", "sym": "sym", "symmetric": "sym"}
 
 
@@ -26,6 +28,16 @@ class Said:
     """What there is to tell."""
     data: list[Any] = field(default_factory=list)
     """Data configurations: a name or an object."""
+    idle: dict[str, list[str]] = field(default_factory=dict)
+    """Why something has nothing to do, and the keys of which that is so."""
+
+    def told(self) -> list[str]:
+        """All that there is to tell, one line for each reason."""
+        shared = [
+            f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} nothing to do: {why}"
+            for why, keys in self.idle.items()
+        ]
+        return [*self.notes, *shared]
 
 
 def is_given(value: Any) -> bool:
@@ -82,9 +94,11 @@ def _translate_one(owner: str, name: str, key: Key, value: Any, said: Said) -> N
             said.words += _overrides(owner, called, value)
         case _:
             try:
-                said.words += apply(to, called, _texts(value), owner, said.notes)
+                said.words += apply(to, called, _texts(value), owner, [] if isinstance(to, Dropped) else said.notes)
             except UsageError as error:
                 raise UsageError(f"{owner}: {error.message}", hint=error.hint) from error
+            if isinstance(to, Dropped) and called not in said.idle.setdefault(to.why, []):
+                said.idle[to.why].append(called)
 
 
 def _together(owner: str, name: str, key: Key, values: Mapping[str, Any], keys: Keys) -> Sequence[str]:
@@ -137,7 +151,10 @@ def _checked(owner: str, called: str, kind: Kind, value: Any) -> Any:
         right = _is_of(kind, value)
     if not right:
         shown = value if len(repr(value)) < 60 else "something else"
-        raise UsageError(f"{owner}: {called} is a {kind}, got {shown!r}", hint="docs/configurations.md lists the keys")
+        raise UsageError(
+            f"{owner}: {called} is {_ARTICLES.get(kind, 'a ')}{kind}, got {shown!r}",
+            hint="docs/configurations.md lists the keys",
+        )
     return value
 
 
@@ -146,7 +163,7 @@ def _is_of(kind: Kind, value: Any) -> bool:
         case "whole number":
             return isinstance(value, int) and not isinstance(value, bool)
         case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX < value < _MAX
         case "true or false":
             return isinstance(value, bool)
         case "object":
