@@ -273,7 +273,7 @@ def test_data_that_nobody_defined(options):
 def test_data_for_what_reads_none(options, capsys):
     made = options({"type": "OnnxQuantization", "quant_mode": "dynamic", "data_config": "calib"})
     assert made.algorithm == "dynamic"
-    assert "dynamic reads no data, what it says of data has nothing to do" in capsys.readouterr().err
+    assert "-a dynamic reads no data, what it says of data has nothing to do" in capsys.readouterr().err
     weights = {"type": "IncQuantization", "approach": "weight_only", "calibration_sampling_size": [8]}
     assert options(weights).calibration.num_samples == 64
 
@@ -332,6 +332,8 @@ def test_data_for_what_reads_none(options, capsys):
         ({"passes": {"a": [{"type": "Rtn"}, {"type": "Gptq"}]}}, "has 2 versions"),
         ({"passes": {"a": "Rtn"}}, "is an object of objects by name"),
         ({"passes": {"a": {"type": "Rtn"}}, "search_strategy": {"sampler": "tpe"}}, "nothing is tuned"),
+        ({"passes": {"a": {"type": "Rtn"}}, "input_model": "m"}, '"input_model" is an object'),
+        ({"passes": {"a": {"type": "Rtn"}}, "data_configs": [{"name": "x"}] * 2}, "are called 'x'"),
         ({"passes": {"a": {"type": "Rtn"}}, "pases": {}}, "did you mean 'passes'"),
         ({"passes": {"a": {"type": "Rtn"}}, "systems": {"s": {"type": "Docker"}}}, "got 'Docker'"),
         ({"passes": {"a": {"type": "Rtn"}}, "systems": {"s": {"accelerators": [{"device": "gpu"}]}}}, "got 'gpu'"),
@@ -377,12 +379,14 @@ def test_the_flag_itself(options, tmp_path, capsys):
     for words, message in (
         (["-c", path, "--config", path], "--config is given twice"),
         (["--config"], "--config needs a value"),
-        ([f"-c{path}"], "is not understood"),
+        (["-qc", path], "its flag stands in one word with others"),
         (["-c", path, "-a", "rtm"], "^unknown algorithm 'rtm'"),
         (["-c", path, "--bitz", "3"], "^unknown flag --bitz"),
     ):
         with pytest.raises(UsageError, match=message):
             parse(["quantize", "-m", "M", "-o", "O", *words])
+    made = parse(["quantize", "-mM", "-oO", f"-c{path}", "-ahqq"]).options
+    assert (made.model, made.algorithm, made.config.name) == ("M", "hqq", "a.json")
     assert parse(["quantize", "-c", "missing.json", "--help"]) == 0
     assert parse(["quantize", "-m", "--config", "-o", "O"]).options.model == "--config"
     assert "--config FILE" in capsys.readouterr().out

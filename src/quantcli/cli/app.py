@@ -139,7 +139,8 @@ def _parse_words(args: list[str]) -> Request | int:
 def _expand(command: str, args: list[str]) -> "Expanded | None":
     """The words with what the configuration file among them says; None where there is none."""
     names = _names(command)
-    if not any(names.get(word.partition("=")[0]) == "config" for word in args):
+    spellings = tuple(word for word, sets in names.items() if sets == "config")
+    if not any(word.startswith(spellings) for word in args):
         return None
     from quantcli.cli.configuration.expand import expand  # its tables are read only where they are used
 

@@ -99,8 +99,10 @@ def _overrides(words: list[str]) -> tuple[Override, ...]:
 
 
 def _config(word: str) -> ConfigurationFile:
-    """What a file says stands in its place before flags are parsed; what gets here did not part name and value."""
-    raise UsageError(f"-c{word} is not understood", hint=f"write --config {word}")
+    """What a file says stands in its place before flags are parsed; what gets here was not seen as a flag."""
+    raise UsageError(
+        f"the configuration {word} was not read: its flag stands in one word with others", hint=f"write --config {word}"
+    )
 
 
 def _widths(words: list[str]) -> tuple[int, ...]:

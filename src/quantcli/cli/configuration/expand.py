@@ -18,7 +18,6 @@ from quantcli.options import ConfigurationFile
 
 __all__ = ["Expanded", "expand"]
 
-_FLAGS = ("-c", "--config")
 _SOURCES = {"data", "data_name", "calibration_inputs", "user_script"}
 _OF_SOURCE = {
     *_SOURCES,
@@ -99,6 +98,11 @@ def _split(args: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, s
     items, at = [], 0
     while at < len(args):
         name, equals, inline = args[at].partition("=")
+        if name not in names and flags.get(args[at][:2]):  # -a and its value in one word
+            name, inline = args[at][:2], args[at][2:]
+            items.append(_Item(names[name], (name, inline)))
+            at += 1
+            continue
         if name not in names:
             items.append(_Item("", (args[at],)))
             at += 1
@@ -133,7 +137,8 @@ class _Reader:
         parts = [self._pass(label, found) for label, found in passes]
         items = self._joined([label for label, _ in passes], [items for items, _, _ in parts])
         notes = [*around.told(), *(note for _, said, _ in parts for note in said.told())]
-        chain = self._chain(items)
+        chosen = _value([*items, *self.typed], "algorithm")
+        chain = find_chain(chosen)
         data = [(source, spec.data_hint) for _, said, spec in parts for source in said.data]
         if any(algorithm.calibration != "none" for algorithm in chain):
             items += self._data(data, defined, notes)
@@ -141,7 +146,7 @@ class _Reader:
             idle = [item for item in items if item.sets in _SAMPLES]
             items = [item for item in items if item.sets not in _SAMPLES]
             if data or idle:
-                notes.append(f"{chain[-1].name} reads no data, what it says of data has nothing to do")
+                notes.append(f"-a {chosen} reads no data, what it says of data has nothing to do")
         outer = self._ours(around.words, notes)
         return _Words(self._allowed(_once("the file", [*outer, *items]), chain, notes), notes)
 
@@ -237,10 +242,6 @@ class _Reader:
         rest = [item for items in parts for item in items if item.sets != "algorithm"]
         return [_Item("algorithm", ("-a", chain)), *_once("the workflow", rest)]
 
-    def _chain(self, items: Sequence[_Item]) -> list[Algorithm]:
-        """The algorithms that will run."""
-        return find_chain(_value([*items, *self.typed], "algorithm"))
-
     def _data(self, named: Sequence[tuple[Any, str]], defined: Mapping[str, Any], notes: list[str]) -> list[_Item]:
         """What the data configurations say."""
         items: list[_Item] = []
@@ -319,7 +320,11 @@ def _defined(found: Any) -> dict[str, Any]:
     listed = found or []
     if not isinstance(listed, list) or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in listed):
         raise UsageError('"data_configs" is a list of objects with a "name"', hint='as in [{"name": "wiki", …}]')
-    return {config["name"]: config for config in listed}
+    names = [config["name"] for config in listed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f'two of the "data_configs" are called {twice!r}', hint="name one of them otherwise")
+    return dict(zip(names, listed, strict=True))
 
 
 def _value(items: Sequence[_Item], sets: str) -> str:

@@ -74,6 +74,7 @@ def _translate_one(owner: str, name: str, key: Key, value: Any, said: Said) -> N
     if value == _SEARCH:
         raise UsageError(f"{owner}: {called} asks for tuning, nothing is tuned here", hint="name a value")
     if to is None or isinstance(to, Together):
+        _checked(owner, called, key.kind, value)
         return
     if isinstance(to, Data):
         said.data.append(_checked(owner, called, "text" if isinstance(value, str) else "object", value))
