@@ -47,7 +47,7 @@ pytestmark = pytest.mark.slow
 def root(tmp_path_factory):
     """A checkpoint `m`, the graph `f` captured from it, a `cnn.onnx` with its samples, text, and the blocks."""
     folder = tmp_path_factory.mktemp("configurations")
-    tiny.checkpoint(folder / "m", max_position_embeddings=512, tie_word_embeddings=False)
+    tiny.checkpoint(folder / "m", tie_word_embeddings=False)
     assert app.run(["capture-onnx-graph", "-m", str(folder / "m"), "-o", str(folder / "f"), "-q"]) == 0
     small_graphs.cnn(folder / "cnn.onnx")
     (folder / "samples").mkdir()
