@@ -73,7 +73,7 @@ GIVEN = {
         "preset": (["--preset", "best"], "best"),
         "settings": (["--set", "refit=true", "--set", "grid-steps=9"], {"refit": "true", "grid_steps": "9"}),
         "config": (
-            ["--config", str(PASS)],
+            ["--config", str(PASS), "-a", "gptq"],
             ConfigurationFile(PASS.name, hashlib.sha256(PASS.read_bytes()).hexdigest()),
         ),
         "bits": (["--bits", "3"], 3),

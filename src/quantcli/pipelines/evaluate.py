@@ -106,8 +106,11 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
 
 
 def _note_what_it_was_made_for(folder: Path, progress: Progress) -> None:
-    """Says which numbers a folder was made for that its weights do not show."""
-    manifest = read_manifest(folder)
+    """Says which numbers a folder was made for that its weights do not show; a manifest that is none says nothing."""
+    try:
+        manifest = read_manifest(folder)
+    except InputError:
+        return
     made = manifest.options.get("simulation") if manifest is not None and manifest.command == "quantize" else None
     if not isinstance(made, dict):
         return
