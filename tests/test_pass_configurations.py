@@ -16,8 +16,10 @@ import pytest
 import small_graphs
 import tiny
 from quantcli.cli import app
+from quantcli.cli.app import parse
 from quantcli.folder import read_manifest
 from quantcli.graphs.files import open_graph
+from quantcli.pipelines.planning.decide import make_plan
 
 BLOCKS = re.findall(
     r"^```json\n(.*?)^```$", Path(__file__).with_name("pass_configurations.md").read_text(), re.DOTALL | re.MULTILINE
@@ -125,6 +127,15 @@ def test_quarot_with_four_bits_for_everything(root, run, capsys):
     assert "keys 4 bits asym" in said and "values 4 bits asym" in said
     assert app.run(["evaluate", "-m", str(output), "--no-speed", "--num-samples", "1", "--seq-len", "16"]) == 0
     assert "made for activations or cache of few bits: --a-bits 4 --k-bits 4 --v-bits 4" in capsys.readouterr().err
+
+
+def test_a_file_and_the_same_flags_continue_each_other(root):
+    """What an interrupted run is known by holds what was said, not where."""
+    begin = ["quantize", "-m", str(root / "m"), "-o", str(root / "never")]
+    said = parse([*begin, "-c", str(root / f"{AWQ[0]}.json")]).options
+    typed = parse([*begin, "-a", "awq", "--bits", "4"]).options
+    assert said.config is not None and typed.config is None
+    assert make_plan(said).identity() == make_plan(typed).identity()
 
 
 def test_blockwise_rtn_and_hqq_of_a_graph(run):
