@@ -30,6 +30,7 @@ check: $(INSTALLED) ## format, lint, types, docs up to date
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy --strict src
 	$(BIN)/python scripts/make_cli_docs.py --check
+	$(BIN)/python scripts/make_configuration_docs.py --check
 
 format: $(INSTALLED) ## let ruff format and fix what it can
 	$(BIN)/ruff format $(SOURCES)
@@ -38,8 +39,9 @@ format: $(INSTALLED) ## let ruff format and fix what it can
 bench: $(INSTALLED) ## measure speed and quality on the demo model, beside peers that are installed
 	$(BIN)/python benchmarks/speed.py
 
-docs: $(INSTALLED) ## write docs/cli.md from the commands' help
+docs: $(INSTALLED) ## write docs/cli.md from the commands' help, docs/configurations.md from the table of passes
 	$(BIN)/python scripts/make_cli_docs.py
+	$(BIN)/python scripts/make_configuration_docs.py
 
 clean: ## remove the environment, the demo's outputs and caches
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

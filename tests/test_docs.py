@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from quantcli.cli.app import COMMANDS, parse
+from quantcli.cli.configuration.keys import Variants
+from quantcli.cli.configuration.passes import PASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR = ROOT / "scripts" / "make_cli_docs.py"
+CONFIGURATIONS = ROOT / "scripts" / "make_configuration_docs.py"
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("make_cli_docs", GENERATOR)
+def generator(path=GENERATOR):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -25,8 +28,18 @@ def test_cli_page_is_what_the_help_says():
     assert (ROOT / "docs" / "cli.md").read_text() == generator().page(), "run `python scripts/make_cli_docs.py`"
 
 
-def test_check_fails_on_a_stale_page(tmp_path, monkeypatch):
-    module = generator()
+def test_configurations_page_is_what_the_table_says():
+    page = (ROOT / "docs" / "configurations.md").read_text()
+    assert page == generator(CONFIGURATIONS).page(), "run `python scripts/make_configuration_docs.py`"
+    for name, spec in PASSES.items():
+        assert f"### {name}\n" in page
+        passes = spec.passes.values() if isinstance(spec, Variants) else [spec]
+        assert all(f"| `{key}` |" in page for found in passes for key in found.keys)
+
+
+@pytest.mark.parametrize("path", [GENERATOR, CONFIGURATIONS])
+def test_check_fails_on_a_stale_page(path, tmp_path, monkeypatch):
+    module = generator(path)
     monkeypatch.setattr(module, "TARGET", tmp_path / "docs" / "cli.md")
     monkeypatch.setattr(sys, "argv", ["make_cli_docs.py", "--check"])
     with pytest.raises(SystemExit, match="stale"):
@@ -47,7 +60,9 @@ def test_the_page_does_not_depend_on_the_terminal():
 
 
 @pytest.mark.parametrize("example", [e for c in COMMANDS.values() for e in c.examples])
-def test_examples_in_the_help_parse(example):
+def test_examples_in_the_help_parse(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gptq_pass.json").write_text('{"type": "GptqQuantizer"}')
     words = subprocess.run(
         ["sh", "-c", f'quantcli() {{ printf "%s\\0" "$@"; }}\n{example}'], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]

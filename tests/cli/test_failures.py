@@ -58,7 +58,7 @@ def test_help_goes_to_stdout(capsys, name, flag):
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith(f"Usage: quantcli {name or ''}".rstrip())
-    assert out.count("\n  quantcli ") in range(3, 7)  # the examples
+    assert out.count("\n  quantcli ") in range(3, 9)  # the examples
 
 
 def test_version(capsys):

@@ -1,6 +1,7 @@
 """Every field of every options dataclass has a flag with its docstring as help, and every flag reaches its field."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from quantcli.errors import UsageError
 from quantcli.options import (
     CalibrationOptions,
     CaptureOptions,
+    ConfigurationFile,
     ConvertAdapterOptions,
     EvaluateOptions,
     ExampleOptions,
@@ -61,6 +63,7 @@ SIMULATION = {
     "simulation.kv_group_size": (["--v-bits", "4", "--kv-group-size", "32"], 32),
     "simulation.kv_clip_ratio": (["--v-bits", "4", "--kv-clip-ratio", "0.5"], 0.5),
 }
+PASS = Path(__file__).with_name("gptq_pass.json")
 # field: words on the command line, value in the options
 GIVEN = {
     "quantize": {
@@ -69,6 +72,10 @@ GIVEN = {
         "algorithm": (["-a", "rtn"], "rtn"),
         "preset": (["--preset", "best"], "best"),
         "settings": (["--set", "refit=true", "--set", "grid-steps=9"], {"refit": "true", "grid_steps": "9"}),
+        "config": (
+            ["--config", str(PASS), "-a", "gptq"],
+            ConfigurationFile(PASS.name, hashlib.sha256(PASS.read_bytes()).hexdigest()),
+        ),
         "bits": (["--bits", "3"], 3),
         "group_size": (["--group-size", "-1"], -1),
         "target_bits": (["--target-bits", "3.5"], 3.5),

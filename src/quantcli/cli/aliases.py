@@ -11,7 +11,21 @@ from itertools import pairwise
 from quantcli.algorithms import KEEP_FLOAT, find_chain
 from quantcli.errors import UsageError, nearest
 
-__all__ = ["ALIASES", "Rewritten", "describe", "rewrite"]
+__all__ = [
+    "ALIASES",
+    "Alias",
+    "Dropped",
+    "Each",
+    "Refused",
+    "Rename",
+    "Rewritten",
+    "Setting",
+    "Switch",
+    "Words",
+    "apply",
+    "describe",
+    "rewrite",
+]
 
 
 @dataclass(frozen=True)
@@ -328,7 +342,7 @@ def rewrite(command: str, args: Sequence[str], flags: Mapping[str, bool]) -> Rew
         if isinstance(alias, Rename) and alias.follow and values:
             meant = None if values[0] in alias.values else alias.follow
             keeps_float = meant is None
-        out += _apply(alias, name, values, command, notes)
+        out += apply(alias, name, values, command, notes)
     return Rewritten(_with_rounder(out, meant, asked, keeps_float), notes)
 
 
@@ -385,19 +399,32 @@ def _values(alias: Alias, following: Sequence[str]) -> list[str]:
     return list(following[:1]) if takes_one else []
 
 
-def _apply(
+def apply(
     alias: Rename | Words | Each | Setting | Switch | Dropped | Always | Refused,
     name: str,
     values: list[str],
     command: str,
     notes: list[str],
 ) -> list[str]:
+    """Our words for another's flag with its values.
+
+    Args:
+        alias: What becomes of it.
+        name: The flag, or the key of a configuration, as errors call it.
+        values: What it was given.
+        command: What it was given to, as errors call it.
+        notes: Gets what there is to say.
+
+    Raises:
+        UsageError: a value that it cannot have, or it cannot be served at all.
+    """
     match alias:
         case Refused(why, hint):
             raise UsageError(f"{name} cannot be used with {command}: {why}", hint=hint)
         case Dropped(why, takes_value, only):
-            if takes_value and (not values or values[0] not in only):
-                got = repr(values[0]) if values else "nothing"
+            other = [value for value in values if value not in only]
+            if takes_value and (other or not values):
+                got = repr(other[0]) if other else "nothing"
                 raise UsageError(f"{name} takes {_or(only)}, got {got}: {why}", hint=f"leave {name} out")
             notes.append(f"{name} has nothing to do: {why}")
             return []

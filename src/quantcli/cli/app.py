@@ -11,10 +11,11 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from functools import cache
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -36,7 +37,10 @@ from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
 from quantcli.cli.flags import typer_function
-from quantcli.errors import InterruptedRunError
+from quantcli.errors import InterruptedRunError, UsageError
+
+if TYPE_CHECKING:
+    from quantcli.cli.configuration.expand import Expanded
 
 __all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
 
@@ -96,11 +100,31 @@ def parse(argv: Sequence[str]) -> Request | int:
         UsageError: for what the parser or an options dataclass refuses, or an alias that we cannot serve.
     """
     args = list(argv)
-    if args and args[0] in COMMANDS:
-        rewritten = rewrite(args[0], args[1:], _flags(args[0]))
-        args = [args[0], *rewritten.args]
-        for note in rewritten.notes:
-            say("note", note)
+    if not args or args[0] not in COMMANDS:
+        return _parse_words(args)
+    rewritten = rewrite(args[0], args[1:], _flags(args[0]))
+    words, notes = rewritten.args, rewritten.notes
+    expanded = _expand(args[0], words)
+    if expanded is not None:
+        words, notes = expanded.args, [*notes, *expanded.notes]
+    try:
+        request = _parse_words([args[0], *words])
+    except UsageError as error:
+        if expanded is None or error.hint:
+            raise
+        hint = f"correct it in {expanded.file.name}, or give the flag, which wins"
+        raise UsageError(error.message, hint=hint) from error
+    if isinstance(request, int):
+        return request
+    for note in notes if not request.talk.quiet else ():
+        say("note", note)
+    if expanded is None:
+        return request
+    return replace(request, options=replace(request.options, config=expanded.file))
+
+
+def _parse_words(args: list[str]) -> Request | int:
+    """A command line in our own words."""
     try:
         request: Request | int = build().main(
             args, prog_name="quantcli", complete_var=_COMPLETION_VARIABLE, standalone_mode=False
@@ -110,6 +134,17 @@ def parse(argv: Sequence[str]) -> Request | int:
     if request == InterruptedRunError.exit_code:  # the parser's word for Ctrl-C
         raise InterruptedRunError("interrupted")
     return request if isinstance(request, Request) else int(request or 0)
+
+
+def _expand(command: str, args: list[str]) -> "Expanded | None":
+    """The words with what the configuration file among them says; None where there is none."""
+    names = _names(command)
+    spellings = tuple(word for word, sets in names.items() if sets == "config")
+    if not any(word.startswith(spellings) for word in args):
+        return None
+    from quantcli.cli.configuration.expand import expand  # its tables are read only where they are used
+
+    return expand(args, _flags(command), names)
 
 
 @cache
@@ -308,6 +343,17 @@ def _flags(name: str) -> dict[str, bool]:
         if isinstance(param, TyperOption)
         for spelling in (*param.opts, *param.secondary_opts)
     } | {"-h": False, "--help": False}
+
+
+def _names(name: str) -> dict[str, str]:
+    """Spelling of each flag of a command to the option that it sets, `set KEY` for one of an algorithm."""
+    settings = {flag: f"set {key}" for flag, (key, _) in COMMANDS[name].settings.items()}
+    return {
+        spelling: settings.get(str(param.name), str(param.name))
+        for param in build().commands[name].params
+        if isinstance(param, TyperOption)
+        for spelling in (*param.opts, *param.secondary_opts)
+    }
 
 
 def _examples(lines: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from quantcli.options import (
     FORMATS,
     GRAPH_ENCODINGS,
     PRESETS,
+    ConfigurationFile,
     Override,
     QuantizeOptions,
 )
@@ -97,6 +98,13 @@ def _overrides(words: list[str]) -> tuple[Override, ...]:
     return tuple(Override.parse(word) for word in words)
 
 
+def _config(word: str) -> ConfigurationFile:
+    """What a file says stands in its place before flags are parsed; what gets here was not seen as a flag."""
+    raise UsageError(
+        f"the configuration {word} was not read: its flag stands in one word with others", hint=f"write --config {word}"
+    )
+
+
 def _widths(words: list[str]) -> tuple[int, ...]:
     found = [word.strip() for text in words for word in text.split(",")]
     if not all(word.isdecimal() for word in found):
@@ -118,6 +126,7 @@ COMMAND = Command(
         "model": FlagStyle(("-m", "--model")),
         "output": FlagStyle(("-o", "--output")),
         "algorithm": FlagStyle(("-a", "--algorithm")),
+        "config": FlagStyle(("-c", "--config"), metavar="FILE", read=_config),
         "preset": FlagStyle(choices=PRESETS, metavar="|".join(PRESETS)),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
         "symmetric": FlagStyle(("--sym/--asym",)),
@@ -181,6 +190,7 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q",
         "quantcli quantize -m SmolLM2-135M -o Q3 --preset best --bits 3 --data notes.txt --evaluate",
         "quantcli quantize -m SmolLM2-135M -o Q --target-bits 3.5 --evaluate",
+        "quantcli quantize -m SmolLM2-135M -o Q --config gptq_pass.json --data notes.txt",
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
         "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",

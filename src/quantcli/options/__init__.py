@@ -6,6 +6,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, GenerateAdapterOptions
 from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
 from quantcli.options.capture import CaptureOptions
+from quantcli.options.configuration import ConfigurationFile
 from quantcli.options.evaluate import EvaluateOptions
 from quantcli.options.examples import ExampleOptions
 from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
@@ -13,12 +14,13 @@ from quantcli.options.generate import GenerateOptions
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
 from quantcli.options.quantize import FORMATS, MIXED_BITS, PRESETS, QuantizeOptions
-from quantcli.options.simulation import SimulationOptions
+from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 
 __all__ = [
     "ADAPTER_FORMATS",
     "BUILTIN",
     "DTYPES",
+    "FLOAT_BITS",
     "FORMATS",
     "GRAPH_ENCODINGS",
     "GRAPH_OP_TYPES",
@@ -29,6 +31,7 @@ __all__ = [
     "SELF",
     "CalibrationOptions",
     "CaptureOptions",
+    "ConfigurationFile",
     "ConvertAdapterOptions",
     "EvaluateOptions",
     "ExampleOptions",

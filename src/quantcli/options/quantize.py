@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantcli.errors import UsageError, nearest
 from quantcli.options.calibration import CalibrationOptions
+from quantcli.options.configuration import ConfigurationFile
 from quantcli.options.finetune import DTYPES
 from quantcli.options.graph import GraphOptions
 from quantcli.options.overrides import Override
@@ -37,6 +38,9 @@ class QuantizeOptions:
     that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
+    config: ConfigurationFile | None = None
+    """JSON file of a pass, as {"type": "GptqQuantizer", "bits": 4}, or of a workflow with passes, as Olive has them;
+    flags beside it win. Which types and keys: docs/configurations.md."""
     bits: int | None = None
     """Bits per weight. Default: 4; 8 for dynamic and static."""
     group_size: int | None = None

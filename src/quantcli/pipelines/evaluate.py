@@ -14,11 +14,11 @@ from quantcli.evaluate.language_model import LanguageModel, open_language_model
 from quantcli.evaluate.result import EvaluationResult
 from quantcli.evaluate.speed import measure_speed, peak_memory
 from quantcli.evaluate.text import open_tokenizer, read_windows, require_same_tokens
-from quantcli.folder import fingerprint
+from quantcli.folder import fingerprint, read_manifest
 from quantcli.models.checkpoint import read_config
 from quantcli.models.online import OnlineRotations
 from quantcli.models.source import locate_model
-from quantcli.options import EvaluateOptions, SimulationOptions
+from quantcli.options import FLOAT_BITS, EvaluateOptions, SimulationOptions
 from quantcli.pipelines.inspect import weight_records, weight_size_bytes
 from quantcli.progress import Progress, Silent
 from quantcli.tensors.inventory import quantized_bits_per_weight, total_bits_per_weight
@@ -45,6 +45,8 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
         if timed:
             progress.note("speed is not measured: the simulation takes the time that such a model would save")
         timed = False
+    else:
+        _note_what_it_was_made_for(model_folder, progress)
     windows, text = _windows(options, model_folder, reference_folder)
     records = weight_records(model_folder)
 
@@ -102,6 +104,20 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
     )
     result.failures.extend(_failed_gates(options, result))
     return result
+
+
+def _note_what_it_was_made_for(folder: Path, progress: Progress) -> None:
+    """Says which numbers a folder was made for that its weights do not show; a manifest that is none says nothing."""
+    try:
+        manifest = read_manifest(folder)
+    except InputError:
+        return
+    made = manifest.options.get("simulation") if manifest is not None and manifest.command == "quantize" else None
+    if not isinstance(made, dict):
+        return
+    flags = [f"--{n}-bits {made[f'{n}_bits']}" for n in "akv" if made.get(f"{n}_bits", FLOAT_BITS) != FLOAT_BITS]
+    if flags:
+        progress.note(f"weights alone are scored; it was made for activations or cache of few bits: {' '.join(flags)}")
 
 
 def _simulated(simulation: SimulationOptions, folder: Path) -> dict[str, Any] | None:

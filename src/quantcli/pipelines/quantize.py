@@ -140,17 +140,20 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
         parent = describe_parent(plan.folder, plan.model_digest)
         chosen = {k: v for k, v in public_options(asdict(options)).items() if k != "graph"}
         partial.commit(Manifest("checkpoint", "quantize", chosen, parent, metrics))
-    return replace(result, evaluation=_evaluate(options, progress)) if options.evaluate else result
+    return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
 
 
-def _evaluate(options: QuantizeOptions, progress: Progress) -> Any:
+def _evaluate(plan: Plan, progress: Progress) -> Any:
     from quantcli.options import EvaluateOptions
     from quantcli.pipelines import evaluate
 
+    options = plan.options
+    longest = getattr(plan.skeleton.config.get_text_config(), "max_position_embeddings", None)
     return evaluate.run(
         EvaluateOptions(
             str(options.output),
             options.model,
+            seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
             device=options.device,
             trust_remote_code=options.trust_remote_code,
             simulation=options.simulation,

@@ -258,7 +258,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model", "graph"):
+        for name in ("config", "output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model", "graph"):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 
