@@ -70,7 +70,7 @@ def convert_opset(model: ir.Model, wanted: int, hint: str | None = None) -> ir.M
         InlinePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=False)(model)
     try:
-        found = ir.from_proto(onnx.version_converter.convert_version(_structure(model), wanted))
+        found: ir.Model = ir.from_proto(onnx.version_converter.convert_version(_structure(model), wanted))
     except Exception as error:  # the converter raises RuntimeError and its own types
         reason = _first_line(error).rpartition("failed: ")[2]  # behind its own source line
         raise InputError(f"{refused}: {reason}", hint=hint) from error
@@ -134,7 +134,7 @@ def _structure(model: ir.Model) -> onnx.ModelProto:
         stored = value.const_value
         if stored is not None and stored.nbytes > _SMALL_BYTES:
             place = (0, math.ceil(stored.nbytes), stored.dtype)
-            value.const_value = ir.ExternalTensor("weights", *place, shape=stored.shape, name=name)
+            value.const_value = ir.ExternalTensor("weights", *place, shape=ir.Shape(stored.shape.numpy()), name=name)
     return ir.to_proto(bare)
 
 

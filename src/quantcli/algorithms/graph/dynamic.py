@@ -91,6 +91,11 @@ def quantize(
         integers.split_gemms(model, names)
         save_graph(model, folder / "ready.onnx")
         asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
+        if not asked:
+            raise InputError(
+                f"{source} has no weight to quantize: what its products multiply is computed",
+                hint="give a graph with constant weights, or use -a static",
+            )
         extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
         with integers.captured_warnings() as notes:
             quantize_dynamic(
