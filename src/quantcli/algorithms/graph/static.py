@@ -201,15 +201,17 @@ def _write(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     from quantcli.graphs import integers
+    from quantcli.graphs.standins import with_stand_ins
 
     extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
     method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
-    with integers.captured_warnings() as notes:
+
+    def run(source: Path, target: Path) -> None:
         quantize_static(
-            ready,
-            made,
+            source,
+            target,
             None,
             quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
             op_types_to_quantize=op_types,
@@ -223,6 +225,9 @@ def _write(
             extra_options=extra,
             calibration_cache_path=ranges,
         )
+
+    with integers.captured_warnings() as notes:
+        with_stand_ins(ready, made, names, run)
     return notes
 
 
