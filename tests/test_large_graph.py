@@ -117,7 +117,7 @@ def source_rows(source, number):
 @pytest.mark.parametrize(("encoding", "rows_of"), [("nbits", nbits_rows), ("qdq", qdq_rows)])
 def test_weights_alone_are_streamed(encoding, rows_of, source):
     model, report = quantize(source, "-a", "rtn", "--encoding", encoding)
-    assert report["peak_bytes"] < 0.75 * COPY
+    assert report["peak_bytes"] < 0.8 * COPY
     found, x = tensors(model), np.random.default_rng(1).standard_normal((2, WIDTH), np.float32)
     for number, y in zip((0, 5), outputs(model, ["y0", "y5"], x), strict=True):
         rows = rows_of(found, f"w{number}")
@@ -139,9 +139,9 @@ def test_gptq_of_one_matrix_holds_that_one(source):
 
 
 def test_dynamic_integers(source):
-    """onnxruntime's quantizer loads the float weights once and keeps the integers beside them."""
+    """onnxruntime's quantizer sees stand-ins only."""
     model, report = quantize(source, "-a", "dynamic")
-    assert report["peak_bytes"] < 1.6 * COPY
+    assert report["peak_bytes"] < 0.8 * COPY
     tensors(model)
     x = np.random.default_rng(1).standard_normal((2, WIDTH), np.float32)
     (y,) = outputs(model, ["y5"], x)

@@ -71,7 +71,7 @@ def _replaceable(model: ir.Model, names: Collection[str], large_bytes: int) -> d
     return found
 
 
-def _stand_in(weight: ir.TensorProtocol, rows: int) -> ir.Tensor:
+def _stand_in(weight: ir.TensorProtocol, rows: int) -> ir.TensorProtocol:
     """[N, 2, 1, ...] or [2, N]: the extremes of each output channel."""
     array = weight.numpy()
     others = tuple(axis for axis in range(array.ndim) if axis != rows)
