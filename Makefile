@@ -8,7 +8,7 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-finetune test quick check format bench docs clean
+.PHONY: help demo demo-finetune test quick large check format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ test: quick ## the whole suite, with coverage
 	$(BIN)/python -m pytest -m real --cov --cov-append --cov-report=term
 
 quick: $(INSTALLED) ## the suite without the demo model: one process per core, each with one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not real' -n auto --dist loadfile --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not real and not large' -n auto --dist loadfile --cov --cov-report=
+
+large: $(INSTALLED) ## quantize a graph of 3 GiB and watch the memory: some minutes, 8 GB of disk
+	$(BIN)/python -m pytest -m large -s
 
 check: $(INSTALLED) ## format, lint, types, docs up to date
 	$(BIN)/ruff format --check $(SOURCES)

@@ -25,7 +25,8 @@ from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.files import open_graph
-from quantcli.graphs.rewrite import refuse_opset, replace_matrices
+from quantcli.graphs.opset import convert_opset, prove_conversion
+from quantcli.graphs.rewrite import needed_opset, replace_matrices
 from quantcli.graphs.walk import Selection, find_targets, prepare
 from quantcli.options import GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
@@ -305,7 +306,11 @@ class MatMulNBitsQuantizer:
         for bits in {t.scheme.bits for t in targets.values()}:
             if bits not in step.algorithm.bits:
                 raise UsageError(f"{step.algorithm.name} does not make {bits} bits")
-            refuse_opset(model.graph, self._encoding, bits)
+        wanted = needed_opset(self._encoding, (t.scheme.bits for t in targets.values()))
+        if model.opset_imports.get("", 0) < wanted:
+            older, model = model, convert_opset(model, wanted)
+            self._progress.note(str(prove_conversion(older, model, folder)))
+            found = [t for t in find_targets(model.graph, selection)[0] if t.name in targets]
         layer_wise = getattr(self.algo_config, "layer_wise", False)
         scaling = transforms[0] if transforms else None
         work = GraphWork(model, folder, found, targets, step, scaling, layer_wise=layer_wise)

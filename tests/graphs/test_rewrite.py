@@ -7,9 +7,8 @@ import torch
 
 from onnx_graphs import N, graph_model
 from quantcli.algorithms.rounders import hqq
-from quantcli.errors import UsageError
 from quantcli.graphs.files import open_graph, save_graph
-from quantcli.graphs.rewrite import refuse_opset, replace_matrices
+from quantcli.graphs.rewrite import needed_opset, replace_matrices
 from quantcli.graphs.verify import verify_weights
 from quantcli.graphs.walk import Selection, find_targets, prepare, read_matrix
 from quantcli.scheme import Scheme
@@ -122,11 +121,10 @@ def test_permuted_groups(encoding, tmp_path):
         np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_old_opsets_have_no_blocks():
-    graph = graph_model(NODES, W, "x ids", "y e", opset=17).graph
-    refuse_opset(graph, "nbits", 4)
-    with pytest.raises(UsageError, match="at 3 bits needs opset 21, the graph has 17"):
-        refuse_opset(graph, "qdq", 3)
+def test_encodings_and_the_opsets_that_have_them():
+    assert needed_opset("nbits", [2, 8]) == 0
+    assert needed_opset("qdq", [3, 8]) == 21
+    assert needed_opset("qdq", [8, 1]) == 25
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnx_graphs import N, graph_model
-from quantcli.errors import InputError, QuantcliError, UsageError
+from quantcli.errors import InputError, QuantcliError
 from quantcli.graphs.files import save_graph
 from quantcli.options import GraphOptions, QuantizeOptions
 from quantcli.pipelines import quantize
@@ -39,8 +39,9 @@ def path(tmp_path):
 
 
 def run(path, algorithm="rtn", **graph):
+    size = {} if algorithm in ("dynamic", "static") else {"group_size": 16}
     options = QuantizeOptions(
-        str(path), path.parent / "out", algorithm=algorithm, group_size=16, graph=GraphOptions(**graph), force=True
+        str(path), path.parent / "out", algorithm=algorithm, **size, graph=GraphOptions(**graph), force=True
     )
     return quantize.run(options)
 
@@ -53,8 +54,9 @@ def edit(path, change):
 
 def refused(path, message, error=InputError, **given):
     before = sorted(p.name for p in path.parent.iterdir())
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as refusal:
         run(path, **given)
+    assert "\n" not in refusal.value.message
     assert sorted(p.name for p in path.parent.iterdir()) == before
 
 
@@ -107,6 +109,18 @@ def other_type(proto):
     next(v for v in proto.graph.value_info if v.name == "a").type.tensor_type.elem_type = 3
 
 
+def too_new(proto):
+    proto.opset_import[0].version = 99
+
+
+def too_new_a_format(proto):
+    proto.ir_version = 99
+
+
+def before_the_file(proto):
+    next(e for e in proto.graph.initializer[0].external_data if e.key == "offset").value = "-8"
+
+
 def no_number(proto):
     next(e for e in proto.graph.initializer[0].external_data if e.key == "offset").value = "4o"
 
@@ -131,6 +145,9 @@ def external_constant(proto):
         (negative_axis, "no such type or shape"),
         (other_shape, "its shape takes"),
         (old, "opset 6, 7 or later is needed"),
+        (too_new, "has opset 99, [0-9]+ is the latest"),
+        (too_new_a_format, "has IR version 99, [0-9]+ is the latest"),
+        (before_the_file, "has 4096 bytes from byte -8 of net.onnx.data on"),
         (untyped_attribute, "attribute 'transB' of node 'two' has no type"),
         (float_attribute, "attribute 'transB' of node 'two' is no whole number"),
         (other_type, "'a' is said to have another type than it has"),
@@ -144,16 +161,27 @@ def test_a_graph_that_contradicts_itself(change, message, path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq", "dynamic", "static"])
 def test_weights_that_are_no_numbers(value, algorithm, tmp_path):
     broken = weights()["b"]
     broken[3, 5] = value
     save_graph(graph_model(NODES, weights(b=broken)), tmp_path / "net.onnx")
     graph = {}
-    if algorithm == "gptq":
+    if algorithm in ("gptq", "static"):
         np.savez(tmp_path / "inputs.npz", x=np.ones((8, WIDTH), np.float32))
         graph = {"calibration_inputs": tmp_path / "inputs.npz"}
     refused(tmp_path / "net.onnx", "holds NaN or infinit", algorithm=algorithm, **graph)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "dynamic"])
+@pytest.mark.parametrize(
+    "change", [twice, lose, too_new, no_number, before_the_file, external_constant, untyped_attribute]
+)
+def test_every_refusal_of_a_file_says_what_to_do(change, algorithm, path):
+    edit(path, change)
+    with pytest.raises(InputError) as refusal:
+        run(path, algorithm)
+    assert refusal.value.exit_code == 3 and refusal.value.hint
 
 
 def test_inputs_that_are_no_numbers(path):
@@ -188,6 +216,7 @@ def test_nothing_to_quantize(tmp_path):
     refused(tmp_path / "net.onnx", "has no weight to quantize")
     save_graph(graph_model([N("MatMul", "x z", "y", "m")], {}, inputs="x z"), tmp_path / "net.onnx")
     refused(tmp_path / "net.onnx", "has no weight to quantize")
+    refused(tmp_path / "net.onnx", "what its products multiply is computed", algorithm="dynamic")
     wide = {"a": np.ones((WIDTH, WIDTH))}
     save_graph(graph_model([N("MatMul", "x a", "y", "m")], wide, dtype=ir.DataType.DOUBLE), tmp_path / "net.onnx")
     refused(tmp_path / "net.onnx", "neither float32 nor float16")
@@ -200,10 +229,12 @@ def test_a_graph_that_is_quantized_already(path):
         quantize.run(QuantizeOptions(str(again), path.parent / "again", algorithm="rtn"))
 
 
-def test_blocks_that_the_opset_does_not_know(tmp_path):
-    save_graph(graph_model(NODES, weights(), opset=17), tmp_path / "net.onnx")
-    refused(tmp_path / "net.onnx", "needs opset 21, the graph has 17", UsageError, encoding="qdq")
-    run(tmp_path / "net.onnx")  # MatMulNBits asks for no opset
+def test_an_opset_that_cannot_be_converted(path):
+    """An operator that changed its meaning: its new form cannot say what the old one did."""
+    norm = N("BatchNormalization", "x bias bias bias bias", "h", "norm", {"spatial": 0})
+    save_graph(graph_model([norm, *NODES[1:]], weights(), opset=8), path)
+    refused(path, r"^opset 8 cannot be converted to 21: Attribute spatial must have value 1$", encoding="qdq")
+    refused(path, r"^opset 8 cannot be converted to 13: Attribute spatial must have value 1$", algorithm="dynamic")
 
 
 def damage(graph, data, generator):

@@ -184,3 +184,13 @@ def test_excluding_everything_is_refused(place, capsys):
     quantize(place, "-a", "static", *samples(place), "--op-types", "Conv", "--exclude-worst", "2", expected=2)
     assert "--exclude-worst 2 leaves nothing of 2 quantized nodes" in capsys.readouterr().err
     assert [p.name for p in place.iterdir() if "out" in p.name] == []
+
+
+def test_an_older_graph_is_converted_and_that_is_said(place, capsys):
+    small_graphs.cnn(place / "in" / "model.onnx", opset=11)
+    quantize(place, "-a", "dynamic")
+    assert "converted from opset 11 to 13; its outputs" in capsys.readouterr().err
+    found = report(place)["conversion"]
+    assert (found["before"], found["after"]) == (11, 13) and found["difference"] < 1e-5
+    quantize(place, "-a", "smoothquant,static", *samples(place))
+    assert any("converted from opset 11 to 13" in note for note in report(place)["notes"])

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -157,6 +158,30 @@ def test_both_encodings_agree(bits, group_size, symmetric, folder):
         assert result.information_bits_per_weight == pytest.approx(result.bits_per_weight - spare)
 
 
+@pytest.mark.parametrize(("bits", "opset"), [(2, 25), (3, 21), (8, 21)])
+def test_an_older_graph_is_converted_to_the_opset_that_has_the_encoding(bits, opset, folder):
+    model = graph_model([*NODES[:4], N("Softmax", "s", "t", "softmax", {"axis": 0}), NODES[-1]], weights(), opset=11)
+    model.ir_version, model.metadata_props["made by"] = 6, "a test"
+    save_graph(model, folder / "net.onnx")
+    old, new = (quantize(folder, e, GraphOptions(encoding=e), bits=bits) for e in ("nbits", "qdq"))
+    assert old.conversion is None
+    assert (new.conversion["before"], new.conversion["after"]) == (11, opset) and new.conversion["difference"] < 1e-6
+    assert json.loads((new.output / "report.json").read_text())["conversion"] == new.conversion
+    path = new.output / "model" / "net.onnx"
+    written = onnx.load(path, load_external_data=False)
+    assert (written.opset_import[0].version, written.ir_version) == (opset, {21: 10, 25: 13}[opset])
+    assert [(p.key, p.value) for p in written.metadata_props] == [("made by", "a test")]
+    onnx.checker.check_model(str(path))
+    x = inputs(32, 5)
+    np.testing.assert_allclose(outputs(path, x), outputs(old.output / "model" / "net.onnx", x), atol=1e-4)
+
+
+def test_the_plan_says_that_the_graph_will_be_converted(folder):
+    save_graph(graph_model(NODES, weights(), opset=12), folder / "net.onnx")
+    plan = quantize(folder, graph=GraphOptions(encoding="qdq"), dry_run=True)
+    assert ("opset", "12, converted to 21") in plan.rows()
+
+
 @pytest.mark.parametrize(("algorithm", "settings"), [("nf4", {}), ("fp4", {}), ("hqq", {"zero": "float"})])
 def test_codebooks_and_fractions(algorithm, settings, folder):
     result = quantize(folder, algorithm=algorithm, settings=settings)
@@ -234,7 +259,6 @@ def test_a_file_alone(folder):
         ({"algorithm": "hqq", "settings": {"zero": "float"}}, {"encoding": "qdq"}, "zero=float does not apply to Deq"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}, "bits": 5}, {}, "zero=float is for 1 to 4 bits, not 5"),
         ({"algorithm": "hqq", "settings": {"zero": "float"}, "group_size": 40}, {}, "needs groups of whole blocks"),
-        ({"bits": 2}, {"encoding": "qdq"}, "needs opset 25"),
     ],
 )
 def test_what_does_not_apply_is_refused(options, graph, message, folder):

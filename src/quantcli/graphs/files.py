@@ -71,12 +71,13 @@ def check_external_data(path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path} is no file", hint="give an .onnx file or a folder with one")
+    hint = "give a file that an exporter to ONNX wrote"
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises its own types
-        raise InputError(f"{path} is not an ONNX graph: {_line(error)}") from error
+        raise InputError(f"{path} is not an ONNX graph: {_line(error)}", hint) from error
     if not proto.graph.node:
-        raise InputError(f"{path} is not an ONNX graph: it has no nodes")
+        raise InputError(f"{path} is not an ONNX graph: it has no nodes", hint)
     refuse_broken(proto, path)
 
 

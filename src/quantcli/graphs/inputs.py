@@ -10,7 +10,7 @@ import onnx_ir as ir
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.files import open_graph
 
-__all__ = ["CalibrationReader", "Feed", "InputSpec", "check_feed", "input_specs", "rewound"]
+__all__ = ["CalibrationReader", "Feed", "InputSpec", "check_feed", "input_specs", "rewound", "specs_of"]
 
 Feed = dict[str, np.ndarray]
 
@@ -62,17 +62,35 @@ def input_specs(path: Path) -> tuple[InputSpec, ...]:
     Raises:
         InputError: no graph, or an input that is no tensor of known type and rank.
     """
+    return specs_of(open_graph(path).graph)
+
+
+def specs_of(graph: ir.Graph) -> tuple[InputSpec, ...]:
+    """The inputs of a graph that have no default.
+
+    Raises:
+        InputError: an input that is no tensor of known type and rank.
+    """
     found = []
-    for value in open_graph(path).graph.inputs:
+    for value in graph.inputs:
         if value.is_initializer():
             continue
         if value.dtype is None or value.shape is None:
-            raise InputError(f"{path}: type and shape of input {value.name!r} are not known", hint="export it again")
+            raise InputError(
+                f"type and shape of the graph's input {value.name!r} are not known", hint="export it again"
+            )
         if value.dtype is ir.DataType.STRING:
-            raise InputError(f"{path}: input {value.name!r} takes text, only numbers can be fed")
-        shape = tuple(d if isinstance(d, int) else str(d.value or f"axis{i}") for i, d in enumerate(value.shape))
+            raise InputError(f"the graph's input {value.name!r} takes text, only numbers can be fed")
+        shape = tuple(_length(d, f"axis{i}") for i, d in enumerate(value.shape))
         found.append(InputSpec(str(value.name), shape, value.dtype.numpy()))
     return tuple(found)
+
+
+def _length(axis: int | ir.SymbolicDim, unnamed: str) -> int | str:
+    """An axis of an input; exporters write -1 and ? where they mean any length."""
+    if isinstance(axis, int):
+        return axis if axis >= 0 else unnamed
+    return str(axis.value) if axis.value not in (None, "", "?") else unnamed
 
 
 def check_feed(specs: tuple[InputSpec, ...], feed: Feed, origin: str) -> Feed:

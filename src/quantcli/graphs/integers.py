@@ -65,6 +65,7 @@ def select_nodes(
 
     Raises:
         UsageError: an operator that cannot be quantized, or a name that no node has.
+        InputError: a weight among them is not finite.
     """
     types = list(op_types) or list(able)
     for op_type in types:
@@ -76,7 +77,24 @@ def select_nodes(
     wanted -= _matching(exclude, [str(n.name) for n in model.graph])
     if not wanted:
         raise UsageError("no node is left to quantize", hint="see `quantcli inspect` for the nodes of the graph")
-    return [n for n in chosen if n.name in wanted]
+    found = [n for n in chosen if n.name in wanted]
+    for weight in {n.inputs[1] for n in found if has_weight(n)}:
+        _require_finite(weight)
+    return found
+
+
+def _require_finite(weight: ir.Value | None) -> None:
+    stored = weight.const_value if weight is not None else None
+    if stored is None or stored.size == 0:
+        return
+    # onnxruntime's quantizers make scales of 0 or infinity of it, or fail
+    if not np.isfinite([bound(stored.numpy()) for bound in (np.min, np.max)]).all():
+        raise InputError(
+            f"weight {stored.name!r} holds NaN or infinite values",
+            hint="export the model again from a sound checkpoint, or exclude the node with --nodes-exclude",
+        )
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """What a float graph needs before integers can go in, each step done or refused, never skipped in silence.
 
 Weights that sit in Constant nodes become initializers, Identity nodes go, nodes without a name get one, older graphs
-are lifted to the opset that the integers need, batch norms are taken into the linear node in front, and every tensor
+are converted to the opset that the integers need, batch norms are taken into the linear node in front, and every tensor
 gets its element type. What stays as it was is said in `Prepared`.
 """
 
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from onnx_ir.passes import common as passes
 
 from quantcli.errors import InputError
 from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.opset import Conversion, convert_opset, prove_conversion, raise_ir_version
 
 __all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
 
@@ -32,8 +32,8 @@ _MARK = ("onnx.quant.pre_process", "onnxruntime.quant")
 class Prepared:
     """What was done to a graph."""
 
-    opset: tuple[int, int]
-    """Before and after."""
+    conversion: Conversion | None
+    """To a later opset; None where the source's own is late enough."""
     lifted: int
     """Constant nodes that became initializers."""
     folded: int
@@ -53,7 +53,7 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
         opset: Lowest opset that the result may have; a higher one stays.
 
     Raises:
-        InputError: no graph, data outside its folder, an opset that cannot be lifted, or types that contradict.
+        InputError: no graph, data outside its folder, an opset that cannot be converted, or types that contradict.
     """
     model = open_graph(source)
     before = model.opset_imports.get("")
@@ -64,39 +64,23 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
     constants = sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lifted = constants - sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
-    # before IR version 4 weights had to be inputs too, which the converter relies on
-    model.ir_version = max(model.ir_version, 10 if opset >= 21 else 8)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.IdentityEliminationPass()(model)
     passes.DeduplicateInitializersPass()(model)
-    with TemporaryDirectory(dir=target.parent, prefix=".prepare-") as folder:
-        if before < opset:
-            model = _lift_opset(model, Path(folder) / "older.onnx", opset)
-        folded, left = fold_batch_norms(model)
-        name_nodes(model)
-        passes.RemoveUnusedNodesPass()(model)
-        model.metadata_props[_MARK[0]] = _MARK[1]
-        save_graph(model, target)
+    conversion = None
+    if before < opset:
+        older, model = model, convert_opset(model, opset)
+        conversion = prove_conversion(older, model, source.parent)
+        # axes and shapes that were attributes before
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    raise_ir_version(model)
+    folded, left = fold_batch_norms(model)
+    name_nodes(model)
+    passes.RemoveUnusedNodesPass()(model)
+    model.metadata_props[_MARK[0]] = _MARK[1]
+    save_graph(model, target)
     untyped = infer_types(target)
-    return Prepared((before, model.opset_imports[""]), lifted, folded, tuple(left), tuple(untyped))
-
-
-def _lift_opset(model: ir.Model, path: Path, opset: int) -> ir.Model:
-    """The graph in a later opset; large weights stay in the file beside `path`."""
-    save_graph(model, path)
-    try:
-        lifted = onnx.version_converter.convert_version(onnx.load(str(path), load_external_data=False), opset)
-    except Exception as error:  # the converter raises RuntimeError and its own types
-        raise InputError(
-            f"opset {model.opset_imports['']} cannot be lifted to {opset}: {_first_line(error)}",
-            hint=f"export the model with opset {opset} or later",
-        ) from error
-    onnx.save(lifted, str(path))
-    found = open_graph(path)
-    if found.opset_imports.get("") != opset:
-        raise InputError(f"opset {model.opset_imports['']} cannot be lifted to {opset}")
-    found.metadata_props.update(model.metadata_props)
-    return found
+    return Prepared(conversion, lifted, folded, tuple(left), tuple(untyped))
 
 
 def infer_types(path: Path) -> list[str]:

@@ -157,7 +157,11 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
         settings.log_severity_level = 3
         # fused nodes would compute other tensors than those that are quantized
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return ort.InferenceSession(file.name, settings, providers=["CPUExecutionProvider"]), outputs
+        try:
+            return ort.InferenceSession(file.name, settings, providers=["CPUExecutionProvider"]), outputs
+        except Exception as error:  # onnxruntime raises its own types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"onnxruntime cannot run the graph: {reason}") from error
 
 
 def _origin(path: Path, options: RangeOptions) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from quantcli.errors import InputError
 
 __all__ = ["refuse_broken"]
 
+_EXPORT = "export it once more"
+_COPY = "copy the graph and all of its data into one folder"
+
 
 def refuse_broken(proto: onnx.ModelProto, path: Path) -> None:
     """Refuses graphs that contradict themselves and weights that are not in plain files of the same folder.
@@ -26,6 +29,7 @@ def refuse_broken(proto: onnx.ModelProto, path: Path) -> None:
     Raises:
         InputError: naming the node or tensor.
     """
+    _check_versions(proto, path)
     _check_names(proto.graph, set(), path)
     for tensor in _tensors(proto):
         if tensor.data_type == onnx.TensorProto.STRING:
@@ -33,12 +37,29 @@ def refuse_broken(proto: onnx.ModelProto, path: Path) -> None:
         try:
             needed = _size_bytes(tensor)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is broken: tensor {tensor.name!r} has no such type or shape: {error}") from error
+            raise InputError(
+                f"{path} is broken: tensor {tensor.name!r} has no such type or shape: {error}", _EXPORT
+            ) from error
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, needed, path)
         elif tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
             held = len(tensor.raw_data)
-            raise InputError(f"{path} is broken: tensor {tensor.name!r} has {held} bytes, its shape takes {needed}")
+            raise InputError(
+                f"{path} is broken: tensor {tensor.name!r} has {held} bytes, its shape takes {needed}", _EXPORT
+            )
+
+
+def _check_versions(proto: onnx.ModelProto, path: Path) -> None:
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    for what, found, known in (
+        ("opset", opset, onnx.defs.onnx_opset_version()),
+        ("IR version", proto.ir_version, onnx.IR_VERSION),
+    ):
+        if found > known:
+            raise InputError(
+                f"{path} has {what} {found}, {known} is the latest that is known here",
+                hint=f"export the model with {what} {known} or lower, or update onnx and onnxruntime",
+            )
 
 
 def _check_names(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
@@ -49,16 +70,18 @@ def _check_names(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
         seen: set[str] = set()
         for name in names:
             if name in seen:
-                raise InputError(f"{path} is broken: it has two {what} named {name!r}")
+                raise InputError(f"{path} is broken: it has two {what} named {name!r}", _EXPORT)
             seen.add(name)
     known = outer | {*given, *stored, *made}
     for node in graph.node:
         lost = next((name for name in node.input if name and name not in known), None)
         if lost is not None:
-            raise InputError(f"{path} is broken: node {node.name!r} reads {lost!r}, which nothing makes")
+            raise InputError(f"{path} is broken: node {node.name!r} reads {lost!r}, which nothing makes", _EXPORT)
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.UNDEFINED and not attribute.ref_attr_name:
-                raise InputError(f"{path} is broken: attribute {attribute.name!r} of node {node.name!r} has no type")
+                raise InputError(
+                    f"{path} is broken: attribute {attribute.name!r} of node {node.name!r} has no type", _EXPORT
+                )
             for inner in (attribute.g, *attribute.graphs):
                 _check_names(inner, known, path)
     types = {t.name: t.data_type for t in graph.initializer}
@@ -66,30 +89,32 @@ def _check_names(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
         if value.type.HasField("tensor_type") and value.type.tensor_type.elem_type != types.get(
             value.name, value.type.tensor_type.elem_type
         ):
-            raise InputError(f"{path} is broken: {value.name!r} is said to have another type than it has")
+            raise InputError(f"{path} is broken: {value.name!r} is said to have another type than it has", _EXPORT)
     for value in graph.output:
         if value.name not in known:
-            raise InputError(f"{path} is broken: nothing makes its output {value.name!r}")
+            raise InputError(f"{path} is broken: nothing makes its output {value.name!r}", _EXPORT)
 
 
 def _check_external(tensor: onnx.TensorProto, needed: int, path: Path) -> None:
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     if not isinstance(location, str):
-        raise InputError(f"{path}: the data file of {tensor.name} has no name that can be read")
+        raise InputError(f"{path}: the data file of {tensor.name} has no name that can be read", _EXPORT)
     file = path.parent / location
     if not location or "\0" in location or Path(location).is_absolute() or file.is_symlink() or not file.is_file():
-        raise InputError(f"{path}: the data file {location!r} of {tensor.name} is no plain file of its folder")
+        raise InputError(f"{path}: the data file {location!r} of {tensor.name} is no plain file of its folder", _COPY)
     if not file.resolve().is_relative_to(path.parent.resolve()):
-        raise InputError(f"{path}: the data file {location!r} of {tensor.name} lies outside its folder")
+        raise InputError(f"{path}: the data file {location!r} of {tensor.name} lies outside its folder", _COPY)
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
     except ValueError as error:
-        raise InputError(f"{path}: {tensor.name} has a place or length that is no number: {error}") from error
-    if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-        raise InputError(f"{path}: {tensor.name} ends at byte {offset + length} of {location}, which is shorter")
+        raise InputError(f"{path}: {tensor.name} has a place or length that is no number: {error}", _EXPORT) from error
+    if offset < 0 or length < 0:
+        raise InputError(f"{path}: {tensor.name} has {length} bytes from byte {offset} of {location} on", _EXPORT)
+    if offset + length > file.stat().st_size:
+        raise InputError(f"{path}: {tensor.name} ends at byte {offset + length} of {location}, which is shorter", _COPY)
     if length != needed:
-        raise InputError(f"{path}: {tensor.name} has {length} bytes in {location}, its shape takes {needed}")
+        raise InputError(f"{path}: {tensor.name} has {length} bytes in {location}, its shape takes {needed}", _EXPORT)
 
 
 def _size_bytes(tensor: onnx.TensorProto) -> int:

@@ -1,10 +1,9 @@
 """Puts quantized matrices in the place of the float ones: same inputs, same outputs, nothing left over."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from quantcli.errors import UsageError
 from quantcli.graphs import qdq
 from quantcli.graphs.blocks import container_bits
 from quantcli.graphs.nbits import Placement, Rewriter
@@ -12,24 +11,15 @@ from quantcli.graphs.rows import Rows
 from quantcli.graphs.walk import GraphTarget
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["BITS_KEY", "note_bits", "refuse_opset", "replace_matrices"]
+__all__ = ["BITS_KEY", "needed_opset", "note_bits", "replace_matrices"]
 
 BITS_KEY = "quantcli.bits"
 """Metadata of a node whose codes have fewer bits than their container."""
 
 
-def refuse_opset(graph: ir.Graph, encoding: str, bits: int) -> None:
-    """Refuses an encoding that the graph's opset does not know.
-
-    Raises:
-        UsageError: DequantizeLinear with blocks is newer than the graph.
-    """
-    opset, wanted = graph.opset_imports.get("", 0), qdq.LOWEST_OPSET[container_bits(bits)]
-    if encoding == "qdq" and opset < wanted:
-        raise UsageError(
-            f"encoding qdq at {bits} bits needs opset {wanted}, the graph has {opset}",
-            hint="use --encoding nbits, or export the model with a later opset",
-        )
+def needed_opset(encoding: str, bits: Iterable[int]) -> int:
+    """The first opset that has an encoding at all of these widths; 0 where any will do."""
+    return max((qdq.LOWEST_OPSET[container_bits(b)] for b in bits), default=0) if encoding == "qdq" else 0
 
 
 def replace_matrices(

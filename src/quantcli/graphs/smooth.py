@@ -96,7 +96,7 @@ def smooth(
     """
     with TemporaryDirectory(dir=target.parent, prefix=".smooth-") as name:
         ready = Path(name) / "ready.onnx"
-        prepare(source, ready)
+        conversion = prepare(source, ready).conversion
         model = open_graph(ready)
         places = _places(model, [*include], [*exclude])
         seen = _look(ready, [p.tensor for p in places], reader, rows)
@@ -120,7 +120,8 @@ def smooth(
                 multiplied.append(place.tensor)
         save_graph(model, target)
     said = f"smoothquant: {len(folded)} activations folded, {len(multiplied)} with a Mul, {len(kept)} as they were"
-    return Smoothed(tuple(folded), tuple(multiplied), tuple(kept), (said,))
+    notes = (said,) if conversion is None else (str(conversion), said)
+    return Smoothed(tuple(folded), tuple(multiplied), tuple(kept), notes)
 
 
 def _places(model: ir.Model, include: list[str], exclude: list[str]) -> list[Place]:

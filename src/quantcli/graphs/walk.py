@@ -43,6 +43,7 @@ _NAMELESS = re.compile(
     r"(onnx::|node_|_)?(weight|kernel|val|MatMul|Gemm|Gather|Conv|Transpose|Constant)?(_?\d+)*(_quantized)?", re.I
 )
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
+_WHOLE = "export the model again from a sound checkpoint, or exclude the node with --nodes-exclude"
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
 
 
@@ -122,7 +123,7 @@ def prepare(model: ir.Model) -> None:
     graph = model.graph
     opset = graph.opset_imports.get("", _LOWEST_OPSET)
     if opset < _LOWEST_OPSET:
-        raise InputError(f"the graph has opset {opset}, {_LOWEST_OPSET} or later is needed")
+        raise InputError(f"the graph has opset {opset}, {_LOWEST_OPSET} or later is needed", hint="export it once more")
     if model.functions:
         InlinePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=False)(model)
@@ -192,12 +193,17 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
     stored = graph.initializers[target.name].const_value
     assert stored is not None
     try:
-        values = torch.from_numpy(np.array(stored.numpy(), np.float32))
+        array = stored.numpy()
+        array = array.T if target.transposed else array.reshape(target.rows, target.columns)
+        values = torch.from_numpy(np.array(array, np.float32, order="C"))
+        del array
     except (OSError, ValueError) as error:
-        raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}", _WHOLE) from error
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()  # else the pages of every matrix that was read stay in memory
     if not all_finite(values):
-        raise InputError(f"weight {target.name!r} holds NaN or infinite values")
-    return values.T.contiguous() if target.transposed else values.reshape(target.rows, target.columns)
+        raise InputError(f"weight {target.name!r} holds NaN or infinite values", _WHOLE)
+    return values
 
 
 def write_matrix(graph: ir.Graph, target: GraphTarget, matrix: Tensor) -> None:

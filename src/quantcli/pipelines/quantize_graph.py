@@ -7,7 +7,7 @@ activations too, run in `graph.whole`.
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.blocks import container_bits
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.nbits import Placement
+from quantcli.graphs.opset import prove_conversion
 from quantcli.graphs.rewrite import note_bits, replace_matrices
 from quantcli.graphs.verify import verify_weights
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.graph.feeds import context_length, open_feeds
+from quantcli.pipelines.graph.feeds import axis_lengths, context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
-from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
+from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, plan_weights
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
@@ -69,6 +70,10 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
     """Weights alone, matrix by matrix; activations stay float."""
     begin, source, model, options = time.perf_counter(), plan.source, plan.model, plan.options
     targets = dict(plan.targets or {})
+    conversion = None
+    if plan.older is not None:
+        conversion = prove_conversion(plan.older, model, source.folder, axis_lengths(source), OPSET_HINT)
+        progress.note(str(conversion))
     with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
         feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
         memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
@@ -96,6 +101,7 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
+            conversion=asdict(conversion) if conversion is not None else None,
             bits_per_weight=8 * stored / weights,
             information_bits_per_weight=(8 * stored - spare) / weights,
         )

@@ -75,6 +75,7 @@ def quantize(
     from quantcli.graphs.inputs import rewound
     from quantcli.graphs.prepare import prepare
     from quantcli.graphs.scales import has_weight
+    from quantcli.graphs.standins import with_stand_ins
 
     with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
         folder = Path(name)
@@ -91,11 +92,17 @@ def quantize(
         integers.split_gemms(model, names)
         save_graph(model, folder / "ready.onnx")
         asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
+        if not asked:
+            raise InputError(
+                f"{source} has no weight to quantize: what its products multiply is computed",
+                hint="give a graph with constant weights, or use -a static",
+            )
         extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
-        with integers.captured_warnings() as notes:
+
+        def run(source: Path, made: Path) -> None:
             quantize_dynamic(
-                folder / "ready.onnx",
-                folder / "made.onnx",
+                source,
+                made,
                 op_types_to_quantize=[t for t in _ABLE if t != "Gemm"],
                 per_channel=options.per_channel,
                 reduce_range=options.reduce_range,
@@ -104,6 +111,9 @@ def quantize(
                 use_external_data_format=True,
                 extra_options=extra,
             )
+
+        with integers.captured_warnings() as notes:
+            with_stand_ins(folder / "ready.onnx", folder / "made.onnx", names, run)
         left = integers.float_nodes(folder / "made.onnx", asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")

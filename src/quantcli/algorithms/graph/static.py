@@ -270,6 +270,7 @@ def _write(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     from quantcli.graphs import integers, qnn
+    from quantcli.graphs.standins import with_stand_ins
 
     names = [str(n.name) for n in chosen]
     method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
@@ -279,21 +280,11 @@ def _write(
     extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
-    with integers.captured_warnings() as notes:
-        if options.preprocess == "qnn":
-            arguments = {
-                "activation_type": activations,
-                "weight_type": weights,
-                "activation_symmetric": options.activation_symmetric,
-                # left to itself, it takes int4 for asymmetric
-                "weight_symmetric": extra.get("WeightSymmetric", options.weight_type.startswith("int")),
-                "per_channel": options.per_channel,
-                "keep_removable_activations": options.keep_removable_activations,
-            }
-            extra = qnn.qnn_extra_options(ready, names, wide, arguments)
+
+    def run(source: Path, target: Path) -> None:
         quantize_static(
-            ready,
-            made,
+            source,
+            target,
             None,
             quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
             op_types_to_quantize=sorted({n.op_type for n in chosen}),
@@ -307,6 +298,20 @@ def _write(
             extra_options=extra,
             calibration_cache_path=ranges,
         )
+
+    with integers.captured_warnings() as notes:
+        if options.preprocess == "qnn":
+            arguments = {
+                "activation_type": activations,
+                "weight_type": weights,
+                "activation_symmetric": options.activation_symmetric,
+                # left to itself, it takes int4 for asymmetric
+                "weight_symmetric": extra.get("WeightSymmetric", options.weight_type.startswith("int")),
+                "per_channel": options.per_channel,
+                "keep_removable_activations": options.keep_removable_activations,
+            }
+            extra = qnn.qnn_extra_options(ready, names, wide, arguments)
+        with_stand_ins(ready, made, names, run)
     return notes
 
 

@@ -13,7 +13,7 @@ from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
 
-__all__ = ["Feeds", "context_length", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
+__all__ = ["Feeds", "axis_lengths", "context_length", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
 
 
 class Feeds(Protocol):
@@ -100,11 +100,15 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
         progress=progress,
         trust_remote_code=options.trust_remote_code,
     )
+    feeds = TokenFeeds(graph, rows.tokens, calibration.batch_size, axis_lengths(source))
+    return Samples(specs, lambda: ((feed, f"batch {number} of text") for number, feed in enumerate(feeds)))
+
+
+def axis_lengths(source: GraphSource) -> dict[str, int]:
+    """Lengths of axes that a language model's graph only names, as far as its folder says them."""
     heads, size = _decoder(source, "num_key_value_heads"), _decoder(source, "head_size")
     axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
-    known = {name: length for name, length in axes.items() if length is not None}
-    feeds = TokenFeeds(graph, rows.tokens, calibration.batch_size, known)
-    return Samples(specs, lambda: ((feed, f"batch {number} of text") for number, feed in enumerate(feeds)))
+    return {name: length for name, length in axes.items() if length is not None}
 
 
 def context_length(source: GraphSource) -> int | None:

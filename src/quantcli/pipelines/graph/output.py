@@ -45,6 +45,8 @@ class GraphResult:
     """Memory above what the process held when the run began."""
     plan: dict[str, Any]
     """What was decided beforehand."""
+    conversion: dict[str, Any] | None = None
+    """To a later opset: before, after, and by how much the outputs differ."""
     bits_per_weight: float | None = None
     """Stored bits of the quantized matrices: containers, scales and zero points."""
     information_bits_per_weight: float | None = None

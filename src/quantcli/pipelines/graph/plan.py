@@ -8,7 +8,8 @@ from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.files import Model
-from quantcli.graphs.rewrite import refuse_opset
+from quantcli.graphs.opset import convert_opset
+from quantcli.graphs.rewrite import needed_opset
 from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
@@ -18,8 +19,17 @@ from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
-__all__ = ["GraphPlan", "lacks_codebook_blocks", "plan_graph", "plan_weights", "scheme_target", "weight_encoding"]
+__all__ = [
+    "OPSET_HINT",
+    "GraphPlan",
+    "lacks_codebook_blocks",
+    "plan_graph",
+    "plan_weights",
+    "scheme_target",
+    "weight_encoding",
+]
 
+OPSET_HINT = "use --encoding nbits, or export the model with a later opset"
 _IDLE: Mapping[str, str] = {
     "target_bits": "give each matrix its bits by --override",
     "target_size": "give each matrix its bits by --override",
@@ -57,6 +67,8 @@ class GraphPlan:
     """Why matrices stay float."""
     size_bytes: int = 0
     """Estimate of the result's size, where single weights are quantized."""
+    older: Model | None = None
+    """The float graph in its own opset, where `model` is in a later one."""
 
     @property
     def calibrates(self) -> bool:
@@ -96,6 +108,7 @@ class GraphPlan:
                     f"{options.weight_bits} bits, group size {group}, {kind}" + "".join(f"; {said}" for said in odd),
                 ),
                 ("encoding", str(graph.encoding)),
+                *([("opset", self._opsets)] if self.older is not None else []),
                 (
                     "matrices",
                     f"{len(self.targets)}, {weights / 1e6:.2f} M weights"
@@ -130,6 +143,11 @@ class GraphPlan:
                 "estimated_size_bytes": self.size_bytes,
             }
         return plain
+
+    @property
+    def _opsets(self) -> str:
+        assert self.older is not None
+        return f"{self.older.opset_imports['']}, converted to {self.model.opset_imports['']}"
 
     @property
     def _default(self) -> Scheme:
@@ -177,15 +195,9 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
     prepare(model)
-    found, kept = find_targets(
-        model.graph,
-        Selection(
-            graph.op_types,
-            graph.nodes_include,
-            (*graph.nodes_exclude, *options.exclude),
-            graph.quantize_last_matmul,
-        ),
-    )
+    excluded = (*graph.nodes_exclude, *options.exclude)
+    selection = Selection(graph.op_types, graph.nodes_include, excluded, graph.quantize_last_matmul)
+    found, kept = find_targets(model.graph, selection)
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
@@ -205,7 +217,11 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     for bits in sorted({t.scheme.bits for t in targets.values()}):
         if bits not in step.algorithm.bits:
             raise UsageError(f"{step.algorithm.name} does not make {bits} bits", hint="see `quantcli algorithms`")
-        refuse_opset(model.graph, encoding, bits)
+    wanted = needed_opset(encoding, (t.scheme.bits for t in targets.values()))
+    if model.opset_imports.get("", 0) < wanted:
+        newer = convert_opset(model, wanted, OPSET_HINT)
+        found = [t for t in find_targets(newer.graph, selection)[0] if t.name in targets]
+        plan = replace(plan, model=newer, older=model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
     plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)

@@ -139,6 +139,9 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
                 settings = replace(settings, nodes_exclude=(*settings.nodes_exclude, *map(_exactly, excluded)))
                 progress.note(f"once more without {', '.join(excluded)}")
                 made = algorithm.run(path, written, settings, _again(samples), ranges, compares)
+        conversion = made.prepared.conversion
+        if conversion is not None:
+            progress.note(str(conversion))
         notes += made.notes
         for note in notes:
             progress.warn(note)
@@ -151,6 +154,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
+            conversion=asdict(conversion) if conversion is not None else None,
             quantized=made.quantized,
             excluded=excluded,
             comparison=asdict(made.comparison) if made.comparison is not None else None,
