@@ -212,7 +212,8 @@ class _Run:
             self.streams = begin_streams(plan, saved, self.partial.state, journal.done)
         self.heap.settle()  # tokenizer and embedding
         calibrated = CalibratedBlocks(plan, self.streams, self.solver, self.heap) if plan.calibrates else None
-        with self.progress.track("quantizing" if plan.targets else "writing", count, start=journal.done) as task:
+        what = "quantizing" if plan.targets else "scaling" if plan.scaled else "writing"
+        with self.progress.track(what, count, start=journal.done) as task:
             for number in range(journal.done, count):
                 begun = len(journal.reports)
                 if calibrated is not None:
@@ -223,8 +224,8 @@ class _Run:
                 journal.remember(number + 1, self.streams)
                 del results
                 self.heap.settle()
-                worst = max((r.relative_error for r in journal.reports[begun:]), default=0.0)
-                task.advance(1, f"worst error {worst:.2%}")
+                errors = [r.relative_error for r in journal.reports[begun:]]
+                task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()
