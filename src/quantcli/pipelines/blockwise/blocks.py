@@ -5,10 +5,11 @@ from typing import Any
 
 from quantcli.models.block import block_stages
 from quantcli.models.folds import Fold, find_folds
+from quantcli.models.gathering import StageMoments
 from quantcli.models.layout import head_size
 from quantcli.models.machine import Heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
-from quantcli.models.walk import StageMoments, run_block
+from quantcli.models.walk import run_block
 from quantcli.pipelines.blockwise.loading import load_block
 from quantcli.pipelines.blockwise.scaling import Place
 from quantcli.pipelines.blockwise.stages import StageSolver

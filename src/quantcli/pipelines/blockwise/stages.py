@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from quantcli.algorithms import find
-from quantcli.models.walk import StageMoments
+from quantcli.models.gathering import StageMoments
 from quantcli.pipelines.blockwise.scaling import Place, Scaling, Seen
 from quantcli.pipelines.blockwise.solve import LayerReport, read_weight, solve_linears
 from quantcli.pipelines.planning.plan import Plan, Target

@@ -180,9 +180,9 @@ def with_memory(plan: Plan) -> Plan:
     batch = min(calibration.batch_size, calibration.num_samples) * calibration.seq_len
     inside = block / hidden + 4 * widest.columns * itemsize  # what one token's forward holds at its widest
     matrices = (4 + 2 * (plan.options.correct_earlier or plan.holds_out)) if plan.gathering.moments else 0
+    copies = streams if plan.targets else 3  # a block that stays float is scaled beside it, written and compared
     fixed = (
-        (streams if plan.targets else 3)
-        * block  # a block that stays float is scaled in memory of its own, and compared
+        copies * block
         + 8 * plan.gathering.rows * widest.columns
         + 4 * matrices * widest.columns**2
         + 12 * largest

@@ -10,10 +10,10 @@ from quantcli.algorithms import Algorithm, Step
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.gathering import Gathering
 from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
-from quantcli.models.walk import Gathering
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
 from quantcli.pipelines.rotation.train import TrainingCost
