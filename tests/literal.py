@@ -236,6 +236,44 @@ def awq(W, H, bits, g, n_grid, rows=None):
     return best
 
 
+def smoothing(largest, weights, alpha, columns=None):
+    """s[r] = a[r]^alpha / w[r]^(1 - alpha) around 1, channel by channel; `columns` [K] names the factor of each."""
+    columns = np.arange(len(largest)) if columns is None else np.asarray(columns)
+    s = []
+    for r in range(columns.max() + 1):
+        a = max(largest[k] for k in np.flatnonzero(columns == r))
+        w = max(abs(v) for W in weights for k in np.flatnonzero(columns == r) for v in W[:, k])
+        s.append(float(a) ** alpha / float(w) ** (1 - alpha))
+    return np.array(s) / np.sqrt(max(s) * min(s))
+
+
+def smoothquant(X, largest, weights, n_grid, error, columns=None):
+    """The factors of least error(rows X / s, weights W s, products X W^T) over a grid of alpha, and the alpha.
+
+    Ones and None where no factors are better.
+    """
+    columns = np.arange(X.shape[1]) if columns is None else np.asarray(columns)
+    products = [X @ W.T for W in weights]
+    best, chosen = np.ones(columns.max() + 1), None
+    least = error(X, weights, products)
+    for i in range(n_grid + 1):
+        s = smoothing(largest, weights, i / n_grid, columns)
+        found = error(X / s[columns], [W * s[columns] for W in weights], products)
+        if found < least:
+            best, chosen, least = s, i / n_grid, found
+    return best, chosen
+
+
+def rounded_products(X, weights, products, a_bits, w_bits, clip=1.0):
+    """Squared error with X rounded per token and each row of W to a grid of its own, both symmetric."""
+    total = 0.0
+    for W, P in zip(weights, products, strict=True):
+        S, Z = minmax_grid(W, w_bits, W.shape[1], True)
+        Q = dequantize(rtn(W, S, Z, w_bits, W.shape[1]), S, Z, W.shape[1])
+        total += ((per_token(X, a_bits, True, -1, clip) @ Q.T - P) ** 2).sum()
+    return float(total)
+
+
 def per_token(x, bits, symmetric, g, clip):
     """Entry by entry; float32 as the fast one, so that they agree exactly."""
     out = np.zeros(x.shape, np.float32)

@@ -266,7 +266,9 @@ class MatMulNBitsQuantizer:
             symmetric=bool(_own(config, "is_symmetric", is_symmetric)),
             overrides=_overrides(config.customized_weight_config),
         )
-        self._steps = make_steps(find_chain(chain), {k: _text(v) for k, v in {**settings, **config.settings}.items()})
+        self._steps = make_steps(
+            find_chain(chain, "onnx"), {k: _text(v) for k, v in {**settings, **config.settings}.items()}
+        )
         self._reader = getattr(config, "calibration_data_reader", None)
         self._source, self._progress = model, progress or Silent()
         self.algo_config = config

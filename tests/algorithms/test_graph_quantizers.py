@@ -5,7 +5,7 @@ import onnxruntime as ort
 import pytest
 
 import small_graphs
-from quantcli.algorithms import ALGORITHMS, find_chain, make_options
+from quantcli.algorithms import ALGORITHMS, KEEP_FLOAT, find_chain, make_options
 from quantcli.errors import InputError, UsageError
 
 SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32), "separable": (4, 3, 8, 8)}
@@ -202,14 +202,15 @@ def test_dynamic_conv_has_no_scales_per_channel(tmp_path):
 
 def test_what_may_stand_before_graph_quantizers():
     assert find_chain("static") == [ALGORITHMS["static"]]
-    assert find_chain("smoothquant,dynamic") == [ALGORITHMS["smoothquant"], ALGORITHMS["dynamic"]]
-    assert find_chain("smoothquant")[-1] is ALGORITHMS["static"]
+    assert find_chain("smoothquant,dynamic", "onnx") == [ALGORITHMS["smoothquant"].on_graphs, ALGORITHMS["dynamic"]]
+    assert find_chain("smoothquant", "onnx")[-1] is ALGORITHMS["static"]
+    assert find_chain("smoothquant") == [ALGORITHMS["smoothquant"], KEEP_FLOAT]
     with pytest.raises(UsageError, match="awq is for weights that are rounded one by one, static takes a whole graph"):
-        find_chain("awq,static")
+        find_chain("awq,static", "onnx")
     with pytest.raises(UsageError, match="static rounds, nothing can follow it"):
         find_chain("static,gptq")
     with pytest.raises(UsageError, match="smoothquant is for integer activations, gptq"):
-        find_chain("smoothquant,gptq")
+        find_chain("smoothquant,gptq", "onnx")
 
 
 def test_checkpoints_are_refused_with_the_way_to_a_graph(tmp_path):

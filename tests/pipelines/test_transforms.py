@@ -31,7 +31,7 @@ def options(model, output, text, **values):
 def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, ran):
     """The loaded folder's last block gives the hidden states that the run ended with; at 8 bits, nearly the model's."""
     source = models(family)
-    result = quantize.run(options(source, tmp_path / "q", text, algorithm=transform, bits=8))
+    result = quantize.run(options(source, tmp_path / "q", text, algorithm=f"{transform},kquant", bits=8))
     scaled = [layer.scaled for layer in result.layers]
     assert any(scaled)
     before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "q/model")
@@ -58,7 +58,7 @@ def outputs(model, block, tokens):
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
-@pytest.mark.parametrize("chain", ["awq", "awq,gptq", "awq,rtn"])
+@pytest.mark.parametrize("chain", ["awq", "awq,gptq", "awq,rtn", "smoothquant,gptq"])
 def test_chains(chain, dtype, models, text, tmp_path):
     result = quantize.run(options(models("llama"), tmp_path / "q", text, algorithm=chain, dtype=dtype))
     rounder = (chain + ",kquant").split(",")[1]

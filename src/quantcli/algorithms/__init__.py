@@ -54,6 +54,12 @@ class Algorithm:
     """Of a transform: columns that share a scale where nothing else is said and they divide all columns."""
     then: str | None = None
     """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
+    sees: Literal["moments", "channels"] = "moments"
+    """Of a transform of scope stage: what it is shown of each input, Statistics or Channels of `tensors`."""
+    idle: tuple[str, ...] = ()
+    """Options that another kind of model has a use for, and this one has not."""
+    on_graphs: "Algorithm | None" = None
+    """The same of ONNX graphs, where that is another function."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,19 @@ KEEP_FLOAT = Algorithm(
 """Stands for the rounder after a transform that ends in a float model."""
 
 
-def find_chain(text: str) -> list[Algorithm]:
-    """The algorithms of `awq,gptq`: transforms, then one rounder; the rounder may be left to the last transform."""
+def find_chain(text: str, model: str = "checkpoint") -> list[Algorithm]:
+    """The algorithms of `awq,gptq`: transforms, then one rounder; the rounder may be left to the last transform.
+
+    Args:
+        text: Their names, joined by commas.
+        model: What they are for: checkpoint or onnx.
+
+    Raises:
+        UsageError: unknown names, or algorithms that do not go together.
+    """
     chain = [find(name.strip()) for name in text.split(",")]
+    if model == "onnx":
+        chain = [a.on_graphs or a for a in chain]
     if chain[-1].kind == "transform":
         chain.append(KEEP_FLOAT if chain[-1].then is None else find(chain[-1].then))
     for algorithm in chain[:-1]:
@@ -115,8 +131,8 @@ def find_chain(text: str) -> list[Algorithm]:
                 f"{algorithm.name} is for integer activations, {chain[-1].name} leaves them float",
                 hint=f"use -a {algorithm.name},static or {algorithm.name},dynamic",
             )
-        if algorithm.scope != "graph" and chain[-1].kind == "graph":
-            able = [a.name for a in ALGORITHMS.values() if a.scope == "graph"]
+        if model == "onnx" and algorithm.scope != "graph" and chain[-1].kind == "graph":
+            able = [a.name for a in ALGORITHMS.values() if (a.on_graphs or a).scope == "graph"]
             raise UsageError(
                 f"{algorithm.name} is for weights that are rounded one by one, {chain[-1].name} takes a whole graph",
                 hint=f"use -a {chain[-1].name}" + (f" or {able[0]},{chain[-1].name}" if able else ""),
@@ -156,6 +172,9 @@ def make_options(algorithm: Algorithm, settings: Mapping[str, str]) -> Any:
             raise UsageError(
                 f"{algorithm.name} has no option {key!r}, {what}", hint=f"see `quantcli algorithms {algorithm.name}`"
             )
+        if name in algorithm.idle:
+            kind = "ONNX graphs" if "checkpoint" in algorithm.inputs else "checkpoints"
+            raise UsageError(f"{algorithm.name}: {name} is for {kind}, it would have no effect", hint="leave it out")
         values[name] = _parse(algorithm.name, name, text, types[name])
     return algorithm.options(**values)
 

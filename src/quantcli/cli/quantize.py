@@ -64,6 +64,8 @@ def show(result: Any, console: "Console") -> None:
         console.table(heads, rows, left=2)
     if getattr(result, "comparison", None) is not None:
         _show_comparison(result.comparison, console)
+    if getattr(result, "scales", None):
+        _show_scales(result.scales, console)
     if result.evaluation is not None:
         from quantcli.cli.evaluate import show as show_evaluation
 
@@ -88,6 +90,19 @@ def _show_comparison(comparison: dict[str, Any], console: "Console") -> None:
     console.table(("node", "operator", "own dB", "in the model dB"), rows, left=2)
     ratios = ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in comparison["outputs"].items())
     console.text(f"signal to quantization noise of the outputs on {comparison['samples']} samples: {ratios}")
+
+
+def _show_scales(scales: list[Any], console: "Console") -> None:
+    """How much of the difficulty of how many inputs went into weights."""
+    alphas = sorted(scale.alpha for scale in scales if scale.alpha is not None)
+    text = f"{len(alphas)} of {len(scales)} inputs smoothed"
+    if alphas:
+        middle = alphas[len(alphas) // 2]
+        text += f", alpha {alphas[0]:g} to {alphas[-1]:g}, {middle:g} in the middle"
+    errors = [scale.relative_error for scale in scales if scale.relative_error is not None]
+    if errors:
+        text += f"; error of rounded products {sum(errors) / len(errors):.2f}x on average"
+    console.text(text)
 
 
 def _decibels(value: float | None) -> str:

@@ -5,6 +5,7 @@ weights. A factor is undone in what makes the input (a norm's gain, the linear i
 readers where something else reads the input too.
 """
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.files import open_graph, save_graph
@@ -20,18 +23,9 @@ from quantcli.graphs.integers import select_nodes
 from quantcli.graphs.prepare import prepare
 from quantcli.graphs.scales import constant_of, find_maker, has_weight, scale_columns, weight_columns
 from quantcli.graphs.twins import plain_session, run_sample
+from quantcli.tensors.channels import Channels
 
-__all__ = ["Channels", "Place", "Smoothed", "smooth"]
-
-
-@dataclass
-class Channels:
-    """What was seen of an activation [..., K]."""
-
-    largest: np.ndarray
-    """Largest magnitude of each channel, [K] float64."""
-    rows: np.ndarray
-    """Some of its rows, [R, K] float32."""
+__all__ = ["Place", "Smoothed", "smooth"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +37,17 @@ class Place:
     readers: tuple[ir.Node, ...]
     """The MatMul and Gemm nodes that multiply it by a constant."""
 
-    def weights(self) -> list[np.ndarray]:
-        """[K, N] float32 of each reader."""
+    def names(self) -> list[str]:
+        """Of the readers."""
+        return [str(node.name) for node in self.readers]
+
+    def weights(self) -> list[Tensor]:
+        """[N, K] float32 of each reader."""
         found = []
         for node in self.readers:
             array = constant_of(node.inputs[1])
             assert array is not None
-            found.append(weight_columns(node, array).astype(np.float32))
+            found.append(torch.from_numpy(np.ascontiguousarray(weight_columns(node, array).T, np.float32)))
         return found
 
 
@@ -71,12 +69,13 @@ def smooth(
     source: Path,
     target: Path,
     reader: CalibrationReader,
-    find: Callable[[Channels, list[np.ndarray]], np.ndarray | None],
+    find: Callable[[list[str], Channels, list[Tensor]], Tensor | None],
     *,
     rows: int,
     fold_only: bool = False,
     include: Collection[str] = (),
     exclude: Collection[str] = (),
+    named: Collection[str] = (),
 ) -> Smoothed:
     """Writes the graph with smoothed activations; its float function is the same.
 
@@ -84,11 +83,13 @@ def smooth(
         source: Float graph file.
         target: File to write, with `target`.data beside it.
         reader: Samples.
-        find: From what was seen of an activation and the weights [K, N] of its readers to factors [K] float64, or None.
+        find: From the names of an activation's readers, what was seen of it and their weights [N, K] to factors [K]
+            float32, or None.
         rows: How many rows of each activation `find` is given.
         fold_only: Whether activations that need a Mul are left as they are.
         include: Names or regular expressions of nodes; empty for all.
         exclude: The same; these stay as they are.
+        named: Regular expressions of which each must match a reader.
 
     Raises:
         UsageError: no node is left, or a name that no node has.
@@ -99,6 +100,10 @@ def smooth(
         conversion = prepare(source, ready).conversion
         model = open_graph(ready)
         places = _places(model, [*include], [*exclude])
+        readers = [name for place in places for name in place.names()]
+        for pattern in named:
+            if not any(re.search(pattern, name) for name in readers):
+                raise UsageError(f"no node that is smoothed is called {pattern!r}, which has an alpha of its own")
         seen = _look(ready, [p.tensor for p in places], reader, rows)
         folded, multiplied, kept = [], [], []
         for place in places:
@@ -106,10 +111,13 @@ def smooth(
             assert value is not None
             maker = find_maker(value, -1, place.readers)
             foldable = maker is not None and maker.repeat == 1
-            scale = None if fold_only and not foldable else find(seen[place.tensor], place.weights())
-            if scale is None:
+            factors = None
+            if foldable or not fold_only:
+                factors = find(place.names(), seen[place.tensor], place.weights())
+            if factors is None:
                 kept.append(place.tensor)
                 continue
+            scale = factors.double().numpy()
             for node in place.readers:
                 scale_columns(node, scale)
             if foldable and maker is not None:
@@ -139,13 +147,12 @@ def _places(model: ir.Model, include: list[str], exclude: list[str]) -> list[Pla
 
 
 def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -> dict[str, Channels]:
-    """Runs the samples; tensors of one at a time, of which the extremes and the first rows of each sample are kept."""
+    """Runs the samples; tensors of one at a time, of which the largest magnitudes and some rows are kept."""
     model = open_graph(ready)
     known = {str(v.name): v for v in model.graph.inputs}
     inside = {str(v.name): v for n in model.graph for v in n.outputs}
     model.graph.outputs[:] = [inside[n] for n in names if n in inside]
-    largest: dict[str, np.ndarray] = {}
-    parts: dict[str, list[np.ndarray]] = {n: [] for n in names}
+    seen: dict[str, Channels] = {}
     samples = 0
     with TemporaryDirectory(dir=ready.parent, prefix=".look-") as folder:
         save_graph(model, Path(folder) / "look.onnx")
@@ -158,22 +165,16 @@ def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -
             for name, array in values.items():
                 if not np.isfinite(array).all():
                     raise InputError(f"{name} holds values that are not finite in sample {samples}")
-                flat = array.reshape(-1, array.shape[-1])
-                if not len(flat):
-                    continue
-                top = np.abs(flat).max(0).astype(np.float64)
-                largest[name] = np.maximum(largest[name], top) if name in largest else top
-                # some rows of every sample: twice as many as needed at most, every other one dropped then
-                parts[name].append(flat[:: max(1, len(flat) // rows)].astype(np.float32))
-                if sum(map(len, parts[name])) > 2 * rows:
-                    parts[name] = [np.concatenate(parts[name])[::2]]
+                if array.size:
+                    found = seen.setdefault(name, Channels(array.shape[-1], rows))
+                    found.add(torch.from_numpy(np.array(array, np.float32)))
             samples += 1
     if not samples:
         raise InputError("there are no samples to smooth activations with")
-    unseen = [name for name in names if name not in largest]
+    unseen = [name for name in names if name not in seen]
     if unseen:
         raise InputError(f"{unseen[0]} was empty in every sample", hint="exclude the nodes that read it")
-    return {n: Channels(largest[n], np.concatenate(parts[n])[:rows]) for n in names}
+    return seen
 
 
 def _multiply(graph: ir.Graph, value: ir.Value, readers: tuple[ir.Node, ...], factors: np.ndarray) -> None:

@@ -10,7 +10,6 @@ each stage and run again (`keep=False`).
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from quantcli.errors import InputError
 from quantcli.models.block import BlockCall, stage_hooks
+from quantcli.models.gathering import MOMENTS, Gathering, StageMoments
 from quantcli.models.layout import Layout
 from quantcli.models.paused import END, Pass, Pause, Shelf, token_count
-from quantcli.tensors.finite import all_finite
-from quantcli.tensors.hessian import Moments
 
-__all__ = ["StageMoments", "block_marks", "embed_tokens", "run_block"]
+__all__ = ["block_marks", "embed_tokens", "run_block"]
 
 _MARKS = ("attention_type", "layer_type", "is_sliding", "layer_idx", "is_linear_attn")
 
@@ -104,16 +102,6 @@ def _refuse_other_arguments(first: list[BlockCall], found: list[BlockCall], mode
                     raise InputError(f"blocks of {type(model).__name__} are called with what depends on the text")
 
 
-@dataclass
-class StageMoments:
-    """Second moments of one stage's input."""
-
-    train: Moments
-    """From the tokens that solvers see."""
-    held_out: Moments | None
-    """From those that they do not."""
-
-
 def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> AbstractContextManager[None]:
     """Hooks that hand over to the scheduler in front of each stage that is not solved yet."""
 
@@ -134,6 +122,7 @@ def run_block(
     stages: list[list[str]],
     solve: Callable[[list[str], StageMoments | None], None],
     *,
+    gathering: Gathering = MOMENTS,
     held_out: set[int] = frozenset(),  # type: ignore[assignment]
     keep: bool = True,
     pauses: Mapping[int, Pause] | None = None,
@@ -143,7 +132,7 @@ def run_block(
     reference_inputs: list[Tensor] | None = None,
     path: str = "",
 ) -> None:
-    """Quantizes one block in true sequential order; `inputs` become the block's outputs, in place.
+    """Solves one block in true sequential order; `inputs` become the block's outputs, in place.
 
     Args:
         block: The block with float weights; `solve` replaces them stage by stage.
@@ -151,6 +140,7 @@ def run_block(
         calls: Further arguments by batch size.
         stages: From `block_stages`.
         solve: Called with a stage's linears and moments; None where no token reached it.
+        gathering: What of the inputs `solve` is to know.
         held_out: Micro-batches that solvers must not see.
         keep: Whether paused forwards are kept (one pass) or run again from the block's input (less memory).
         pauses: From `study_pauses`: what becomes of the tensors that a kept forward holds; without it, nothing.
@@ -198,12 +188,8 @@ def run_block(
                 other = shadow.tensor
         stage = moments.get(current.stage)
         if stage is None:
-            columns, device = tensor.shape[-1], tensor.device
-            stage = moments[current.stage] = StageMoments(
-                Moments(columns, device), Moments(columns, device) if held_out else None
-            )
-        target = stage.held_out if index in held_out and stage.held_out is not None else stage.train
-        target.add(tensor, other)
+            stage = moments[current.stage] = StageMoments.begin(tensor, gathering, holds_out=bool(held_out))
+        stage.add(tensor, other, judges=index in held_out, holds_out=bool(held_out))
 
     def drop(index: int) -> None:
         for running in (passes, shadows):
@@ -247,7 +233,5 @@ def _renew(hidden: list[Tensor], index: int, output: Tensor, shelf: Shelf) -> No
 
 
 def _check_finite(moments: StageMoments, name: str) -> None:
-    """A NaN or infinite activation shows on the diagonal: a glance at K sums instead of a pass over all tokens."""
-    for part in (moments.train, moments.held_out):
-        if part is not None and not all_finite(part.energies()):
-            raise InputError(f"activations are NaN or infinite at the input of {name}", hint="check the model itself")
+    if not moments.is_finite():
+        raise InputError(f"activations are NaN or infinite at the input of {name}", hint="check the model itself")

@@ -1,7 +1,8 @@
 """`quantcli quantize`: read a block, quantize it, write its shard, forget it; then the next."""
 
+import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quantcli.pipelines import quantize_graph
 from quantcli.pipelines.blockwise.blocks import CalibratedBlocks
 from quantcli.pipelines.blockwise.config import result_config
 from quantcli.pipelines.blockwise.journal import Journal
-from quantcli.pipelines.blockwise.scaling import Scaling
+from quantcli.pipelines.blockwise.scaling import ScaleReport, Scaling
 from quantcli.pipelines.blockwise.shards import ShardWriter
 from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.blockwise.stages import StageSolver
@@ -53,17 +54,21 @@ class QuantizeResult:
     bits_per_weight: float
     """Stored bits per quantized weight, scales and zeros included."""
     plan: dict[str, Any]
+    scales: list[ScaleReport] = field(default_factory=list)
+    """What became of each input that smoothquant looked at."""
     training: RotationReport | None = None
     """How rotations were trained, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output", "training")}
+        apart = ("layers", "evaluation", "output", "training", "scales")
+        values = {k: v for k, v in self.__dict__.items() if k not in apart}
         return {
             "output": str(self.output),
             **values,
             "layers": [asdict(layer) for layer in self.layers],
+            "scales": [asdict(scale) for scale in self.scales],
             "training": asdict(self.training) if self.training is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
@@ -105,6 +110,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             heap.settle()
         work = _Run(plan, partial, journal, heap, progress)
         work.blocks()
+        _check_scales(plan, journal.scales, progress)
         work.outside()
         companions = copy_companions(plan.folder, partial.model)
         if not any(name.startswith("tokenizer") for name in companions):
@@ -127,6 +133,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             parent_size_bytes=plan.checkpoint.size_bytes,
             bits_per_weight=bits,
             plan=plan.to_dict(),
+            scales=journal.scales,
             training=training,
         )
         write_json(partial.root / "report.json", result.to_dict())
@@ -162,6 +169,21 @@ def _evaluate(plan: Plan, progress: Progress) -> Any:
     )
 
 
+def _check_scales(plan: Plan, scales: list[ScaleReport], progress: Progress) -> None:
+    """Refuses a model in which a transform that tells of its searches had nothing to search."""
+    step = plan.scaling
+    if step is None or step.algorithm.sees != "channels":
+        return
+    if not scales:
+        raise InputError(
+            f"{step.algorithm.name} can scale no input of {plan.folder}: nothing in front of a linear takes a division",
+            hint=f"leave {step.algorithm.name} out",
+        )
+    for pattern in step.settings.patterns:
+        if not any(re.search(pattern, name) for scale in scales for name in scale.linears):
+            progress.warn(f"no input of {pattern!r} can be scaled, its alpha had no effect")
+
+
 def _bits_per_weight(plan: Plan) -> float:
     weights = [*plan.targets.values(), *([plan.embedding] if plan.embedding else [])]
     if not weights:
@@ -179,7 +201,7 @@ class _Run:
         self.journal = journal
         self.heap = heap
         self.progress = progress
-        self.scaling = Scaling(plan)
+        self.scaling = Scaling(plan, journal.scales)
         self.solver = StageSolver(plan, self.scaling, journal.reports, progress)
         self.shards = ShardWriter(plan, partial.model)
         self.streams = Streams()
@@ -193,7 +215,8 @@ class _Run:
             self.streams = begin_streams(plan, saved, self.partial.state, journal.done)
         self.heap.settle()  # tokenizer and embedding
         calibrated = CalibratedBlocks(plan, self.streams, self.solver, self.heap) if plan.calibrates else None
-        with self.progress.track("quantizing", count, start=journal.done) as task:
+        what = "quantizing" if plan.targets else "scaling" if plan.scaled else "writing"
+        with self.progress.track(what, count, start=journal.done) as task:
             for number in range(journal.done, count):
                 begun = len(journal.reports)
                 if calibrated is not None:
@@ -204,8 +227,8 @@ class _Run:
                 journal.remember(number + 1, self.streams)
                 del results
                 self.heap.settle()
-                worst = max((r.relative_error for r in journal.reports[begun:]), default=0.0)
-                task.advance(1, f"worst error {worst:.2%}")
+                errors = [r.relative_error for r in journal.reports[begun:]]
+                task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()

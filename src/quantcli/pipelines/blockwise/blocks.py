@@ -5,10 +5,11 @@ from typing import Any
 
 from quantcli.models.block import block_stages
 from quantcli.models.folds import Fold, find_folds
+from quantcli.models.gathering import StageMoments
 from quantcli.models.layout import head_size
 from quantcli.models.machine import Heap
 from quantcli.models.paused import Pause, Shelf, study_pauses
-from quantcli.models.walk import StageMoments, run_block
+from quantcli.models.walk import run_block
 from quantcli.pipelines.blockwise.loading import load_block
 from quantcli.pipelines.blockwise.scaling import Place
 from quantcli.pipelines.blockwise.stages import StageSolver
@@ -37,12 +38,16 @@ class CalibratedBlocks:
         self._shelf = Shelf(len(streams.hidden) * (2 if plan.options.correct_earlier else 1))
 
     def quantize(self, number: int) -> dict[str, QuantizedTensor]:
-        """Quantizes one block, by module path; the streams are behind it afterwards."""
+        """Quantizes one block, by module path; the streams are behind it afterwards.
+
+        Where no linear is to be quantized, scales alone are found: the function stays, so the streams go on through
+        the weights as they were.
+        """
         plan, streams = self._plan, self._streams
         path = plan.layout.blocks[number]
         block = load_block(plan, number)
         reference = deepcopy(block) if plan.options.correct_earlier else None
-        linears = [t.name.removeprefix(path + ".") for t in plan.block_targets(number)]
+        linears = [t.name.removeprefix(path + ".") for t in plan.walked_linears(number)]
         calls = {size: found[number] for size, found in streams.calls.items()}
         first = streams.hidden[0]
         stages = block_stages(block, linears, first, calls[len(first)])
@@ -56,9 +61,12 @@ class CalibratedBlocks:
         results: dict[str, QuantizedTensor] = {}
 
         def solve(names: list[str], moments: StageMoments | None) -> None:
-            targets = [plan.targets[f"{path}.{name}"] for name in names]
+            targets = [plan.walked[f"{path}.{name}"] for name in names]
             fold = folds.get(names[0])
             place = Place(path, fold, results) if fold is not None else None
+            if not plan.targets:
+                self._solver.scale_alone(targets, moments, place)
+                return
             solved, scale = self._solver.solve(targets, moments, place)
             for target, tensor in solved.items():
                 results[target] = tensor
@@ -73,6 +81,7 @@ class CalibratedBlocks:
             calls,
             stages,
             solve,
+            gathering=plan.gathering,
             held_out=streams.held_out,
             keep=plan.keep_paused,
             pauses=self._pauses[kind],

@@ -48,27 +48,35 @@ class ShardWriter:
             quantized[plan.embedding.disk] = plan.embedding
         keep = DTYPES.get(plan.options.dtype)
         tensors: dict[str, Tensor] = {}
+        changed: set[str] = set()
         for target in quantized.values():
             for part, tensor in self._packed(target, results[target.name]).items():
                 tensors[f"{target.stem}.{part}"] = tensor
         for disk in self._names[number]:
             if disk in quantized:
                 continue
+            if disk in edited:
+                changed.add(disk)
             tensor = edited.pop(disk) if disk in edited else plan.checkpoint.read(disk)
             require_finite(tensor, disk)
             if tensor.is_floating_point() and keep is not None:
                 tensor = tensor.to(keep)
             tensors[disk] = tensor
         path = self._writer.write(number, tensors)
-        del tensors
-        self._compare(path, list(quantized.values()), results)
+        tensors = {name: tensors[name] for name in changed}
+        self._compare(path, list(quantized.values()), results, tensors)
 
     def finish(self) -> None:
         """Gives the shards their names and writes the index."""
         self._writer.finish(len(self._names))
 
-    def _compare(self, path: Path, targets: list[Target], results: dict[str, QuantizedTensor]) -> None:
+    def _compare(
+        self, path: Path, targets: list[Target], results: dict[str, QuantizedTensor], changed: dict[str, Tensor]
+    ) -> None:
         written = load_file(path)
+        for name, tensor in changed.items():
+            if not torch.equal(written[name], tensor):
+                raise AssertionError(f"{path.name}: {name} reads back other than it was computed")
         for target in targets:
             computed = results[target.name].to("cpu")
             packed = self._packed(target, computed)

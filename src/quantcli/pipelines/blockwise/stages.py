@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from quantcli.algorithms import find
-from quantcli.models.walk import StageMoments
-from quantcli.pipelines.blockwise.scaling import Place, Scaling
+from quantcli.models.gathering import StageMoments
+from quantcli.pipelines.blockwise.scaling import Place, Scaling, Seen
 from quantcli.pipelines.blockwise.solve import LayerReport, read_weight, solve_linears
 from quantcli.pipelines.planning.plan import Plan, Target
 from quantcli.progress import Progress
@@ -46,7 +46,7 @@ class StageSolver:
         plan = self._plan
         weights = {t.name: read_weight(plan.checkpoint, t, plan.source_of(t)).to(plan.device) for t in targets}
         algorithm, settings, statistics = plan.algorithm, plan.settings, None
-        if moments is not None and moments.train.tokens:
+        if moments is not None and moments.tokens:
             statistics = _statistics(moments)
         elif algorithm.calibration == "required":
             self._progress.warn(
@@ -55,11 +55,21 @@ class StageSolver:
             algorithm = find("kquant")
             settings = algorithm.options()
         scale = None
-        if place is not None and statistics is not None:
-            scale = self._scaling.scale(targets, list(weights.values()), statistics, place)
+        if place is not None and moments is not None and statistics is not None:
+            scale = self._scaling.scale(targets, list(weights.values()), Seen(statistics, moments.channels), place)
         results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self._reports += reports
         return results, scale
+
+    def scale_alone(self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None) -> None:
+        """Scales the columns of linears that share an input and stay float; arguments as of `solve`."""
+        if place is None or moments is None or not moments.tokens:
+            return
+        plan = self._plan
+        weights = [read_weight(plan.checkpoint, t, plan.source_of(t)).to(plan.device) for t in targets]
+        scale = self._scaling.scale(targets, weights, Seen(None, moments.channels), place)
+        if scale is not None:
+            self._scaling.multiply(targets, scale)
 
     def solve_without_data(self, targets: Sequence[Target]) -> dict[str, QuantizedTensor]:
         """Quantizes linears by their weights alone."""
@@ -78,6 +88,7 @@ class StageSolver:
 
 
 def _statistics(moments: StageMoments) -> Statistics:
+    assert moments.train is not None
     held = moments.held_out if moments.held_out is not None and moments.held_out.tokens else None
     return Statistics(
         moments.train.matrix(),

@@ -14,7 +14,14 @@ from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import written_bytes
 from quantcli.pipelines.planning.steps import resolve_format, resolve_group_size, resolve_steps
-from quantcli.pipelines.planning.targets import choose_zero_points, find_embedding, find_targets, refuse_format
+from quantcli.pipelines.planning.targets import (
+    choose_zero_points,
+    find_embedding,
+    find_scaled,
+    find_targets,
+    refuse_format,
+    refuse_unmatched,
+)
 from quantcli.scheme import Scheme
 
 __all__ = ["make_plan"]
@@ -50,6 +57,9 @@ def make_plan(options: QuantizeOptions) -> Plan:
     targets = find_targets(options, model, default, algorithm)
     settings = choose_zero_points(settings, codec, targets)
     refuse_format(codec, options, targets, default, Step(algorithm, settings), model)
+    scaling = next((step for step in transforms if step.algorithm.scope == "stage"), None)
+    scaled = find_scaled(model) if scaling is not None and not targets else {}
+    refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
     embedding = find_embedding(options, model)
     device = pick_device(options.device)
     plan = Plan(
@@ -63,6 +73,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         layout=model.layout,
         default=default,
         targets=targets,
+        scaled=scaled,
         embedding=embedding,
         untie_head=model.tied and (model.layout.head in targets or rotation is not None),
         source=None,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quantcli.algorithms.transforms.smoothquant import SCORED_OUTPUTS
 from quantcli.data.sampling import SamplingKey, estimate_sampling
 from quantcli.errors import ResourceError, UsageError
 from quantcli.folder import require_free_bytes
@@ -60,7 +61,7 @@ def with_source(plan: Plan, config: Any) -> Plan:
     Raises:
         ResourceError: the model was asked to write the text and does not fit in memory.
     """
-    weights = sum(t.rows * t.columns for t in plan.targets.values())
+    weights = sum(t.rows * t.columns for t in plan.walked.values())
     training = plan.training.seconds if plan.training is not None else 0.0
     solving = 2 + weights / 2.5e7 + training
     if not plan.wants_text:
@@ -109,17 +110,19 @@ def _flops(plan: Plan) -> float:
     tokens = calibration.num_samples * calibration.seq_len
     forward = hessians = solves = 0.0
     seen: set[tuple[str, int, int]] = set()
-    for target in plan.targets.values():
+    for target in plan.walked.values():
         forward += 2 * target.rows * target.columns * tokens
-        solves += 4 * target.rows * target.columns**2
+        solves += 4 * target.rows * target.columns**2 if plan.targets else 0
         # linears of one block with the same inputs are counted once: a guess by shape, good enough for an estimate
         block = re.sub(r"[^.]+$", "", target.name)
         if (block, target.columns, 0) not in seen:
             seen.add((block, target.columns, 0))
-            hessians += 1.2 * tokens * target.columns**2 + target.columns**3
-            for step in plan.transforms:  # a search over grid points, each scored under the Hessian
+            if plan.gathering.moments:
+                hessians += 1.2 * tokens * target.columns**2 + target.columns**3
+            for step in plan.transforms:  # a search over grid points, each scored under the Hessian, or on rows of both
                 points, rows = getattr(step.settings, "n_grid", 0), getattr(step.settings, "rows", 0)
-                solves += 2 * points * min(rows, target.rows) * target.columns**2
+                width = target.columns if step.algorithm.sees == "moments" else SCORED_OUTPUTS
+                solves += 2 * points * min(rows, target.rows) * target.columns * width
     if plan.options.correct_earlier:
         forward, hessians = 2 * forward, 2.7 * hessians
     return forward + hessians + solves
@@ -153,18 +156,18 @@ def with_memory(plan: Plan) -> Plan:
         ResourceError: not enough memory or disk.
     """
     budget = plan.options.max_memory or free_bytes(plan.device)
-    if not plan.targets:  # a shard under way, and one tensor more
+    if not plan.walked:  # a shard under way, and one tensor more
         largest = max(e.size_bytes for e in plan.checkpoint.entries.values())
         return _checked(replace(plan, peak_bytes=4 * largest + 200_000_000), budget)
     itemsize = plan.dtype.itemsize
     first = plan.layout.blocks[0] + "."
-    block = sum(t.rows * t.columns for t in plan.targets.values() if t.name.startswith(first)) * itemsize
-    widest = max(plan.targets.values(), key=lambda t: t.columns)
+    block = sum(t.rows * t.columns for t in plan.walked.values() if t.name.startswith(first)) * itemsize
+    widest = max(plan.walked.values(), key=lambda t: t.columns)
     outside = plan.checkpoint.entries[
         disk_name(f"{plan.layout.embedding}.weight", plan.skeleton, plan.checkpoint.entries)
         or next(iter(plan.checkpoint.entries))
     ].size_bytes
-    largest = max(t.rows * t.columns for t in plan.targets.values())
+    largest = max(t.rows * t.columns for t in plan.walked.values())
     measuring = _measuring_bytes(plan, block, outside)
     if not plan.calibrates:
         # one matrix in float32, its importance, codes and the shard under way
@@ -176,9 +179,11 @@ def with_memory(plan: Plan) -> Plan:
     hidden = plan.skeleton.config.get_text_config().hidden_size
     batch = min(calibration.batch_size, calibration.num_samples) * calibration.seq_len
     inside = block / hidden + 4 * widest.columns * itemsize  # what one token's forward holds at its widest
-    matrices = 4 + 2 * (plan.options.correct_earlier or plan.holds_out)
+    matrices = (4 + 2 * (plan.options.correct_earlier or plan.holds_out)) if plan.gathering.moments else 0
+    copies = streams if plan.targets else 3  # a block that stays float is scaled beside it, written and compared
     fixed = (
-        streams * block
+        copies * block
+        + 8 * plan.gathering.rows * widest.columns
         + 4 * matrices * widest.columns**2
         + 12 * largest
         + streams * tokens * hidden * itemsize

@@ -10,6 +10,7 @@ from quantcli.algorithms import Algorithm, Step
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.gathering import Gathering
 from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
@@ -69,6 +70,9 @@ class Plan:
     default: Scheme
     targets: dict[str, Target]
     """By module path: block linears in order, then the head where it is quantized."""
+    scaled: dict[str, Target]
+    """The same of the block linears whose inputs are scaled where none is quantized; their schemes are what scales are
+    searched for."""
     embedding: Target | None
     untie_head: bool
     """Whether the head gets codes of its own although it shares the embedding's matrix."""
@@ -109,6 +113,23 @@ class Plan:
         inside = self.layout.blocks[number] + "."
         return [target for target in self.targets.values() if target.name.startswith(inside)]
 
+    @property
+    def walked(self) -> dict[str, Target]:
+        """The linears that calibration text is followed to, by module path."""
+        return self.targets or self.scaled
+
+    def walked_linears(self, number: int) -> list[Target]:
+        """Those of one block."""
+        inside = self.layout.blocks[number] + "."
+        return [target for target in self.walked.values() if target.name.startswith(inside)]
+
+    @property
+    def gathering(self) -> Gathering:
+        """What the walk gathers of each input."""
+        step = self.scaling
+        rows = step.settings.rows if step is not None and step.algorithm.sees == "channels" else 0
+        return Gathering(bool(self.targets) or not rows, rows)
+
     def source_of(self, target: Target) -> str:
         """The tensor on disk that a target is read from: a tied head is the embedding's."""
         if target.disk in self.checkpoint.entries:
@@ -138,7 +159,7 @@ class Plan:
     @property
     def gathers(self) -> bool:
         """Whether statistics would be, whatever text is chosen; kquant uses them only where text was named."""
-        if not self.targets:
+        if not self.walked:
             return False
         used = [self.algorithm.calibration, *(s.algorithm.calibration for s in self.transforms if not is_trained(s))]
         if "required" in used:
@@ -177,7 +198,8 @@ class Plan:
     @property
     def holds_out(self) -> bool:
         """Whether some rows only judge."""
-        return self.calibrates and (self.improves or self.scaling is not None or self.options.correct_earlier)
+        searches = self.scaling is not None and getattr(self.scaling.settings, "searches", True)
+        return self.calibrates and (self.improves or searches or self.options.correct_earlier)
 
     @property
     def scaling(self) -> Step | None:

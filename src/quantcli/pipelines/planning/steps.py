@@ -32,7 +32,7 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
     if preset is None and options.algorithm is None:
         preset = "balanced"
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
-    chain = algorithms.find_chain(options.algorithm or name)
+    chain = algorithms.find_chain(options.algorithm or name, model)
     rounder = chain[-1]
     _refuse_model(chain, model, options.model)
     meant = name.rpartition(",")[2]  # with -a, a preset is only its settings of the rounder
@@ -93,10 +93,12 @@ def _refuse_model(chain: Sequence[Algorithm], model: str, folder: str) -> None:
         if model in algorithm.inputs:
             continue
         if model == "checkpoint":
+            first = ",".join(a.name for a in chain[:-1])
+            hint = f"quantcli quantize -m {folder} -a {first} -o S, then " if first else ""
             raise UsageError(
                 f"{algorithm.name} quantizes ONNX graphs, not checkpoints",
-                hint=f"quantcli capture-onnx-graph -m {folder} -o GRAPH, then quantcli quantize -m GRAPH "
-                f"-a {algorithm.name}",
+                hint=f"{hint}quantcli capture-onnx-graph -m {'S' if first else folder} -o GRAPH, "
+                f"then quantcli quantize -m GRAPH -a {algorithm.name}",
             )
         able = [a.name for a in algorithms.ALGORITHMS.values() if model in a.inputs]
         raise UsageError(f"{algorithm.name} does not apply to ONNX graphs", hint=f"use one of {', '.join(able)}")

@@ -1,7 +1,7 @@
 """Which matrices are quantized, with which scheme each, and what the format cannot hold of that."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +23,17 @@ __all__ = [
     "EMBEDDING_SCHEME",
     "choose_zero_points",
     "find_embedding",
+    "find_scaled",
     "find_targets",
     "held_as",
     "is_expert",
     "refuse_format",
+    "refuse_unmatched",
 ]
 
 EMBEDDING_SCHEME = Scheme(bits=8, group_size=64, lowest_zero=gptq.LOWEST_ZERO)
+_INT8 = Scheme(bits=8, group_size=PER_CHANNEL, symmetric=True)
+"""What scales are searched for where nobody rounds yet: weights as 8-bit kernels have them."""
 
 
 def find_targets(
@@ -82,6 +86,34 @@ def find_targets(
     if not targets:
         raise UsageError("--exclude leaves nothing to quantize")
     return targets
+
+
+def find_scaled(model: FloatModel) -> dict[str, Target]:
+    """The linears of a model that stays float whose inputs may be scaled, by module path.
+
+    Raises:
+        InputError: the files lack one.
+    """
+    found = {}
+    for name in model.layout.linears:
+        module = model.skeleton.get_submodule(name)
+        disk = disk_name(f"{name}.weight", model.skeleton, model.checkpoint.entries)
+        if disk is None:
+            raise InputError(f"tensor {name}.weight is missing from {model.checkpoint.folder}")
+        size = model.checkpoint.entries[disk].size_bytes
+        found[name] = Target(name, disk, *weight_shape(module), is_transposed(module), _INT8, size)
+    return found
+
+
+def refuse_unmatched(patterns: Sequence[str], targets: Mapping[str, Target]) -> None:
+    """Refuses regular expressions that match no linear.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in targets):
+            raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
 
 
 def _overridden(options: QuantizeOptions, name: str, default: Scheme, algorithm: Algorithm) -> Scheme:
