@@ -70,7 +70,9 @@ def input_specs(path: Path) -> tuple[InputSpec, ...]:
             raise InputError(f"{path}: type and shape of input {value.name!r} are not known", hint="export it again")
         if value.dtype is ir.DataType.STRING:
             raise InputError(f"{path}: input {value.name!r} takes text, only numbers can be fed")
-        shape = tuple(d if isinstance(d, int) else str(d.value or f"axis{i}") for i, d in enumerate(value.shape))
+        # axes without a name may differ from one another
+        names = (f"{value.name}.{i}" for i in range(len(value.shape)))
+        shape = tuple(d if isinstance(d, int) else str(d.value or n) for d, n in zip(value.shape, names, strict=True))
         found.append(InputSpec(str(value.name), shape, value.dtype.numpy()))
     return tuple(found)
 

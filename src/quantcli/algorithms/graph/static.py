@@ -45,7 +45,8 @@ class StaticOptions:
     weight_grid: Literal["auto", "sym", "asym"] = "auto"
     """sym: zero in the middle; asym: a zero point of their own; auto: sym for int types, asym for uint."""
     op_types: tuple[str, ...] = ()
-    """Operators to quantize, with commas; empty: all that onnxruntime can."""
+    """Operators to quantize, with commas; empty: all that onnxruntime can, and MatMul,Gemm,Gather,Conv in transformers
+    (graphs with LayerNormalization or the like), whose sums have outliers that 8 bits cannot hold."""
     nodes_include: tuple[str, ...] = ()
     """Names or regular expressions, with commas; empty: all nodes."""
     nodes_exclude: tuple[str, ...] = ()
@@ -144,7 +145,8 @@ def quantize(
                 raise UsageError("the graph has no neighbouring layers to equalize", hint="leave equalize out")
             ready = folder / "equal.onnx"
             save_graph(model, ready)
-        chosen = integers.select_nodes(model, able, options.op_types, options.nodes_include, options.nodes_exclude)
+        types = options.op_types or integers.default_types(model, able)
+        chosen = integers.select_nodes(model, able, types, options.nodes_include, options.nodes_exclude)
         weighted = [str(n.name) for n in model.graph if has_weight(n)]
         asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
         # every tensor that a chosen node touches, and no other
@@ -158,9 +160,11 @@ def quantize(
         ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
+        masked, notes = ranges.masked_nodes(model, chosen, found)
+        chosen = [n for n in chosen if n.name not in masked]
         names = [str(n.name) for n in chosen]
         types = sorted({n.op_type for n in chosen})
-        notes = _write(ready, made, options, names, types, file)
+        notes += _write(ready, made, options, names, types, file)
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -203,6 +207,9 @@ def _write(
     from quantcli.graphs import integers
 
     extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
+    if options.encoding == "qdq":
+        # products on integers can give floats: rounded are those that the next node takes as integers, and no other
+        extra["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
     method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
