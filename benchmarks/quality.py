@@ -140,7 +140,13 @@ class Bench(Kept):
         report = json.loads((output / "report.json").read_text())
         try:
             quality = evaluate(
-                output, model, self.evaluation, self.settings["samples"], self.settings["seq_len"], variables
+                output,
+                model,
+                self.evaluation,
+                self.settings["samples"],
+                self.settings["seq_len"],
+                variables,
+                cache=self.work / "logits",
             )
         except RuntimeError as error:
             return {"failed": str(error)}

@@ -155,8 +155,9 @@ def evaluate(
     seq_len: int,
     environment: Mapping[str, str],
     speed: bool = False,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
-    """`quantcli evaluate` of a folder, against the float model where one is given.
+    """`quantcli evaluate` of a folder, against the float model where one is given, whose logits `cache` keeps.
 
     Raises:
         RuntimeError: it failed; the message is its own.
@@ -164,6 +165,7 @@ def evaluate(
     command = ["evaluate", "-m", str(folder), "--data", str(text), "--num-samples", str(windows)]
     command += ["--seq-len", str(seq_len), "--json"]
     command += ["--reference", str(reference)] if reference is not None else []
+    command += ["--reference-cache", str(cache)] if cache is not None else []
     command += [] if speed else ["--no-speed"]
     return quantcli(command, environment)
 

@@ -1,17 +1,17 @@
 """onnxruntime's MatMulNBitsQuantizer: `onnxruntime_worker.py FOLDER INPUTS OUTPUT SETTINGS`.
 
 FOLDER is an ONNX Runtime GenAI folder with a float model.onnx, INPUTS a folder of .npz files, OUTPUT gets model/ and
-report.json, SETTINGS is JSON with algorithm, bits, group_size and symmetric.
+report.json, SETTINGS is JSON with algorithm, bits, group_size, symmetric and rows (for gptq: how many of the files).
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from measure import Measurement
 from onnxruntime.quantization import CalibrationDataReader
@@ -19,10 +19,10 @@ from onnxruntime.quantization import matmul_nbits_quantizer as tool
 
 
 class Reader(CalibrationDataReader):
-    """The .npz files, one batch each."""
+    """The first .npz files, one batch each."""
 
-    def __init__(self, folder: Path):
-        self._rest = iter(sorted(folder.glob("*.npz")))
+    def __init__(self, folder: Path, rows: int):
+        self._rest = iter(sorted(folder.glob("*.npz"))[:rows])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch."""
@@ -40,18 +40,17 @@ def config(settings: dict[str, Any], inputs: Path) -> Any:
     if bits != 4:
         raise SystemExit(f"{algorithm} makes 4 bits whatever is asked for")
     if algorithm == "gptq":
-        return tool.GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader(inputs))
+        return tool.GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader(inputs, settings["rows"]))
     kinds = {"rtn": tool.RTNWeightOnlyQuantConfig, "kquant": tool.KQuantWeightOnlyQuantConfig}
     return kinds[algorithm]()
 
 
 def main() -> None:
     folder, inputs, output = (Path(a).absolute() for a in sys.argv[1:4])
-    os.chdir(folder)  # its GPTQ opens graphs from memory, whose weights are then looked for here
     settings = json.loads(sys.argv[4])
     measurement = Measurement()
     quantizer = tool.MatMulNBitsQuantizer(
-        str(folder / "model.onnx"),
+        onnx.load(folder / "model.onnx"),  # from a path, its rtn and kquant write an embedding that points nowhere
         bits=settings["bits"],
         block_size=settings["group_size"],
         is_symmetric=settings["symmetric"],

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -120,6 +121,38 @@ def test_a_model_against_itself(folders):
     assert result.bits_per_weight == 32
     assert result.quantized_bits_per_weight is None
     assert result.decode_tokens_per_second is None
+
+
+def test_logits_of_the_reference_are_kept(folders, tmp_path):
+    """One file per window; what a second run reads is what the first computed, and the reference is not opened."""
+    kept = tmp_path / "kept"
+    fresh = run(folders, "q4", "float")
+    first = run(folders, "q4", "float", reference_cache=kept)
+    files = sorted(kept.iterdir())
+    assert [f.suffix for f in files] == [".npy"] * 3
+    one, *others = files
+    stamps = [f.stat().st_mtime_ns for f in others]
+    one.unlink()
+    second = run(folders, "q4", "float", reference_cache=kept)
+    assert first.to_dict() == second.to_dict() == fresh.to_dict()
+    assert sorted(kept.iterdir()) == files
+    assert [f.stat().st_mtime_ns for f in others] == stamps
+    other = run(folders, "q4", "q4", reference_cache=kept)
+    assert other.kl_mean == 0
+    assert len(list(kept.iterdir())) == 6
+
+
+@pytest.mark.parametrize("damage", ["cut", "shape", "pickle"])
+def test_kept_logits_that_are_damaged(damage, folders, tmp_path):
+    run(folders, "q4", "float", reference_cache=tmp_path)
+    path = min(tmp_path.iterdir())
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        np.save(path, np.zeros((3, 4), np.float32) if damage == "shape" else np.array([{}]))
+    with pytest.raises(InputError, match=path.name) as caught:
+        run(folders, "q4", "float", reference_cache=tmp_path)
+    assert "delete it" in caught.value.hint
 
 
 def test_perplexity_is_that_of_transformers(folders):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import families
 import quantcli
@@ -259,3 +260,25 @@ def test_the_preset_best_scales_first(models, text, tmp_path):
     assert any(layer.scaled for layer in preset.layers) and not any(layer.scaled for layer in alone.layers)
     assert any(layer.scaled for layer in mixed.layers) and len({layer.bits for layer in mixed.layers}) > 1
     assert spelled.bits_per_weight == preset.bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("width", "values", "expected"),
+    [
+        (128, {"algorithm": "awq"}, 128),
+        (128, {"algorithm": "awq,gptq"}, 128),
+        (64, {"algorithm": "awq"}, 64),  # 128 would leave linears whose groups are ragged
+        (128, {"algorithm": "gptq"}, 64),
+        (128, {"preset": "best"}, 64),
+        (128, {"algorithm": "awq", "group_size": 32}, 32),
+    ],
+)
+def test_default_group_size(width, values, expected, text, tmp_path):
+    torch.manual_seed(0)
+    config = families.KNOWN["llama"]()
+    config.hidden_size, config.intermediate_size, config.head_dim = width, 2 * width, width // 4
+    model = families.save(transformers.LlamaForCausalLM(config), tmp_path / "model")
+    asked = QuantizeOptions(str(model), tmp_path / "q", calibration=CalibrationOptions(str(text)), **values)
+    plan = make_plan(asked)
+    assert {target.scheme.group_size for target in plan.targets.values()} == {expected}
+    assert plan.options.group_size == expected

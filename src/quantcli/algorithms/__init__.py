@@ -50,6 +50,8 @@ class Algorithm:
     """Of a rounder: the codebook that its codes name; None for uniform grids."""
     beats_rtn: bool = True
     """Of a rounder: whether it promises less error than round-to-nearest at the same bits and group size."""
+    group_size: int | None = None
+    """Of a transform: columns that share a scale where nothing else is said and they divide all columns."""
     then: str | None = None
     """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
 

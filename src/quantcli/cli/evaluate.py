@@ -57,6 +57,7 @@ COMMAND = Command(
     panels={"Simulation": ("simulation",)},
     examples=(
         "quantcli evaluate -m Q --reference SmolLM2-135M",
+        "quantcli evaluate -m Q2 --reference SmolLM2-135M --reference-cache ~/.cache/logits",
         "quantcli evaluate -m onnx --reference SmolLM2-135M --data held_out.txt --json",
         "quantcli evaluate -m Q --reference SmolLM2-135M --max-kl 0.15 --no-speed",
     ),

@@ -1,6 +1,7 @@
 """What `evaluate` was asked to do."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from quantcli.errors import UsageError
 from quantcli.options.simulation import SimulationOptions
@@ -16,6 +17,9 @@ class EvaluateOptions:
     """Folder to judge: float, quantized or ONNX GenAI."""
     reference: str | None = None
     """Folder to compare with, usually the original."""
+    reference_cache: Path | None = None
+    """Folder that keeps the reference's logits (4 bytes per token and word of the vocabulary) from run to run: the
+    reference then runs once, however many models are judged beside it."""
     data: str | None = None
     """Text to evaluate on; default: Python's own documentation."""
     text_field: str | None = None
@@ -41,6 +45,6 @@ class EvaluateOptions:
         for name in ("num_samples", "seq_len"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_kl", "max_perplexity_increase"):
+        for name in ("max_kl", "max_perplexity_increase", "reference_cache"):
             if getattr(self, name) is not None and self.reference is None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --reference", hint="add --reference ORIGINAL")

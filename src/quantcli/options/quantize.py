@@ -39,8 +39,9 @@ class QuantizeOptions:
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
     bits: int | None = None
     """Bits per weight. Default: 4; 8 for dynamic and static."""
-    group_size: int = 64
-    """Input columns that share a scale; -1 is one scale per output row."""
+    group_size: int | None = None
+    """Input columns that share a scale; -1 is one scale per output row. Default: 64; for -a awq 128, where that divides
+    the columns of every linear."""
     symmetric: bool = False
     """Symmetric grid (zero point fixed in the middle) or asymmetric."""
     target_bits: float | None = None
@@ -91,7 +92,7 @@ class QuantizeOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
-        if self.group_size != PER_CHANNEL and self.group_size < 16:
+        if self.weight_group_size != PER_CHANNEL and self.weight_group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if self.bits is not None and not 1 <= self.bits <= 8:
             raise UsageError(f"bits must be 1 to 8, got {self.bits}")
@@ -108,6 +109,11 @@ class QuantizeOptions:
     def weight_bits(self) -> int:
         """Bits per weight where single weights are rounded."""
         return 4 if self.bits is None else self.bits
+
+    @property
+    def weight_group_size(self) -> int:
+        """Columns that share a scale where no algorithm has a wish of its own."""
+        return 64 if self.group_size is None else self.group_size
 
     @property
     def mixes(self) -> bool:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.divergence import Scores, score_window
+from quantcli.evaluate.kept_logits import KeptLogits, Scorer
 from quantcli.evaluate.language_model import LanguageModel, open_language_model
 from quantcli.evaluate.result import EvaluationResult
 from quantcli.evaluate.speed import measure_speed, peak_memory
 from quantcli.evaluate.text import open_tokenizer, read_windows, require_same_tokens
+from quantcli.folder import fingerprint
 from quantcli.models.checkpoint import read_config
 from quantcli.models.online import OnlineRotations
 from quantcli.models.source import locate_model
@@ -46,7 +48,8 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
     windows, text = _windows(options, model_folder, reference_folder)
     records = weight_records(model_folder)
 
-    speed = memory = reference = None
+    speed = memory = None
+    reference: Scorer | None = None
     with peak_memory() as watched:
         model = open_language_model(model_folder, options.device, options.trust_remote_code, simulation)
         try:
@@ -61,8 +64,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
         memory = watched.above_start_bytes
     try:
         if reference_folder is not None:
-            reference = open_language_model(reference_folder, options.device, options.trust_remote_code)
-            _check_length(reference, reference_folder, options)
+            reference = _open_reference(reference_folder, options)
         scores = _score(model, reference, windows, progress)
     finally:
         model.close()
@@ -132,11 +134,21 @@ def _check_length(model: LanguageModel, folder: Path, options: EvaluateOptions) 
         )
 
 
-def _score(model: LanguageModel, reference: LanguageModel | None, windows: Tensor, progress: Progress) -> Scores:
+def _open_reference(folder: Path, options: EvaluateOptions) -> Scorer:
+    def open_model() -> LanguageModel:
+        reference = open_language_model(folder, options.device, options.trust_remote_code)
+        _check_length(reference, folder, options)
+        reference.keep_float_weights()
+        return reference
+
+    if options.reference_cache is None:
+        return open_model()
+    return KeptLogits(options.reference_cache, fingerprint(folder), open_model)
+
+
+def _score(model: LanguageModel, reference: Scorer | None, windows: Tensor, progress: Progress) -> Scores:
     scores = Scores()
-    for opened in (model, reference):
-        if opened is not None:
-            opened.keep_float_weights()
+    model.keep_float_weights()
     with progress.track("scoring", len(windows)) as task, torch.inference_mode():
         for window in windows:
             ours = model.logits(window)

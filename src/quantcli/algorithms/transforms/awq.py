@@ -151,5 +151,6 @@ ALGORITHM = Algorithm(
     options=AwqOptions,
     run=find_scale,
     inputs=("checkpoint", "onnx"),
+    group_size=128,
     then="kquant",
 )

@@ -14,7 +14,7 @@ from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, Q
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.pipelines.planning.plan import Target
-from quantcli.pipelines.planning.steps import resolve_steps
+from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 
@@ -85,7 +85,7 @@ class GraphPlan:
         ]
         if self.targets is not None:
             kind = "sym" if options.symmetric else "asym"
-            group = "one per row" if options.group_size == PER_CHANNEL else str(options.group_size)
+            group = "one per row" if options.weight_group_size == PER_CHANNEL else str(options.weight_group_size)
             other = sum(t.scheme != self._default for t in self.targets.values())
             weights = sum(t.rows * t.columns for t in self.targets.values())
             held = sorted({t.scheme.bits for t in self.targets.values()})
@@ -133,7 +133,7 @@ class GraphPlan:
 
     @property
     def _default(self) -> Scheme:
-        return Scheme(self.options.weight_bits, self.options.group_size, self.options.symmetric)
+        return Scheme(self.options.weight_bits, self.options.weight_group_size, self.options.symmetric)
 
 
 def plan_graph(options: QuantizeOptions) -> GraphPlan:
@@ -189,6 +189,8 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
+    options = replace(options, group_size=resolve_group_size(options, plan.transforms, (t.columns for t in found)))
+    plan = replace(plan, options=options)
     codebook = step.algorithm.codebook
     if codebook is not None:
         _refuse_codebook(step, graph)
@@ -286,7 +288,7 @@ def lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOp
     stored = model.graph.initializers[target.name].const_value
     if stored is not None and stored.dtype.name != "FLOAT":
         kept[target.name] = f"MatMulBnb4 has float32 scales, the weight is {stored.dtype.name}"
-    elif plan_codebook_blocks(group_index(target.columns, Scheme(4, options.group_size))) is None:
+    elif plan_codebook_blocks(group_index(target.columns, Scheme(4, options.weight_group_size))) is None:
         kept[target.name] = f"its {target.columns} columns are no multiple of 16, the smallest block of MatMulBnb4"
     return target.name in kept
 
@@ -310,7 +312,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
 
 def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
-    bits, size, symmetric = options.weight_bits, options.group_size, options.symmetric
+    bits, size, symmetric = options.weight_bits, options.weight_group_size, options.symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
     for override in options.overrides:
         if any(override in options.matching(name) for name in names):

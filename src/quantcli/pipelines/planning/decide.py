@@ -6,13 +6,14 @@ from quantcli.algorithms import Step
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
 from quantcli.formats import CODECS
+from quantcli.models.layout import weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import written_bytes
-from quantcli.pipelines.planning.steps import resolve_format, resolve_steps
+from quantcli.pipelines.planning.steps import resolve_format, resolve_group_size, resolve_steps
 from quantcli.pipelines.planning.targets import choose_zero_points, find_embedding, find_targets, refuse_format
 from quantcli.scheme import Scheme
 
@@ -35,9 +36,12 @@ def make_plan(options: QuantizeOptions) -> Plan:
     codec = CODECS[options.format or ""]
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
+    columns = (weight_shape(model.skeleton.get_submodule(name))[1] for name in model.layout.linears)
+    group_size = resolve_group_size(options, transforms, columns)
+    options = replace(options, group_size=group_size)
     default = Scheme(
         options.weight_bits,
-        options.group_size,
+        group_size,
         options.symmetric,
         codec.lowest_zero,
         algorithm.codebook,

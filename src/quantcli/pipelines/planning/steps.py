@@ -1,6 +1,6 @@
 """Which algorithms run, with which settings and into which format; flags that none of them reads are refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from quantcli import algorithms
@@ -8,7 +8,7 @@ from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
 from quantcli.options import CalibrationOptions, QuantizeOptions
 
-__all__ = ["resolve_format", "resolve_steps"]
+__all__ = ["resolve_format", "resolve_group_size", "resolve_steps"]
 
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -76,6 +76,15 @@ def resolve_format(asked: str | None, algorithm: Algorithm) -> str:
             hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
         )
     return asked
+
+
+def resolve_group_size(options: QuantizeOptions, steps: Sequence[Step], columns: Iterable[int]) -> int:
+    """Columns that share a scale: as asked, or the wish of a transform that was named, if it divides all `columns`."""
+    wishes = [step.algorithm.group_size for step in steps if step.algorithm.group_size]
+    heard = options.group_size is None and options.preset is None and options.algorithm is not None
+    if wishes and heard and all(count % wishes[0] == 0 for count in columns):
+        return wishes[0]
+    return options.weight_group_size
 
 
 def _refuse_model(chain: Sequence[Algorithm], model: str, folder: str) -> None:
