@@ -3,22 +3,21 @@
     python benchmarks/integers.py [--only REGEX] [--results FILE.json] [--output PAGE.md] [--again] [--list]
 
 A cell is a model (integer_models.py) and a method: `quantcli quantize` as a user runs it, or onnxruntime's own
-quantizers with their defaults on the same calibration batches, each in a process of its own. Then both the float graph
-and what became of it run side by side on the same test batches. Cells are kept as soon as they are measured, and
-measured once. `--only` is searched in names as "ppocr/static, per channel".
+quantizers with their defaults on the same calibration batches. Then both the float graph and what became of it run side
+by side on the same test batches. Cells are kept as soon as they are measured, and measured once. `--only` is searched in names as "ppocr/static, per channel".
 
 Models, digits and sentences come from PyPI and npm, verified, once; then nothing is fetched.
 """
 
 import argparse
-import json
+import io
 import re
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +29,9 @@ import onnxruntime
 from integer_models import MODELS, Feed, Subject
 from integers_page import write_section
 from kept import Kept
-from quality import environment
-from running import ROOT, quantize_command, run_measured
+from peer_integers import quantize_with_onnxruntime
+from quantcli.cli import app
+from running import ROOT
 
 FLOAT = "float32"
 _STATIC = ("-a", "static")
@@ -118,14 +118,19 @@ class IntegerBench(Kept):
             answers = subject.answers(expected)
             values = {"title": subject.title, "rows": len(subject.truth)}
             return values | {"accuracy": float((answers == subject.truth).mean()), "size_bytes": source.stat().st_size}
-        output, log = self.work / "quantized", self.work / "log"
+        output = self.work / "quantized"
         shutil.rmtree(output, ignore_errors=True)
-        cost = run_measured(self._command(cell, subject, output), environment(), log)
-        if cost.exit_code:
-            return {"failed": f"exit {cost.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
+        begun = time.process_time()
+        failed = self._quantize(cell, subject, output)
+        seconds = time.process_time() - begun
+        if failed is not None:
+            return {"failed": failed}
         (target,) = (output / "model").glob("*.onnx")
         sizes = [p.stat().st_size for p in (output / "model").glob("*.onnx*")]
-        before, after = _session(source), _session(target)
+        try:
+            before, after = _session(source), _session(target)
+        except Exception as error:  # onnxruntime raises its own types
+            return {"failed": f"the graph does not open: {error}"[:300]}
         vectors = _vectors(subject, after)
         answers = subject.answers(vectors)
         lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
@@ -138,7 +143,7 @@ class IntegerBench(Kept):
             "size_bytes": sum(sizes),
             "latency_ratio": middle,
             "latency_quartiles": [low, high],
-            "cpu_seconds": cost.cpu_seconds,
+            "cpu_seconds": seconds,
         }
 
     def said(self, values: Mapping[str, Any]) -> str:
@@ -153,15 +158,22 @@ class IntegerBench(Kept):
             self.made[name] = subject, _vectors(subject, _session(_graph(subject)))
         return self.made[name]
 
-    def _command(self, cell: Cell, subject: Subject, output: Path) -> list[str]:
+    def _quantize(self, cell: Cell, subject: Subject, output: Path) -> str | None:
+        """Fills `output`/model; why it failed, if it did."""
         if cell.method in _THEIRS:
-            worker = ROOT / "benchmarks" / "peer_workers" / "integers_worker.py"
-            places = map(str, (_graph(subject), subject.calibration, output))
-            return [sys.executable, str(worker), *places, json.dumps(_THEIRS[cell.method])]
+            try:
+                with redirect_stdout(io.StringIO()):
+                    quantize_with_onnxruntime(_graph(subject), subject.calibration, output, **_THEIRS[cell.method])
+            except Exception as error:  # whatever it raises is a result
+                return f"{type(error).__name__}: {error}"[:300]
+            return None
         flags = {**_IMAGES, **_FOUR, **_SENTENCES}[cell.method]
-        if flags != ("-a", "dynamic") and "--data" not in flags and "dynamic" not in cell.method.split(",")[0]:
+        if cell.method.split(",")[0] != "dynamic":
             flags = (*flags, "--calibration-inputs", str(subject.calibration), "--batch-size", "64")
-        return quantize_command(subject.graph, output, flags)
+        words = ["quantize", "-m", str(subject.graph), "-o", str(output), "--quiet", *flags]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            code = app.run(words)
+        return f"exit {code}: {said.getvalue().strip()[-300:]}" if code else None
 
 
 def _graph(subject: Subject) -> Path:
