@@ -3,8 +3,9 @@
     python benchmarks/integers.py [--only REGEX] [--results FILE.json] [--output PAGE.md] [--again] [--list]
 
 A cell is a model (integer_models.py) and a method: `quantcli quantize` as a user runs it, or onnxruntime's own
-quantizers with their defaults on the same calibration batches. Then both the float graph and what became of it run side
-by side on the same test batches. Cells are kept as soon as they are measured, and measured once. `--only` is searched in names as "ppocr/static, per channel".
+quantizers with their defaults on the same calibration batches. Then the float graph and what became of it run side by
+side on the same test batches. Cells are kept as soon as they are measured, and measured once. `--only` is searched in
+names as "ppocr/static, per channel".
 
 Models, digits and sentences come from PyPI and npm, verified, once; then nothing is fetched.
 """
@@ -73,8 +74,12 @@ _METHODS: Mapping[str, Sequence[str]] = {
     "uneven": (FLOAT, *_IMAGES, *_FOUR, "ort dynamic", "ort static", "ort static, per channel"),
     "mnist": (FLOAT, *_IMAGES, *_FOUR, *(m for m in _THEIRS if not m.endswith("products"))),
     "ppocr": (FLOAT, *_IMAGES, *(m for m in _THEIRS if not m.endswith("products"))),
-    "minilm": (FLOAT, *_SENTENCES, "ort dynamic", "ort static", "ort static, products"),
-}
+    "minilm": (
+        FLOAT, "dynamic", "ort dynamic", "static", "ort static", "ort static, products", "smoothquant, static",
+        "static, per channel", "smoothquant, dynamic", "dynamic, per channel", "static, percentile",
+        "smoothquant, static, per channel",
+    ),
+}  # fmt: skip
 _PAIRS = 31
 _PAIR_SECONDS = 0.02
 """Of one run in a pair, at least: short ones are repeated."""
