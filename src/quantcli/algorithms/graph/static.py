@@ -145,8 +145,8 @@ def quantize(
                 raise UsageError("the graph has no neighbouring layers to equalize", hint="leave equalize out")
             ready = folder / "equal.onnx"
             save_graph(model, ready)
-        types = options.op_types or integers.default_types(model, able)
-        chosen = integers.select_nodes(model, able, types, options.nodes_include, options.nodes_exclude)
+        wanted = options.op_types or integers.default_types(model, able)
+        chosen = integers.select_nodes(model, able, wanted, options.nodes_include, options.nodes_exclude)
         weighted = [str(n.name) for n in model.graph if has_weight(n)]
         asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
         # every tensor that a chosen node touches, and no other
