@@ -63,6 +63,7 @@ SCHEMES: Mapping[str, Scheme] = {
 OURS: Mapping[str, tuple[str, ...]] = {
     "rtn": ("-a", "rtn"),
     "hqq": ("-a", "hqq"),
+    "hqq, float zeros": ("-a", "hqq", "--set", "zero=float"),
     "kquant": ("-a", "kquant"),
     "awq": ("-a", "awq"),
     "awq,gptq": ("-a", "awq,gptq"),
@@ -97,8 +98,9 @@ def cells() -> Iterator[Cell]:
     """All of them."""
     for method in METHODS:
         for name, scheme in SCHEMES.items():
-            hqq_sym = method in ("ort hqq", "hqq") and scheme.symmetric
-            if scheme.bits in THEIRS.get(method, (2, 4, 8)) and not hqq_sym:
+            hqq_sym = "hqq" in method and scheme.symmetric
+            made = (2, 4) if method == "hqq, float zeros" else THEIRS.get(method, (2, 4, 8))
+            if scheme.bits in made and not hqq_sym:
                 yield Cell(method, name)
 
 

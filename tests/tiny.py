@@ -1,5 +1,6 @@
 """Tiny random checkpoints with a word-level tokenizer, made as a user would have them: by save_pretrained."""
 
+import atexit
 import hashlib
 import json
 import shutil
@@ -52,6 +53,7 @@ def save_tokenizer(folder: Path) -> None:
 @cache
 def _made(model_type: str, dtype: torch.dtype, settings: tuple[tuple[str, Any], ...]) -> Path:
     folder = Path(mkdtemp(prefix="quantcli-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **(_SHAPES.get(model_type, _DECODER) | dict(settings)))
     model = transformers.AutoModelForCausalLM.from_config(config)

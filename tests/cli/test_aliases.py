@@ -360,6 +360,15 @@ def test_arguments_of_integer_graphs_in_other_tools():
     assert made.graph.nodes_exclude == ("a", "b") and made.graph.op_types == ("Conv", "Gemm")
     assert made.graph.user_script == Path("user_script.py") and made.graph.data_function == "create"
     assert quantize("--activation_type QUInt16 --per_channel False").settings == {"activation_type": "uint16"}
-    for words in ("--data_config calib", "--prepare_qnn_config"):
+    made = quantize(
+        "--algorithms static --prepare_qnn_config True --fuse_layernorm --inputs_to_make_channel_last x z"
+        " --outputs_to_make_channel_last y"
+    )
+    assert made.settings == {
+        "preprocess": "qnn", "fuse_layernorm": "true", "inputs_to_make_channel_last": "x,z",
+        "outputs_to_make_channel_last": "y",
+    }  # fmt: skip
+    assert quantize("--preprocess qnn --prepare_qnn_config").settings == {"preprocess": "qnn"}
+    for words in ("--data_config calib", "--qnn_extra_options {}"):
         with pytest.raises(UsageError, match="cannot be used with quantize"):
             quantize(words)

@@ -18,11 +18,12 @@ def place(tmp_path_factory):
     return folder
 
 
-def scored(place, name, *words):
+def scored(place, name, *words, turned=False):
     samples = ["--calibration-inputs", place / "calibrate.npz", "--batch-size", "32"] if "static" in words else []
     argv = ["quantize", "-m", place / f"{name}.onnx", "-o", place / "q", "--force", "--quiet", *words, *samples]
     assert app.run([str(word) for word in argv]) == 0
-    return accuracy(place / "q" / "model" / f"{name}.onnx", *draw(1000, 1002))
+    images, digits = draw(1000, 1002)
+    return accuracy(place / "q" / "model" / f"{name}.onnx", np.moveaxis(images, 1, -1) if turned else images, digits)
 
 
 @pytest.mark.parametrize("words", [
@@ -43,3 +44,13 @@ def test_equalization_saves_a_network_of_uneven_channels(place):
     assert before == pytest.approx(accuracy(place / "cnn.onnx", *draw(1000, 1002)), abs=0.003)
     assert scored(place, "uneven", "-a", "static") < 0.5
     assert scored(place, "uneven", "-a", "static", "--equalize") > before - 0.02
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--activation-type", "uint16", "--weight-type", "int4", "--per-channel"],
+    ["--calibrate-method", "percentile", "--equalize", "--inputs-to-make-channel-last", "x"],
+], ids=" ".join)  # fmt: skip
+def test_digits_for_qnn(words, place):
+    before = accuracy(place / "cnn.onnx", *draw(1000, 1002))
+    turned = "--inputs-to-make-channel-last" in words
+    assert scored(place, "cnn", "-a", "static", "--preprocess", "qnn", *words, turned=turned) > before - 0.02

@@ -161,7 +161,10 @@ _INTEGERS: dict[str, Alias] = {
     "--quant_preprocess": Dropped("graphs are always prepared", value=True, only=_TRUE),
     "--dataloader_func": Rename("--data-function"),
     "--data_config": Refused("samples have flags of their own", "use --calibration-inputs, --user-script or --data"),
-    "--prepare_qnn_config": Refused("there is no configuration of QNN yet", "leave it out"),
+    "--prepare_qnn_config": Switch(("--preprocess", "qnn")),
+    "--qnn_extra_options": Refused("options of QNN have flags of their own", "see `quantcli algorithms static`"),
+    "--inputs_to_make_channel_last": Words("--inputs-to-make-channel-last"),
+    "--outputs_to_make_channel_last": Words("--outputs-to-make-channel-last"),
 }
 
 ALIASES: dict[str, dict[str, Alias]] = {

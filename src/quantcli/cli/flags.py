@@ -109,7 +109,7 @@ def flags_of(command: Command) -> list[Flag]:
     panels = {name: title for title, names in command.panels.items() for name in names}
     flags = list(_flags_of_type(command.options, command.styles, panels))
     for name, (key, word) in command.settings.items():
-        style = FlagStyle() if word else FlagStyle(metavar="VALUE")
+        style = command.styles.get(name, FlagStyle() if word else FlagStyle(metavar="VALUE"))
         annotation: Any = bool if word else str | None
         default = False if word else None
         text = f"Short for --set {key}={word or 'VALUE'}."

@@ -138,6 +138,9 @@ COMMAND = Command(
         "user_script": FlagStyle(metavar="FILE"),
         "data_function": FlagStyle(metavar="NAME"),
         "calibration_cache": FlagStyle(metavar="FILE"),
+        "preprocess": FlagStyle(choices=("none", "qnn"), metavar="none|qnn"),
+        "inputs_to_make_channel_last": FlagStyle(metavar="NAME,..."),
+        "outputs_to_make_channel_last": FlagStyle(metavar="NAME,..."),
         **SIMULATION_STYLES,
     },
     settings={
@@ -150,6 +153,10 @@ COMMAND = Command(
         "reduce_range": ("reduce_range", "true"),
         "equalize": ("equalize", "true"),
         "bias_correction": ("bias_correction", "true"),
+        "preprocess": ("preprocess", None),
+        "fuse_layernorm": ("fuse_layernorm", "true"),
+        "inputs_to_make_channel_last": ("inputs_to_make_channel_last", None),
+        "outputs_to_make_channel_last": ("outputs_to_make_channel_last", None),
     },
     panels={
         "Calibration": ("calibration", "correct_earlier"),
@@ -163,6 +170,10 @@ COMMAND = Command(
             "reduce_range",
             "equalize",
             "bias_correction",
+            "preprocess",
+            "fuse_layernorm",
+            "inputs_to_make_channel_last",
+            "outputs_to_make_channel_last",
         ),
         "Run": ("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
     },
@@ -173,5 +184,6 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
         "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
+        "quantcli quantize -m cnn.onnx -o Q -a static --preprocess qnn --calibration-inputs samples.npz",
     ),
 )

@@ -19,7 +19,7 @@ from onnx_ir.passes import common as passes
 from quantcli.errors import InputError
 from quantcli.graphs.files import open_graph, save_graph
 
-__all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "prepare"]
+__all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
 
 LOWEST_OPSET = 13
 """DequantizeLinear has one scale per channel from here on."""
@@ -73,11 +73,11 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
         if before < opset:
             model = _lift_opset(model, Path(folder) / "older.onnx", opset)
         folded, left = fold_batch_norms(model)
-        _name_nodes(model)
+        name_nodes(model)
         passes.RemoveUnusedNodesPass()(model)
         model.metadata_props[_MARK[0]] = _MARK[1]
         save_graph(model, target)
-    untyped = _infer_types(target)
+    untyped = infer_types(target)
     return Prepared((before, model.opset_imports[""]), lifted, folded, tuple(left), tuple(untyped))
 
 
@@ -99,7 +99,7 @@ def _lift_opset(model: ir.Model, path: Path, opset: int) -> ir.Model:
     return found
 
 
-def _infer_types(path: Path) -> list[str]:
+def infer_types(path: Path) -> list[str]:
     """Writes types and shapes of all values into a graph file whose weights stand beside it; the names left without."""
     proto = onnx.load(str(path), load_external_data=False)
     try:
@@ -116,7 +116,7 @@ def _infer_types(path: Path) -> list[str]:
     return [v.name or "" for n in model.graph for v in n.outputs if v.name and v.dtype is None]
 
 
-def _name_nodes(model: ir.Model) -> None:
+def name_nodes(model: ir.Model) -> None:
     """Gives every node a name of its own: quantizers choose nodes by name."""
     taken = Counter(n.name for n in model.graph if n.name)
     for index, node in enumerate(model.graph):

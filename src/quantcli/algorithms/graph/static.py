@@ -1,12 +1,15 @@
 """Static quantization of ONNX graphs: integer weights and activations, whose ranges are measured on samples before.
 
-onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). Left out: the Distribution calibrator,
+onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). With preprocess=qnn, graph and types are
+made for Qualcomm's provider (`graphs.qnn`); the result runs on the CPU too. Left out: the Distribution calibrator,
 whose ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative
 error 0.03 where int16 has 0.0007, onnxruntime 1.31).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +18,8 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from quantcli.graphs.inputs import CalibrationReader
     from quantcli.graphs.integers import IntegerGraph
 
@@ -55,6 +60,22 @@ class StaticOptions:
     """Share out the ranges of channels between neighbouring layers beforehand, so that one scale fits them all."""
     bias_correction: bool = False
     """Take the mean error of each layer off its bias; the samples are read once more."""
+    preprocess: Literal["none", "qnn"] = "none"
+    """qnn: for Qualcomm's provider. Gelu, LpNormalization and SpaceToDepth are made of their parts, every operator gets
+    integers, with the types and grids that QNN wants."""
+    fuse_layernorm: bool = False
+    """Of qnn: make LayerNormalization of its parts too."""
+    inputs_to_make_channel_last: tuple[str, ...] = ()
+    """Of qnn: names of inputs [N, C, ...] that become [N, ..., C]. Samples are given as before, and turned."""
+    outputs_to_make_channel_last: tuple[str, ...] = ()
+    """Of qnn: names of outputs that become [N, ..., C]."""
+    fixed_dims: tuple[str, ...] = ()
+    """Of qnn, which takes fixed sizes alone: those of axes of inputs that may have any, as batch=1,x.2=224: the name of
+    an axis, or that of an input and the axis' number."""
+    nodes_16bit: tuple[str, ...] = ()
+    """Of qnn: names or regular expressions of nodes that work in 16 bits where activations have 8."""
+    keep_removable_activations: bool = False
+    """Of qnn: Relu and Clip stay nodes where the grid behind them cuts as they do."""
 
     def __post_init__(self) -> None:
         if self.calibrate_method == "distribution":
@@ -77,11 +98,47 @@ class StaticOptions:
             raise UsageError(f"reduce_range is for weights of 8 bits, it has no effect on {self.weight_type}")
         if self.calibrate_method == "entropy" and not self.activation_type.endswith("int8"):
             raise UsageError(f"entropy is a search for 8 bits, not {self.activation_type}", hint="use percentile")
+        self._check_qnn()
+
+    def _check_qnn(self) -> None:
+        if self.preprocess == "none":
+            given = [name for name in _OF_QNN if getattr(self, name)]
+            if given:
+                raise UsageError(f"{given[0]} is a step of preprocess=qnn", hint="add --preprocess qnn")
+            return
+        if self.encoding != "qdq":
+            raise UsageError("QNN reads graphs with QDQ nodes, not operators on integers", hint="use encoding=qdq")
+        for text in self.fixed_dims:
+            if not re.fullmatch(r"[^=]+=[1-9]\d*", text):
+                raise UsageError(f"fixed_dims {text!r} is no size of an axis", hint="write fixed_dims=batch=1,x.2=224")
+        if self.nodes_16bit and not self.activation_type.endswith("int8"):
+            raise UsageError(f"nodes_16bit has no effect, all activations are {self.activation_type}")
+        if self.keep_removable_activations and self.activation_symmetric:
+            raise UsageError(
+                "keep_removable_activations has no effect: symmetric activations keep Relu and Clip anyway"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What fixed_dims says."""
+        return {name: int(size) for name, _, size in (text.partition("=") for text in self.fixed_dims)}
 
     @property
     def opset(self) -> int:
-        """The lowest opset that has these types."""
-        return 13 if self.activation_type.endswith("int8") and self.weight_type.endswith("int8") else 21
+        """The lowest opset that has these types and operators."""
+        if not (self.activation_type.endswith("int8") and self.weight_type.endswith("int8")) or self.nodes_16bit:
+            return 21
+        return 17 if self.fuse_layernorm else 13
+
+
+_OF_QNN = (
+    "fuse_layernorm",
+    "inputs_to_make_channel_last",
+    "outputs_to_make_channel_last",
+    "fixed_dims",
+    "nodes_16bit",
+    "keep_removable_activations",
+)
 
 
 _ORT_TYPES = {
@@ -122,7 +179,7 @@ def quantize(
 
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    from quantcli.graphs import compare, integers, ranges, twins
+    from quantcli.graphs import compare, integers, qnn, ranges, twins
     from quantcli.graphs.equalize import equalize
     from quantcli.graphs.files import open_graph, save_graph
     from quantcli.graphs.inputs import rewound
@@ -137,7 +194,15 @@ def quantize(
         folder = Path(name)
         ready, made, file = folder / "ready.onnx", folder / "made.onnx", folder / "ranges.json"
         prepared = prepare(source, ready, opset=options.opset)
+        said: tuple[str, ...] = ()
+        if options.preprocess == "qnn":
+            before, ready = ready, folder / "qnn.onnx"
+            turned = options.inputs_to_make_channel_last, options.outputs_to_make_channel_last
+            said = qnn.prepare_qnn(before, ready, *turned, options.sizes, fuse_layernorm=options.fuse_layernorm).notes
+            reader = qnn.QnnReader(reader, before, ready, *turned) if reader is not None else None
         model = open_graph(ready)
+        if options.preprocess == "qnn":
+            able = qnn.qnn_operators(model)
         pairs: list[tuple[str, str]] = []
         if options.equalize:
             pairs = equalize(model)
@@ -145,8 +210,14 @@ def quantize(
                 raise UsageError("the graph has no neighbouring layers to equalize", hint="leave equalize out")
             ready = folder / "equal.onnx"
             save_graph(model, ready)
-        wanted = options.op_types or integers.default_types(model, able)
+        whole = options.preprocess == "qnn"  # floats inside the graph are what such processors lack
+        wanted = options.op_types or (() if whole else integers.default_types(model, able))
         chosen = integers.select_nodes(model, able, wanted, options.nodes_include, options.nodes_exclude)
+        wide: set[str] = set()
+        if options.nodes_16bit:
+            wide = {str(n.name) for n in integers.select_nodes(model, able, include=options.nodes_16bit)}
+            if left := sorted(wide - {str(n.name) for n in chosen}):
+                raise UsageError(f"{left[0]} stays float, it has no 16 bits", hint="leave it out of nodes_16bit")
         weighted = [str(n.name) for n in model.graph if has_weight(n)]
         asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
         # every tensor that a chosen node touches, and no other
@@ -160,11 +231,9 @@ def quantize(
         ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
-        masked, notes = ranges.masked_nodes(model, chosen, found)
+        masked, said_of_masks = (set(), []) if whole else ranges.masked_nodes(model, chosen, found)
         chosen = [n for n in chosen if n.name not in masked]
-        names = [str(n.name) for n in chosen]
-        types = sorted({n.op_type for n in chosen})
-        notes += _write(ready, made, options, names, types, file)
+        notes = [*said, *said_of_masks, *_write(ready, made, options, chosen, wide, file)]
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -177,11 +246,12 @@ def quantize(
                 notes.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
             save_graph(model, folder / "corrected.onnx")
             # the ranges are still right: corrected layers give what float layers gave
-            notes += [n for n in _write(folder / "corrected.onnx", made, options, names, types, file) if n not in notes]
+            notes += [n for n in _write(folder / "corrected.onnx", made, options, chosen, wide, file) if n not in notes]
         left = integers.float_nodes(made, asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
         integers.finish(made, target)
+        names = {str(n.name) for n in chosen}
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
@@ -199,31 +269,46 @@ def quantize(
 
 
 def _write(
-    ready: Path, made: Path, options: StaticOptions, names: list[str], op_types: list[str], ranges: Path
+    ready: Path, made: Path, options: StaticOptions, chosen: Sequence[ir.Node], wide: Collection[str], ranges: Path
 ) -> list[str]:
     """Lets onnxruntime place the integer nodes; what it had to say."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    from quantcli.graphs import integers
+    from quantcli.graphs import integers, qnn
 
+    names = [str(n.name) for n in chosen]
+    method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
+    activations, weights = (
+        QuantType.from_string(_ORT_TYPES[name]) for name in (options.activation_type, options.weight_type)
+    )
     extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
     if options.encoding == "qdq":
         # products on integers can give floats: rounded are those that the next node takes as integers, and no other
         extra["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
-    method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]
     with integers.captured_warnings() as notes:
+        if options.preprocess == "qnn":
+            arguments = {
+                "activation_type": activations,
+                "weight_type": weights,
+                "activation_symmetric": options.activation_symmetric,
+                # left to itself, it takes int4 for asymmetric
+                "weight_symmetric": extra.get("WeightSymmetric", options.weight_type.startswith("int")),
+                "per_channel": options.per_channel,
+                "keep_removable_activations": options.keep_removable_activations,
+            }
+            extra = qnn.qnn_extra_options(ready, names, wide, arguments)
         quantize_static(
             ready,
             made,
             None,
             quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
-            op_types_to_quantize=op_types,
+            op_types_to_quantize=sorted({n.op_type for n in chosen}),
             per_channel=options.per_channel,
             reduce_range=options.reduce_range,
-            activation_type=QuantType.from_string(_ORT_TYPES[options.activation_type]),
-            weight_type=QuantType.from_string(_ORT_TYPES[options.weight_type]),
+            activation_type=activations,
+            weight_type=weights,
             nodes_to_quantize=names,
             use_external_data_format=True,
             calibrate_method=CalibrationMethod[method],
@@ -236,7 +321,7 @@ def _write(
 ALGORITHM = Algorithm(
     name="static",
     kind="graph",
-    summary="integer weights and activations with measured ranges, for ONNX graphs",
+    summary="integer weights and activations with measured ranges, for ONNX graphs; for QNN with --preprocess qnn",
     bits=(4, 8, 16),
     calibration="required",
     options=StaticOptions,

@@ -32,6 +32,7 @@ _IDLE = {
     "quantize_lm_head": "leave it out",
     "max_memory": "leave it out",
 }
+_TURNED = ("inputs_to_make_channel_last", "outputs_to_make_channel_last")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ def plan_whole(plan: GraphPlan) -> GraphPlan:
     elif not plan.calibrates and (graph.calibration_inputs is not None or graph.user_script is not None):
         raise UsageError(f"{algorithm.name} uses no calibration inputs", hint="leave them out, or use -a static")
     settings = _with_flags(plan)
+    turned = [n for n in _TURNED if getattr(settings, n, ())]
+    if turned and plan.source.genai_config is not None:
+        flag = "--" + turned[0].replace("_", "-")
+        raise UsageError(f"{flag} is not for folders with genai_config.json: GenAI feeds inputs as they are")
     resolved = replace(options, graph=replace(graph, encoding=getattr(settings, "encoding", None)))
     return replace(plan, step=replace(plan.step, settings=settings), options=resolved)
 
