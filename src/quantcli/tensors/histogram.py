@@ -115,7 +115,7 @@ def entropy_range(histogram: StreamedHistogram, bits: int = 8) -> tuple[float, f
 
 
 def _absolute_errors(counts: np.ndarray, edges: np.ndarray, levels: int) -> np.ndarray:
-    """Sums of |x - x'| where codes end at each edge [bins + 1]: what is cut off, and a quarter of a step of the rest."""
+    """Sums of |x - x'| where codes end at each edge [bins + 1]: what is cut off, a quarter of a step of the rest."""
     middles = (edges[:-1] + edges[1:]) / 2
     below = np.concatenate([[0.0], np.cumsum(counts)])
     mass = np.concatenate([[0.0], np.cumsum(counts * middles)])
