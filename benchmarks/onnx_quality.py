@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import FIGURES, Bench, environment, file_digest
+from kept import file_digest
+from quality import FIGURES, Bench, environment
 from quality_page import write_page
 from running import ROOT, evaluate, quantcli, quantize_command, run_measured, take_demo, write_tiny_model
 

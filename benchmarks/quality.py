@@ -17,7 +17,6 @@ machine, are what speed.py measures.
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -26,17 +25,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kept import Kept, file_digest
 from quality_page import write_page
 from running import (
     ROOT,
-    describe_machine,
     evaluate,
     quantcli,
     quantize_command,
@@ -114,7 +112,7 @@ class Cell:
 
 
 @dataclass
-class Bench:
+class Bench(Kept):
     """One run, and where it keeps what it finds."""
 
     models: dict[str, Path]
@@ -125,59 +123,6 @@ class Bench:
     settings: dict[str, Any]
     found: dict[str, Any] = field(default_factory=dict)
     warm: set[tuple[str, ...]] = field(default_factory=set)
-
-    def open(self) -> None:
-        """Takes up what earlier runs found, if they measured the same way."""
-        if self.results.is_file():
-            self.found = json.loads(self.results.read_text())
-            if self.found["settings"] != self.settings:
-                raise SystemExit(
-                    f"{self.results} was measured with {self.found['settings']}, not {self.settings}: name another file"
-                )
-        else:
-            self.found = {"settings": self.settings, "machine": describe_machine(), "cells": {}}
-
-    def keep(self) -> None:
-        """Writes all results; a kill at any instant leaves the old file or the new one."""
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.results.with_suffix(".tmp")
-        aside.write_text(json.dumps(self.found, indent=1) + "\n")
-        aside.replace(self.results)
-
-    def run(
-        self,
-        cells: Sequence[Any],
-        again: bool,
-        version: str,
-        write: Callable[[], None],
-        skip: Callable[[Any], str | None],
-    ) -> None:
-        """Measures cells that were not yet, or `again`, and writes the page after each.
-
-        Raises:
-            SystemExit: some failed.
-        """
-        code, failed = code_digest(), False
-        for cell in cells:
-            kept = self.found["cells"].get(cell.name, {"failed": "not measured"})
-            if "failed" not in kept and not again:
-                continue
-            why = skip(cell)
-            if why is not None:
-                print(f"{cell.name}: skipped, {why}", flush=True)
-                continue
-            print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
-            values = self.measure(cell)
-            failed = failed or "failed" in values
-            said = values.get("failed") or "KL {kl_mean:.4f}, {cpu_seconds:.0f} s".format(**values)
-            print(f"         {said}", flush=True)
-            stamp = {"date": time.strftime("%Y-%m-%d"), "version": version, "code": code, "load": os.getloadavg()[0]}
-            self.found["cells"][cell.name] = values | stamp
-            self.keep()
-            write()
-        write()
-        if failed:
-            raise SystemExit("some cells failed; the next run tries them again")
 
     def measure(self, cell: Any) -> dict[str, Any]:
         """Quantizes and evaluates; what failed says so in its own words."""
@@ -216,6 +161,10 @@ class Bench:
             "peak_bytes": report["peak_bytes"],
             "wall_seconds": cost.wall_seconds,
         }
+
+    def said(self, values: Mapping[str, Any]) -> str:
+        """Of a cell, for the log."""
+        return "KL {kl_mean:.4f}, {cpu_seconds:.0f} s".format(**values)
 
     def _compile(self, cell: Cell) -> None:
         """Runs the method on a tiny model first: kernels are compiled once per machine, not within a cell."""
@@ -316,20 +265,9 @@ def folded(model: Path) -> Path:
     return folder
 
 
-def code_digest() -> str:
-    """Of the package: cells that other code made are told apart."""
-    paths = sorted((ROOT / "src").rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
-
-
 def versions() -> str:
     """Of quantcli and of what computes."""
     return ", ".join(f"{name} {version(name)}" for name in ("quantcli", "torch", "transformers", "numba"))
-
-
-def file_digest(path: Path) -> str:
-    """Tells one text from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

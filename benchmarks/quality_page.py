@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-__all__ = ["write_page"]
+__all__ = ["BEGIN", "END", "circumstances", "write_between", "write_page"]
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 _TITLES = {
@@ -41,13 +41,23 @@ def write_page(
         writer: What a new page says about where it comes from.
         legend: What the figures are.
     """
-    text = path.read_text() if path.is_file() else f"# Quality\n\n{writer}\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{path} has no lines {BEGIN} and {END} to write between")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    blank = f"# Quality\n\n{writer}\n\n{BEGIN}\n{END}\n"
+    write_between(path, BEGIN, END, _measured(found, methods, schemes, legend), blank)
+
+
+def write_between(path: Path, begin: str, end: str, measured: str, blank: str) -> None:
+    """Writes what was measured between two marks of a page; a page that is not there is `blank` before.
+
+    Raises:
+        SystemExit: the page has no such marks.
+    """
+    text = path.read_text() if path.is_file() else blank
+    if begin not in text or end not in text:
+        raise SystemExit(f"{path} has no lines {begin} and {end} to write between")
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{BEGIN}\n{_measured(found, methods, schemes, legend)}\n{END}{after}")
+    path.write_text(f"{before}{begin}\n{measured}\n{end}{after}")
 
 
 def _measured(found: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str], legend: str) -> str:
@@ -72,7 +82,23 @@ def _measured(found: Mapping[str, Any], methods: Sequence[str], schemes: Sequenc
 
 
 def _circumstances(found: Mapping[str, Any]) -> str:
-    machine, settings = found["machine"], found["settings"]
+    settings = found["settings"]
+    return circumstances(
+        found,
+        f" Model {settings['model']}, {settings['rows']} x {settings['seq_len']} tokens to calibrate, "
+        f"{settings['samples']} x {settings['seq_len']} tokens of other articles to judge. Processor seconds are those "
+        f"of {settings['threads']} thread{'s' if settings['threads'] > 1 else ''}.",
+    )
+
+
+def circumstances(found: Mapping[str, Any], settings: str = "") -> str:
+    """When, with what and on which machine results were measured.
+
+    Args:
+        found: Results.
+        settings: Sentences about how.
+    """
+    machine = found["machine"]
     dates = sorted({cell["date"] for cell in found["cells"].values()}) or ["no date yet"]
     versions = sorted({cell["version"] for cell in found["cells"].values()})
     loads = [cell["load"] for cell in found["cells"].values()] or [0.0]
@@ -80,11 +106,8 @@ def _circumstances(found: Mapping[str, Any]) -> str:
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     words = (
         f"{when}, {'; '.join(versions)}; {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, Python {machine['python']}. Model {settings['model']}, "
-        f"{settings['rows']} x {settings['seq_len']} tokens to calibrate, {settings['samples']} x "
-        f"{settings['seq_len']} tokens of other articles to judge. Processor seconds are those of "
-        f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}, on a machine that also did other work "
-        f"(load {min(loads):.1f} to {max(loads):.1f})."
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, Python {machine['python']}.{settings} The machine also did other "
+        f"work (load {min(loads):.1f} to {max(loads):.1f})."
     )
     if len(codes) > 1:
         words += f" The code changed between cells ({len(codes)} versions)."

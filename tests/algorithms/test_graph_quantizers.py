@@ -7,8 +7,9 @@ import pytest
 import small_graphs
 from quantcli.algorithms import ALGORITHMS, KEEP_FLOAT, find_chain, make_options
 from quantcli.errors import InputError, UsageError
+from quantcli.graphs.ranges import Ranges, masked_nodes
 
-SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32), "separable": (4, 3, 8, 8)}
+SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32), "separable": (4, 3, 8, 8), "attention": (4, 6, 16)}
 
 
 class Reader:
@@ -94,6 +95,45 @@ def test_scales_per_channel_help_uneven_channels(kind, name, tmp_path):
     one, *_ = quantize(tmp_path, kind, name, build={"uneven": True}, **types)
     each, *_ = quantize(tmp_path, kind, name, build={"uneven": True}, per_channel=True, **types)
     assert each < 0.7 * one
+
+
+def rounded_outputs(target):
+    """Names of the nodes whose output is made an integer."""
+    return {n.inputs[0].producer().name for n in ir.load(target).graph if n.op_type == "QuantizeLinear"
+            and n.inputs[0].producer() is not None}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [-1e4, float(np.finfo(np.float32).min)])
+def test_nodes_that_a_mask_goes_through_stay_float(mask, tmp_path):
+    error, result, target = quantize(tmp_path, "attention", "static", build={"mask": mask})
+    assert error < 0.05
+    assert "a mask goes through 1 Add, 1 Softmax, 1 Where: these nodes stay float" in result.notes
+    assert set(result.quantized) == {"q", "k", "v", "out"}
+    # what is rounded behind the softmax is between 0 and 1
+    assert not rounded_outputs(target) & {"choose", "add"}
+
+
+def test_a_large_range_is_no_mask_where_it_goes_both_ways_or_no_softmax_reads_it(tmp_path):
+    model = ir.load(small_graphs.attention(tmp_path / "m.onnx"))
+    for values in ({"sm": (-5000.0, 900.0)}, {"s": (-5000.0, 1.0)}, {"sm": (-900.0, 0.0)}):
+        assert masked_nodes(model, list(model.graph), Ranges(values, 1)) == (set(), [])
+    found, notes = masked_nodes(model, list(model.graph), Ranges({"sm": (-5000.0, 9.0), "s": (-9.0, 9.0)}, 1))
+    assert found == {"add", "softmax"} and len(notes) == 1
+
+
+def test_products_in_front_of_floats_are_not_rounded(tmp_path):
+    _, _, target = quantize(tmp_path, "mlp", "static", op_types="MatMul")
+    assert rounded_outputs(target) == {"relu"}
+    _, _, target = quantize(tmp_path, "mlp", "static")
+    assert "up" in rounded_outputs(target)
+
+
+def test_sums_and_norms_of_a_transformer_stay_float_unless_asked_for(tmp_path):
+    error, _, target = quantize(tmp_path, "attention", "static", build={"norm": True})
+    assert error < 0.05
+    assert "residual" not in rounded_outputs(target)
+    _, _, target = quantize(tmp_path, "attention", "static", build={"norm": True}, op_types="MatMul,Add")
+    assert "residual" in rounded_outputs(target)
 
 
 def test_equalized_layers_need_one_scale_only(tmp_path):

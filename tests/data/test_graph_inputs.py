@@ -5,7 +5,7 @@ from quantcli.data.graph_inputs import npz_samples, script_samples
 from quantcli.data.images import ImageSpec, image_samples, parse_image_spec
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.inputs import InputSpec, input_specs
-from small_graphs import cnn
+from small_graphs import Builder, cnn
 
 F, I = np.dtype(np.float32), np.dtype(np.int64)  # noqa: E741
 PAIR = (InputSpec("a", ("n", 3), F), InputSpec("b", ("n", "t"), I))
@@ -17,6 +17,15 @@ def arrays(rows):
 
 def test_specs_say_what_the_graph_takes(tmp_path):
     assert input_specs(cnn(tmp_path / "m.onnx")) == (InputSpec("x", ("n", 3, 12, 12), F),)
+
+
+def test_axes_of_any_length_in_the_words_of_older_exporters(tmp_path):
+    b = Builder(-1, 3, "?", "?")
+    path = b.save(tmp_path / "m.onnx", b.node("Relu", [b.x], "y"))
+    specs = input_specs(path)
+    assert specs == (InputSpec("x", ("x.0", 3, "x.2", "x.3"), F),)
+    np.savez(tmp_path / "1.npz", x=np.zeros((4, 3, 5, 7), np.float32))
+    assert [s["x"].shape for s in npz_samples(tmp_path / "1.npz", specs, batch_size=2)] == [(2, 3, 5, 7)] * 2
 
 
 def test_rows_of_npz_files_come_in_batches_and_again(tmp_path):

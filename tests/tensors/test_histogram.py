@@ -75,6 +75,14 @@ def test_entropy_equals_the_literal_search(one_sided):
     assert high == min(edges[stop], values.max())
 
 
+def test_entropy_keeps_what_a_few_frequent_values_hide():
+    # a blank background behind a convolution: the same small value most of the time, and strokes ten times as large
+    random = np.random.default_rng(4)
+    values = np.concatenate([np.full(90_000, 0.137), np.full(60_000, 0.211), random.uniform(0, 2, 15_000)])
+    _, high = entropy_range(streamed(values, 5))
+    assert high > 1.8
+
+
 def test_entropy_cuts_lonely_outliers():
     values = np.append(np.random.default_rng(3).normal(size=100_000), [40.0, -35.0])
     low, high = entropy_range(streamed(values, 5))

@@ -58,9 +58,18 @@ def open_graph(path: Path) -> ir.Model:
         with warnings.catch_warnings():
             # runtimes leave notes of their own with a tensor's place, which are no concern of ours
             warnings.filterwarnings("ignore", "Ignoring unknown external data key")
-            return ir.load(path)
+            model = ir.load(path)
     except Exception as error:  # onnx_ir raises types of its own for what a graph cannot be
         raise InputError(f"{path} is not an ONNX graph: {_line(error)}") from error
+    for value in (*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph for v in n.outputs)):
+        if value.shape is not None and any(_any_length(axis) for axis in value.shape):
+            value.shape = ir.Shape([None if _any_length(axis) else axis for axis in value.shape])
+    return model
+
+
+def _any_length(axis: int | ir.SymbolicDim) -> bool:
+    """Whether an axis may have any length in the words of older exporters: -1, or "?", which names no length."""
+    return axis < 0 if isinstance(axis, int) else axis.value == "?"
 
 
 def check_external_data(path: Path) -> None:

@@ -81,7 +81,8 @@ def specs_of(graph: ir.Graph) -> tuple[InputSpec, ...]:
             )
         if value.dtype is ir.DataType.STRING:
             raise InputError(f"the graph's input {value.name!r} takes text, only numbers can be fed")
-        shape = tuple(_length(d, f"axis{i}") for i, d in enumerate(value.shape))
+        # axes without a name may differ from one another
+        shape = tuple(_length(d, f"{value.name}.{i}") for i, d in enumerate(value.shape))
         found.append(InputSpec(str(value.name), shape, value.dtype.numpy()))
     return tuple(found)
 

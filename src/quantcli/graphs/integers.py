@@ -18,7 +18,16 @@ from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.prepare import Prepared
 from quantcli.graphs.scales import has_weight
 
-__all__ = ["IntegerGraph", "captured_warnings", "finish", "float_nodes", "full_int8", "select_nodes", "split_gemms"]
+__all__ = [
+    "IntegerGraph",
+    "captured_warnings",
+    "default_types",
+    "finish",
+    "float_nodes",
+    "full_int8",
+    "select_nodes",
+    "split_gemms",
+]
 
 _FULL_INT8 = (
     "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
@@ -45,6 +54,26 @@ class IntegerGraph:
     """Nodes whose bias was corrected."""
     comparison: Comparison | None = None
     """Errors by node, where they were asked for."""
+
+
+_PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
+_NORMS = (
+    "LayerNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "RMSNormalization",
+)
+
+
+def default_types(model: ir.Model, able: Collection[str]) -> tuple[str, ...]:
+    """What is quantized where nobody says it: all operators that can be, in a transformer those with weights.
+
+    A few channels of the sums between a transformer's layers are a hundred times as large as the others; one scale for
+    all of them leaves nothing of those (https://arxiv.org/abs/2109.12948).
+    """
+    transformer = any(n.op_type in _NORMS for n in model.graph)
+    return tuple(t for t in able if t in _PRODUCTS or not transformer)
 
 
 def select_nodes(

@@ -22,11 +22,14 @@ from quantcli.errors import InputError, UsageError
 from quantcli.folder import fingerprint
 from quantcli.graphs.files import DATA_SUFFIX
 from quantcli.graphs.inputs import CalibrationReader
+from quantcli.graphs.scales import has_weight
 from quantcli.tensors.histogram import StreamedHistogram, entropy_range, percentile_range
 
-__all__ = ["RangeOptions", "Ranges", "measure_ranges", "read_ranges", "tensors_of", "write_ranges"]
+__all__ = ["RangeOptions", "Ranges", "masked_nodes", "measure_ranges", "read_ranges", "tensors_of", "write_ranges"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_MASK, _ONE_SIDED = -1000.0, 32.0
+"""A range that reaches below the one, and so many times as far as above 0, holds a mask in front of a Softmax."""
 _ORT_NAMES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 
 
@@ -162,6 +165,34 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
         except Exception as error:  # onnxruntime raises its own types
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"onnxruntime cannot run the graph: {reason}") from error
+
+
+def masked_nodes(model: ir.Model, nodes: Sequence[ir.Node], ranges: Ranges) -> tuple[set[str], list[str]]:
+    """Nodes that cannot be integers because a mask goes through them: one scale for -3e38 and 5 rounds 5 to 0.
+
+    Masks are added to, or chosen into, the input of a Softmax; they are all but minus infinity, which says that a range
+    reaches far below 0 and not far above.
+
+    Returns:
+        Names of such nodes, none of them with a weight; and what there is to say of them.
+    """
+    masks: set[str] = set()
+    waiting = [n.inputs[0] for n in model.graph if n.op_type == "Softmax"]
+    while waiting:
+        value = waiting.pop()
+        low, high = ranges.values.get(str(value.name), (0.0, 0.0)) if value is not None else (0.0, 0.0)
+        if value is None or value.name in masks or low > _MASK or -low < _ONE_SIDED * high:
+            continue
+        masks.add(str(value.name))
+        producer = value.producer()
+        waiting += producer.inputs if producer is not None else ()
+    found = {
+        str(n.name): n.op_type
+        for n in nodes
+        if not has_weight(n) and any(v is not None and v.name in masks for v in (*n.inputs, *n.outputs))
+    }
+    kinds = ", ".join(f"{list(found.values()).count(t)} {t}" for t in sorted(set(found.values())))
+    return set(found), [f"a mask goes through {kinds}: these nodes stay float"] if found else []
 
 
 def _origin(path: Path, options: RangeOptions) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class StaticOptions:
     weight_grid: Literal["auto", "sym", "asym"] = "auto"
     """sym: zero in the middle; asym: a zero point of their own; auto: sym for int types, asym for uint."""
     op_types: tuple[str, ...] = ()
-    """Operators to quantize, with commas; empty: all that onnxruntime can."""
+    """Operators to quantize, with commas; empty: all that onnxruntime can, and MatMul,Gemm,Gather,Conv in transformers
+    (graphs with LayerNormalization or the like), whose sums have outliers that 8 bits cannot hold."""
     nodes_include: tuple[str, ...] = ()
     """Names or regular expressions, with commas; empty: all nodes."""
     nodes_exclude: tuple[str, ...] = ()
@@ -209,7 +210,9 @@ def quantize(
                 raise UsageError("the graph has no neighbouring layers to equalize", hint="leave equalize out")
             ready = folder / "equal.onnx"
             save_graph(model, ready)
-        chosen = integers.select_nodes(model, able, options.op_types, options.nodes_include, options.nodes_exclude)
+        whole = options.preprocess == "qnn"  # floats inside the graph are what such processors lack
+        wanted = options.op_types or (() if whole else integers.default_types(model, able))
+        chosen = integers.select_nodes(model, able, wanted, options.nodes_include, options.nodes_exclude)
         wide: set[str] = set()
         if options.nodes_16bit:
             wide = {str(n.name) for n in integers.select_nodes(model, able, include=options.nodes_16bit)}
@@ -228,8 +231,9 @@ def quantize(
         ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
-        names = [str(n.name) for n in chosen]
-        notes = [*said, *_write(ready, made, options, chosen, wide, file)]
+        masked, said_of_masks = (set(), []) if whole else ranges.masked_nodes(model, chosen, found)
+        chosen = [n for n in chosen if n.name not in masked]
+        notes = [*said, *said_of_masks, *_write(ready, made, options, chosen, wide, file)]
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -247,6 +251,7 @@ def quantize(
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
         integers.finish(made, target)
+        names = {str(n.name) for n in chosen}
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
@@ -278,6 +283,9 @@ def _write(
         QuantType.from_string(_ORT_TYPES[name]) for name in (options.activation_type, options.weight_type)
     )
     extra: dict[str, object] = {"ActivationSymmetric": options.activation_symmetric}
+    if options.encoding == "qdq":
+        # products on integers can give floats: rounded are those that the next node takes as integers, and no other
+        extra["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
 
