@@ -157,7 +157,7 @@ class _Solver:
             progress.note(f"{work.scaling.algorithm.name} can scale {len(folds)} of {len(inputs)} tensors")
 
     def solve(self, members: Sequence[GraphTarget], seen: Sequence[InputMoments], spent: bool = False) -> None:
-        """Quantizes matrices that read the same tensors, of which moments were seen; `spent`: nobody else asks for them."""
+        """Quantizes matrices that read the same tensors; `spent`: nobody else asks for their moments."""
         work, statistics = self._work, combine(seen, spent=spent)
         algorithm, settings = work.step.algorithm, work.step.settings
         if statistics is None and algorithm.calibration == "required":

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantcli.graphs.collect import hessian_bytes, levels_of, stages_of
 from quantcli.graphs.files import Graph
@@ -11,7 +12,7 @@ from quantcli.options import QuantizeOptions
 
 __all__ = ["Room", "Stages", "plan_stages"]
 
-_HESSIANS, _KEPT = 512 << 20, 2 << 30
+_HESSIANS, _KEPT = 128 << 20, 2 << 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Stages:
     def peak_bytes(self) -> int:
         """Of those of the largest step."""
         return max((hessian_bytes([self.widths[n] for n in stage], self.copies) for stage in self.names), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "hessians": len(self.widths),
+            "hessian_bytes": self.total_bytes,
+            "steps": len(self.names),
+            "step_hessian_bytes": self.peak_bytes,
+            "kept_bytes": self.kept_bytes,
+        }
 
     def describe(self, room: Room) -> str:
         """For people."""
