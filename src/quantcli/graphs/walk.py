@@ -195,6 +195,8 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
         values = torch.from_numpy(np.array(stored.numpy(), np.float32))
     except (OSError, ValueError) as error:
         raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()  # its mapped pages count as memory of the process
     if not all_finite(values):
         raise InputError(f"weight {target.name!r} holds NaN or infinite values")
     return values.T.contiguous() if target.transposed else values.reshape(target.rows, target.columns)

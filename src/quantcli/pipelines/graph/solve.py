@@ -15,6 +15,7 @@ from quantcli.graphs.files import LazyTensor, Model
 from quantcli.graphs.folds import find_graph_folds
 from quantcli.graphs.streams import Stream
 from quantcli.graphs.walk import GraphTarget, other_matrix, read_matrix
+from quantcli.models.machine import Heap
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
 from quantcli.pipelines.graph.feeds import Feeds
 from quantcli.pipelines.graph.scaling import GraphScaling
@@ -118,20 +119,22 @@ def _calibrate(
     if work.layer_wise and solver.results:
         reference = stream.fork(spills[1])
         change(t for t in work.found if t.name in solver.results)
+    heap = Heap()
     seen: dict[str, InputMoments] = {}
     for number, stage in enumerate(planned.names):
         widths = {name: planned.widths[name] for name in stage}
         seen |= collect_moments(stream, number, widths, held_out_step, reference)
+        heap.watch()  # what the session has left
         last = number == len(planned.names) - 1
-        if work.layer_wise and reference is None and not last:
-            reference = stream.fork(spills[1])
         for inputs in [key for key in by_inputs if set(key) <= set(seen)]:
             members = by_inputs.pop(inputs)
             waiting = {name for key in by_inputs for name in key}
             solve(members, [seen[name] for name in inputs], waiting.isdisjoint(inputs))
             for name in set(inputs) - waiting:
                 del seen[name]
+            heap.watch()
             if work.layer_wise and not last:
+                reference = reference or stream.fork(spills[1])  # the float graph, before the first change
                 change(members)
 
 

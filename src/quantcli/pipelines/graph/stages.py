@@ -12,7 +12,7 @@ from quantcli.options import QuantizeOptions
 
 __all__ = ["Room", "Stages", "plan_stages"]
 
-_HESSIANS, _KEPT = 128 << 20, 2 << 30
+_HESSIANS, _KEPT = 64 << 20, 2 << 30  # more Hessians at a time save nothing: a step costs a session
 
 
 @dataclass(frozen=True)
