@@ -51,7 +51,7 @@ def crossing_bytes(parts: Sequence[Part], tokens: int) -> int | None:
     """
     most, known = 0, False
     for part in parts:
-        total = 0
+        total = 0.0
         for value in part.keeps:
             if value.shape is None or value.dtype is None or value.producer() is None:
                 continue

@@ -169,7 +169,7 @@ class Stream:
         for domain, version in graph.opset_imports.items():
             proto.opset_import.add(domain=domain, version=version)
         try:
-            ir.serde.serialize_graph_into(proto.graph, view)
+            ir.serde.serialize_graph_into(proto.graph, view)  # type: ignore[arg-type]  # views are among the protocols
         except Exception as error:  # onnx_ir raises types of its own
             raise InputError(f"the graph cannot be run: {_line(error.__cause__ or error)}") from error
         return proto
