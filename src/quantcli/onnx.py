@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import onnx
@@ -48,7 +49,6 @@ __all__ = [
 ]
 
 _ENCODINGS = {"QOperator": "nbits", "QDQ": "qdq", "nbits": "nbits", "qdq": "qdq"}
-_HESSIAN_BYTES = 2 << 30
 _AXES = {"MatMul": 0, "Gather": 1}
 
 
@@ -316,7 +316,8 @@ class MatMulNBitsQuantizer:
         layer_wise = getattr(self.algo_config, "layer_wise", False)
         scaling = transforms[0] if transforms else None
         work = GraphWork(model, folder, found, targets, step, scaling, layer_wise=layer_wise)
-        results, self.layers = solve_graph(work, feeds, self._progress, memory_bytes=_HESSIAN_BYTES)
+        with TemporaryDirectory(prefix="quantcli-") as spill:
+            results, self.layers = solve_graph(work, feeds, self._progress, spill=Path(spill))
         replace_matrices(model, found, results.__getitem__, self._encoding, graph.accuracy_level)
         ir.external_data.load_to_model(model)  # what stays float belongs to the result, wherever that is saved
         self.model = ONNXModel(ir.to_proto(model))

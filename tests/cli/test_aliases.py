@@ -319,7 +319,8 @@ def test_arguments_of_weight_only_quantization_elsewhere(capsys):
     assert made.settings == {"damp_percent": "0.05", "grid": "minmax", "order": "none", "block_size": "64"}
     assert make_steps(find_chain("gptq"), made.settings)[0].settings.block_size == 64
     graph = made.graph
-    assert (graph.accuracy_level, graph.quantize_last_matmul) == (4, False)
+    assert (graph.accuracy_level, graph.quantize_last_matmul, graph.layer_wise) == (4, False, True)
+    assert not quantize("-a gptq --layer_wise_quant False").graph.layer_wise
     assert (graph.nodes_exclude, graph.op_types) == (("a,b", "c"), ("MatMul", "Gather"))
     said = capsys.readouterr().err
     assert "note: --block_size is how many columns gptq takes at a time; those that share a scale: --group-size" in said

@@ -8,6 +8,7 @@ from onnx_graphs import N, graph_model
 from quantcli.errors import InputError
 from quantcli.graphs.collect import collect_moments, combine, levels_of, stages_of
 from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.streams import Stream
 from quantcli.graphs.walk import Selection, find_targets, prepare
 
 RANDOM = np.random.default_rng(0)
@@ -20,6 +21,12 @@ NODES = [
 ]
 FEEDS = [{"x": RANDOM.standard_normal((n, 40)).astype(np.float32)} for n in (5, 3, 8, 1)]
 WIDTHS = {"x": 40, "r": 24, "g": 24}
+
+
+def gather(model, widths, feeds, folder=Path(), held_out_step=0, reference=None):
+    """All tensors in one stage."""
+    streams = [Stream(m, folder, feeds, [list(widths)]) for m in (model, reference) if m is not None]
+    return collect_moments(streams[0], 0, widths, held_out_step, streams[1] if reference is not None else None)
 
 
 def values(name, feeds):
@@ -40,7 +47,7 @@ def test_moments_are_those_of_the_tensors(external, tmp_path):
         save_graph(model, tmp_path / "model.onnx")
         assert (tmp_path / "model.onnx.data").is_file()
         model = open_graph(tmp_path / "model.onnx")
-    found = collect_moments(model, tmp_path, WIDTHS, FEEDS)
+    found = gather(model, WIDTHS, FEEDS, tmp_path)
     for name in WIDTHS:
         statistics = combine([found[name]])
         np.testing.assert_allclose(statistics.hessian.numpy(), second_moment(values(name, FEEDS)), rtol=1e-4, atol=1e-3)
@@ -49,7 +56,7 @@ def test_moments_are_those_of_the_tensors(external, tmp_path):
 
 
 def test_every_third_batch_is_held_out():
-    found = collect_moments(graph_model(NODES, {"a": A, "b": B}), Path(), {"r": 24}, FEEDS, held_out_step=3)
+    found = gather(graph_model(NODES, {"a": A, "b": B}), {"r": 24}, FEEDS, held_out_step=3)
     statistics = combine([found["r"]])
     train = values("r", [FEEDS[0], FEEDS[1], FEEDS[3]])
     np.testing.assert_allclose(statistics.hessian.numpy(), second_moment(train), rtol=1e-4, atol=1e-3)
@@ -60,7 +67,7 @@ def test_every_third_batch_is_held_out():
 
 
 def test_a_shared_weight_sees_all_its_inputs():
-    found = collect_moments(graph_model(NODES, {"a": A, "b": B}), Path(), WIDTHS, FEEDS)
+    found = gather(graph_model(NODES, {"a": A, "b": B}), WIDTHS, FEEDS)
     wanted = second_moment(values("r", FEEDS), values("g", FEEDS))
     both = combine([found["r"], found["g"]])
     np.testing.assert_allclose(both.hessian.numpy(), wanted, rtol=1e-4, atol=1e-3)
@@ -69,7 +76,7 @@ def test_a_shared_weight_sees_all_its_inputs():
 
 
 def test_no_inputs_no_statistics():
-    found = collect_moments(graph_model(NODES, {"a": A, "b": B}), Path(), WIDTHS, [])
+    found = gather(graph_model(NODES, {"a": A, "b": B}), WIDTHS, [])
     assert combine([found["r"]]) is None
 
 
@@ -90,15 +97,13 @@ def test_stages_fit_into_memory():
 )
 def test_wrong_inputs(feed, message):
     with pytest.raises(InputError, match=message):
-        collect_moments(graph_model(NODES, {"a": A, "b": B}), Path(), {"r": 24}, [feed])
+        gather(graph_model(NODES, {"a": A, "b": B}), {"r": 24}, [feed])
 
 
 def test_a_reference_gives_cross_moments():
     """Of the same tokens in both graphs, batch by batch, held out or not."""
     other = graph_model(NODES, {"a": A + 0.1, "b": B})
-    found = collect_moments(
-        other, Path(), {"r": 24}, FEEDS, held_out_step=3, reference=graph_model(NODES, {"a": A, "b": B})
-    )
+    found = gather(other, {"r": 24}, FEEDS, held_out_step=3, reference=graph_model(NODES, {"a": A, "b": B}))
     statistics = combine([found["r"]])
     changed, kept = (np.maximum(np.concatenate([f["x"] for f in FEEDS]) @ w, 0) for w in (A + 0.1, A))
     train = np.r_[0:8, 16]

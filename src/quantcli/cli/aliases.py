@@ -134,7 +134,7 @@ _ADAPTER: dict[str, Alias] = {
     "--adapter_format": Rename("--adapter-format", {"numpy": ("--adapter-format", "npz")}),
 }
 
-_TRUE, _EITHER = ("True", "true"), ("True", "true", "False", "false")
+_TRUE = ("True", "true")
 # arguments of weight-only quantization of ONNX graphs in other tools
 _GRAPHS: dict[str, Alias] = {
     "--weight_dtype": Dropped("codes are integers; -a nf4 and fp4 are not", value=True, only=("int",)),
@@ -147,7 +147,7 @@ _GRAPHS: dict[str, Alias] = {
     "--nodes_to_include": Each("--nodes-include"),
     "--nodes_to_exclude": Each("--nodes-exclude"),
     "--providers": Dropped("graphs are run on the CPU", value=True, only=("CPUExecutionProvider",)),
-    "--layer_wise_quant": Dropped("matrices are always taken a few at a time", value=True, only=_EITHER),
+    "--layer_wise_quant": Switch(("--layer-wise",)),
     "--ratios": Refused("ranges are searched for each group, not cut by fixed ratios", "use -a kquant"),
     "--enable_auto_scale": Dropped("awq searches scales; leave awq out for none", value=True, only=_TRUE),
     "--enable_mse_search": Dropped("kquant behind awq searches ranges; -a awq,rtn does not", value=True, only=_TRUE),

@@ -1,28 +1,26 @@
 """Second moments of the tensors inside a graph: the graph is run, and what flows through it is summed batch by batch.
 
-One Hessian per tensor, whatever number of products reads it. The session computes no more than the asked tensors need,
-and of their values no more than one batch is ever in memory.
+One Hessian per tensor, whatever number of products reads it. The graph is run in parts (`graphs.streams`), of which
+each has the Hessians that fit into memory together; nothing is computed that no asked tensor needs, and of a part's
+values no more than one batch is in memory, but for what the next parts read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import repeat
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.graphs.parts import reads_of
+from quantcli.graphs.streams import Stream
 from quantcli.graphs.walk import GraphTarget
 from quantcli.tensors.hessian import Moments, Statistics
 
-__all__ = ["InputMoments", "collect_moments", "combine", "levels_of", "stages_of"]
-
-Feed = Mapping[str, np.ndarray]
-"""Values of a graph's inputs by name."""
+__all__ = ["InputMoments", "collect_moments", "combine", "hessian_bytes", "levels_of", "stages_of"]
 
 
 @dataclass
@@ -35,17 +33,19 @@ class InputMoments:
     """What judges their results; of no tokens where nothing is held out."""
 
 
-def stages_of(widths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
+def stages_of(widths: Mapping[str, int], memory_bytes: int, copies: int = 2) -> list[list[str]]:
     """Cuts tensors into runs whose Hessians fit into memory together, in the order given.
 
     Args:
         widths: K of each tensor.
         memory_bytes: What Hessians may take; one that alone takes more is a run of its own.
+        copies: Matrices of each tensor: one, twice that where some batches are held out, twice where there are cross
+            moments.
     """
     stages: list[list[str]] = []
     left = 0
     for name, width in widths.items():
-        needed = 2 * 4 * width * width  # train and held out, float32
+        needed = hessian_bytes([width], copies)
         if not stages or needed > left:
             stages.append([])
             left = memory_bytes
@@ -54,42 +54,39 @@ def stages_of(widths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
     return stages
 
 
+def hessian_bytes(widths: Iterable[int], copies: int = 2) -> int:
+    """What Hessians of tensors with K columns take, float32."""
+    return sum(4 * copies * width * width for width in widths)
+
+
 def collect_moments(
-    model: ir.Model,
-    folder: Path,
+    stream: Stream,
+    stage: int,
     widths: Mapping[str, int],
-    feeds: Iterable[Feed],
     held_out_step: int = 0,
-    reference: ir.Model | None = None,
+    reference: Stream | None = None,
 ) -> dict[str, InputMoments]:
-    """Runs the graph over calibration inputs.
+    """Runs the next stage over the calibration inputs.
 
     Args:
-        model: The float graph; not changed.
-        folder: Where its external data lies.
-        widths: K of each tensor to watch, by name.
-        feeds: Inputs, one batch at a time.
+        stream: Of the graph.
+        stage: Number of the stage.
+        widths: K of each of its tensors, by name.
         held_out_step: Every so many batches one is held out; 0 for none.
-        reference: The same graph with other weights, whose tensors are wanted too: what `model` should have come to.
+        reference: The same graph with other weights, whose tensors are wanted too: what `stream`'s should have come to.
 
     Raises:
         InputError: the graph does not run on these inputs.
     """
-    given = {str(v.name) for v in model.graph.inputs}
-    watched = [name for name in widths if name not in given]
-    session = _session(model, folder, watched) if watched else None
-    shadow = _session(reference, folder, watched) if watched and reference is not None else None
     moments = {name: InputMoments(Moments(width), Moments(width)) for name, width in widths.items()}
-    for number, feed in enumerate(feeds):
-        _check(model, feed)
-        values = dict(feed) | _run(session, watched, feed)
-        wanted = dict(feed) | _run(shadow, watched, feed) if reference is not None else {}
+    others = reference.run(stage) if reference is not None else repeat(None)
+    for number, (values, wanted) in enumerate(zip(stream.run(stage), others, strict=reference is not None)):
         judges = held_out_step > 0 and number % held_out_step == held_out_step - 1
         for name, width in widths.items():
             if values[name].shape[-1] != width:
                 raise InputError(f"tensor {name!r} has {values[name].shape[-1]} columns, the weight behind it {width}")
             target = moments[name].held_out if judges else moments[name].train
-            target.add(*(_tensor(found[name]) for found in (values, wanted) if found))
+            target.add(*(_tensor(found[name]) for found in (values, wanted) if found is not None))
     return moments
 
 
@@ -98,7 +95,7 @@ def levels_of(graph: ir.Graph, targets: Sequence[GraphTarget]) -> list[list[str]
     products = {use.node for target in targets for use in target.uses}
     behind: dict[ir.Value, int] = {}
     for node in graph:
-        most = max((behind.get(value, 0) for value in node.inputs if value is not None), default=0)
+        most = max((behind.get(value, 0) for value in reads_of(node)), default=0)
         for value in node.outputs:
             behind[value] = most + (node in products)
     names: dict[int, list[str]] = {}
@@ -111,10 +108,14 @@ def levels_of(graph: ir.Graph, targets: Sequence[GraphTarget]) -> list[list[str]
     return [names[level] for level in sorted(names)]
 
 
-def combine(parts: Sequence[InputMoments]) -> Statistics | None:
+def combine(parts: Sequence[InputMoments], *, spent: bool = False) -> Statistics | None:
     """The statistics of a weight that reads these tensors; None where no token reached it.
 
     One that several products share has the mean of their Hessians, by tokens.
+
+    Args:
+        parts: Of each tensor.
+        spent: Nobody else asks for them: the result takes over their memory, and no token can be added any more.
     """
     seen = [p for p in parts if p.train.tokens]
     if not seen:
@@ -123,9 +124,9 @@ def combine(parts: Sequence[InputMoments]) -> Statistics | None:
     for part in seen:
         held = part.held_out if part.held_out.tokens else None
         found = Statistics(
-            part.train.mean(),
+            part.train.matrix() if spent else part.train.mean(),
             part.train.tokens,
-            held_out=None if held is None else held.mean(),
+            held_out=None if held is None else held.matrix() if spent else held.mean(),
             held_out_tokens=0 if held is None else held.tokens,
             cross=part.train.cross(),
             held_out_cross=None if held is None else held.cross(),
@@ -151,52 +152,5 @@ def _mix(one: Statistics, other: Statistics) -> Statistics:
     )
 
 
-def _run(session: Any, watched: Sequence[str], feed: Feed) -> dict[str, np.ndarray]:
-    if session is None:
-        return {}
-    known = {v.name for v in session.get_inputs()}
-    try:
-        found = session.run(watched, {name: array for name, array in feed.items() if name in known})
-    except Exception as error:  # onnxruntime raises types of its own
-        raise InputError(f"the graph does not run on the calibration inputs: {_line(error)}") from error
-    return dict(zip(watched, found, strict=True))
-
-
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.float32))
-
-
-def _session(model: ir.Model, folder: Path, outputs: Sequence[str]):  # type: ignore[no-untyped-def]
-    """A session of the part of the graph that gives these tensors."""
-    import onnxruntime
-
-    try:
-        part = model.clone()
-    except RuntimeError as error:
-        raise InputError(f"the graph cannot be run: {_line(error.__cause__ or error)}") from error
-    values = {str(v.name): v for node in part.graph for v in node.outputs}
-    missing = [name for name in outputs if name not in values]
-    if missing:
-        raise InputError(f"the graph computes no tensor {missing[0]!r}")
-    part.graph.outputs[:] = [values[name] for name in outputs]
-    RemoveUnusedNodesPass()(part)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    # weights stay in the files they are in: onnxruntime reads them from there
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    try:
-        content = ir.to_proto(part).SerializeToString()
-        return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises types of its own
-        raise InputError(f"onnxruntime cannot open the graph: {_line(error)}") from error
-
-
-def _check(model: ir.Model, feed: Feed) -> None:
-    wanted, given = {str(v.name) for v in model.graph.inputs}, set(feed)
-    if wanted != given:
-        what = f"lack {sorted(wanted - given)[0]!r}" if wanted - given else f"have {sorted(given - wanted)[0]!r}"
-        raise InputError(f"the calibration inputs {what}; the graph's inputs are {', '.join(sorted(wanted))}")
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,6 +13,7 @@ from quantcli.graphs.refusals import refuse_broken
 __all__ = [
     "DATA_SUFFIX",
     "Graph",
+    "LazyTensor",
     "Model",
     "check_external_data",
     "data_files",
@@ -23,6 +24,7 @@ __all__ = [
 
 Graph: TypeAlias = ir.Graph
 Model: TypeAlias = ir.Model
+LazyTensor: TypeAlias = ir.LazyTensor
 
 DATA_SUFFIX = ".data"
 _INLINE_BYTES = 1024

@@ -10,7 +10,7 @@ Symbols: N output rows, K input columns.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +29,11 @@ __all__ = [
     "Selection",
     "WeightUse",
     "find_targets",
+    "other_matrix",
     "prepare",
     "read_matrix",
     "stored_weight",
     "weight_uses",
-    "write_matrix",
 ]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -206,13 +206,19 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
     return values
 
 
-def write_matrix(graph: ir.Graph, target: GraphTarget, matrix: Tensor) -> None:
-    """Other values for a matrix: W [N, K] float32, stored as the graph stores it."""
-    value = graph.initializers[target.name]
-    assert value.const_value is not None
-    turned = matrix.T if target.transposed else matrix
-    array = turned.numpy().reshape(value.const_value.shape.numpy()).astype(value.const_value.dtype.numpy())
-    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=target.name)
+def other_matrix(graph: ir.Graph, target: GraphTarget, make: Callable[[], Tensor]) -> ir.LazyTensor:
+    """Other values for a matrix: W [N, K] float32, made when they are asked for, in the form that the graph stores."""
+    stored = graph.initializers[target.name].const_value
+    assert stored is not None
+    dtype, shape = stored.dtype, ir.Shape(stored.shape.numpy())
+
+    def read() -> ir.TensorProtocol:
+        matrix = make()
+        turned = matrix.T if target.transposed else matrix
+        array = turned.numpy().reshape(shape.numpy()).astype(dtype.numpy())
+        return ir.Tensor(np.ascontiguousarray(array), name=target.name)
+
+    return ir.LazyTensor(read, dtype, shape, name=target.name)
 
 
 def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir.Node]) -> GraphTarget | str:

@@ -48,7 +48,7 @@ class GraphOptions:
     """Quantize again without so many nodes, those that lose most by their own rounding; dynamic and static only."""
     layer_wise: bool = False
     """Quantize in the order in which inputs flow: each matrix sees what the quantized ones before it made of them, and
-    gptq corrects their error. The graph is run once per step of that order."""
+    gptq corrects their error. The graph runs step by step, each node twice: float and quantized."""
 
     def __post_init__(self) -> None:
         if self.encoding is not None and self.encoding not in GRAPH_ENCODINGS:

@@ -23,14 +23,12 @@ from quantcli.pipelines.graph.feeds import axis_lengths, context_length, open_fe
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, plan_weights
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
+from quantcli.pipelines.graph.stages import Room
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
 from quantcli.progress import Progress, Silent
 
 __all__ = ["run"]
-
-_HESSIAN_BYTES = 2 << 30
-"""What Hessians may take together where --max-memory says nothing."""
 
 
 def run(options: QuantizeOptions, progress: Progress | None = None) -> GraphResult | GraphPlan:
@@ -76,12 +74,11 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         progress.note(str(conversion))
     with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
         feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
-        memory = options.max_memory // 2 if options.max_memory else _HESSIAN_BYTES
         held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and plan.holds_out and len(feeds) > 1 else 0
         scaling = plan.transforms[0] if plan.transforms else None
         steps = (plan.step, scaling, plan.must_scale)
-        work = GraphWork(model, source.folder, plan.found, targets, *steps, options.graph.layer_wise)
-        results, reports = solve_graph(work, feeds, progress, memory_bytes=memory, held_out_step=held_out)
+        work = GraphWork(model, source.folder, plan.found, targets, *steps, options.graph.layer_wise, Room.of(options))
+        results, reports = solve_graph(work, feeds, progress, spill=partial.root, held_out_step=held_out)
         graph = options.graph
         encoding = str(graph.encoding)
         placements = replace_matrices(model, plan.found, results.__getitem__, encoding, graph.accuracy_level)

@@ -14,6 +14,7 @@ from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
 from quantcli.pipelines.graph.source import GraphSource
+from quantcli.pipelines.graph.stages import Room, Stages, plan_stages
 from quantcli.pipelines.planning.plan import Target
 from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
 from quantcli.scheme import PER_CHANNEL, Scheme
@@ -69,6 +70,8 @@ class GraphPlan:
     """Estimate of the result's size, where single weights are quantized."""
     older: Model | None = None
     """The float graph in its own opset, where `model` is in a later one."""
+    stages: Stages | None = None
+    """The steps of calibration, where single weights are calibrated."""
 
     @property
     def calibrates(self) -> bool:
@@ -120,6 +123,7 @@ class GraphPlan:
         return [
             *rows,
             ("calibration", fed),
+            *([("statistics", self.stages.describe(Room.of(options)))] if self.stages is not None else []),
             *([("estimated size", f"{self.size_bytes / 1e6:.1f} MB")] if self.targets is not None else []),
             ("output", str(options.output)),
         ]
@@ -141,6 +145,7 @@ class GraphPlan:
                 "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self._default},
                 "kept": dict(self.kept or {}),
                 "estimated_size_bytes": self.size_bytes,
+                "statistics": self.stages.to_dict() if self.stages is not None else None,
             }
         return plain
 
@@ -226,7 +231,20 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     size = max(plan.source.size_bytes - saved, 0)
     plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)
     _refuse_inputs(plan)
-    return plan
+    return replace(plan, stages=_stages(plan)) if plan.calibrates else plan
+
+
+def _stages(plan: GraphPlan) -> Stages:
+    calibration, graph = plan.options.calibration, plan.model.graph
+    tokens = calibration.num_samples * calibration.seq_len if reads_text(plan.options, graph) else None
+    return plan_stages(
+        graph,
+        plan.found,
+        Room.of(plan.options),
+        layer_wise=plan.options.graph.layer_wise,
+        held_out=plan.holds_out and calibration.num_samples > 1,
+        tokens=tokens,
+    )
 
 
 def weight_encoding(graph: GraphOptions) -> str:

@@ -1,21 +1,25 @@
 """The matrices of a graph, stage by stage: moments of the stage's tensors, a scale where one helps, codes."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
 from quantcli.algorithms import Step, find
 from quantcli.errors import InputError
-from quantcli.graphs.collect import InputMoments, collect_moments, combine, levels_of, stages_of
-from quantcli.graphs.files import Model
+from quantcli.graphs.collect import InputMoments, collect_moments, combine
+from quantcli.graphs.files import LazyTensor, Model
 from quantcli.graphs.folds import find_graph_folds
-from quantcli.graphs.walk import GraphTarget, read_matrix, write_matrix
+from quantcli.graphs.streams import Stream
+from quantcli.graphs.walk import GraphTarget, other_matrix, read_matrix
+from quantcli.models.machine import Heap
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
 from quantcli.pipelines.graph.feeds import Feeds
 from quantcli.pipelines.graph.scaling import GraphScaling
+from quantcli.pipelines.graph.stages import Room, plan_stages
 from quantcli.pipelines.planning.plan import Target
 from quantcli.progress import Progress
 from quantcli.tensors.quantized import QuantizedTensor
@@ -43,10 +47,12 @@ class GraphWork:
     """Whether a graph in which that can scale nothing is refused."""
     layer_wise: bool = False
     """Whether each matrix sees what the quantized ones before it make of the inputs, and corrects their error."""
+    room: Room = field(default_factory=Room)
+    """What calibration may hold in memory."""
 
 
 def solve_graph(
-    work: GraphWork, feeds: Feeds | None, progress: Progress, *, memory_bytes: int, held_out_step: int = 0
+    work: GraphWork, feeds: Feeds | None, progress: Progress, *, spill: Path, held_out_step: int = 0
 ) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
     """Quantizes the matrices; where tensors are scaled, what makes them is divided in the graph itself.
 
@@ -54,7 +60,7 @@ def solve_graph(
         work: Which ones, and how.
         feeds: Calibration inputs; None for rounders without data.
         progress: Told of each matrix.
-        memory_bytes: What Hessians may take together.
+        spill: A folder for what calibration cannot hold in memory; left empty.
         held_out_step: Every so many batches one is held out; 0 for none.
 
     Returns:
@@ -66,32 +72,70 @@ def solve_graph(
     solver = _Solver(work, progress)
     by_inputs: dict[tuple[str, ...], list[GraphTarget]] = defaultdict(list)
     for target in work.found:
-        by_inputs[target.inputs if feeds is not None else (target.name,)].append(target)
-    widths = {name: t.columns for t in work.found for name in t.inputs}
-    levels = levels_of(work.model.graph, work.found) if work.layer_wise else [list(widths)]
-    room = memory_bytes // 2 if work.layer_wise else memory_bytes  # a second matrix of moments beside each
-    cut = [stages_of({name: widths[name] for name in level}, room) for level in levels]
-    stages = [stage for part in cut for stage in part] if feeds is not None else [[]]
-    current = work.model.clone() if work.layer_wise else work.model
-    seen: dict[str, InputMoments] = {}
-    with progress.track("Quantizing", len(work.found)) as task:
-        for stage in stages:
-            if feeds is not None:
-                wanted = {name: widths[name] for name in stage}
-                reference = work.model if work.layer_wise and solver.results else None
-                seen |= collect_moments(current, work.folder, wanted, feeds, held_out_step, reference)
-            for inputs in [key for key in by_inputs if feeds is None or set(key) <= set(seen)]:
-                members = by_inputs.pop(inputs)
-                solver.solve(members, [seen[name] for name in inputs] if feeds is not None else [])
-                for target in members:
-                    task.advance(detail=target.name)
-                    if work.layer_wise:
-                        write_matrix(current.graph, target, solver.effective(target.name))
-            waiting = {name for key in by_inputs for name in key}
-            seen = {name: moments for name, moments in seen.items() if name in waiting}
+        by_inputs[target.inputs if feeds is not None else ()].append(target)
+    with progress.track("Quantizing", len(work.found)) as task, TemporaryDirectory(dir=spill) as folder:
+
+        def solve(members: Sequence[GraphTarget], seen: Sequence[InputMoments], spent: bool = False) -> None:
+            solver.solve(members, seen, spent)
+            for target in members:
+                task.advance(detail=target.name)
+
+        for target in by_inputs.pop((), []):  # nothing is seen of tables and kernels, nor of anything without inputs
+            solve([target], [])
+        if feeds is not None and by_inputs:
+            _calibrate(work, feeds, by_inputs, solver, solve, held_out_step, Path(folder), progress)
     if solver.scaling is not None:
         solver.scaling.apply()
     return solver.results, [solver.reports[t.name] for t in work.found]
+
+
+def _calibrate(
+    work: GraphWork,
+    feeds: Feeds,
+    by_inputs: dict[tuple[str, ...], list[GraphTarget]],
+    solver: "_Solver",
+    solve: Callable[[Sequence[GraphTarget], Sequence[InputMoments], bool], None],
+    held_out_step: int,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Runs the graph step by step, and solves each matrix once all that it is multiplied with was seen."""
+    planned = plan_stages(
+        work.model.graph, work.found, work.room, layer_wise=work.layer_wise, held_out=held_out_step > 0
+    )
+    room = work.room.kept_bytes // (2 if work.layer_wise else 1)
+    spills = [folder / name for name in ("stream", "float")]
+    for path in spills:
+        path.mkdir()
+    stream = Stream(work.model, work.folder, feeds, planned.names, room_bytes=room, spill=spills[0], progress=progress)
+    reference: Stream | None = None
+
+    def change(targets: Iterable[GraphTarget]) -> None:
+        late = [t.name for t in targets if stream.change(t, solver.effective(t))]
+        if late:
+            named = " and ".join(late[:2]) + (f" and {len(late) - 2} others" if len(late) > 2 else "")
+            progress.note(f"{named}: read at several steps, the graph is run from its beginning once more")
+
+    if work.layer_wise and solver.results:
+        reference = stream.fork(spills[1])
+        change(t for t in work.found if t.name in solver.results)
+    heap = Heap()
+    seen: dict[str, InputMoments] = {}
+    for number, stage in enumerate(planned.names):
+        widths = {name: planned.widths[name] for name in stage}
+        seen |= collect_moments(stream, number, widths, held_out_step, reference)
+        heap.watch()  # what the session has left
+        last = number == len(planned.names) - 1
+        for inputs in [key for key in by_inputs if set(key) <= set(seen)]:
+            members = by_inputs.pop(inputs)
+            waiting = {name for key in by_inputs for name in key}
+            solve(members, [seen[name] for name in inputs], waiting.isdisjoint(inputs))
+            for name in set(inputs) - waiting:
+                del seen[name]
+            heap.watch()
+            if work.layer_wise and not last:
+                reference = reference or stream.fork(spills[1])  # the float graph, before the first change
+                change(members)
 
 
 class _Solver:
@@ -115,9 +159,9 @@ class _Solver:
                 )
             progress.note(f"{work.scaling.algorithm.name} can scale {len(folds)} of {len(inputs)} tensors")
 
-    def solve(self, members: Sequence[GraphTarget], seen: Sequence[InputMoments]) -> None:
-        """Quantizes matrices that read the same tensors, of which moments were seen."""
-        work, statistics = self._work, combine(seen)
+    def solve(self, members: Sequence[GraphTarget], seen: Sequence[InputMoments], spent: bool = False) -> None:
+        """Quantizes matrices that read the same tensors; `spent`: nobody else asks for their moments."""
+        work, statistics = self._work, combine(seen, spent=spent)
         algorithm, settings = work.step.algorithm, work.step.settings
         if statistics is None and algorithm.calibration == "required":
             algorithm = find("kquant")
@@ -139,7 +183,12 @@ class _Solver:
         self.results |= made
         self.reports |= {report.name: report for report in said}
 
-    def effective(self, name: str) -> Tensor:
-        """A finished matrix [N, K] as it acts on inputs that are not scaled."""
-        values = self.results[name].dequantize()
-        return values / self._scales[name] if name in self._scales else values
+    def effective(self, target: GraphTarget) -> LazyTensor:
+        """A finished matrix as it acts on inputs that are not scaled, whatever is folded into it later."""
+        solved, scale = self.results[target.name], self._scales.get(target.name)
+
+        def read() -> Tensor:
+            values = solved.dequantize()
+            return values if scale is None else values / scale
+
+        return other_matrix(self._work.model.graph, target, read)
