@@ -167,7 +167,7 @@ class GraphBench(Bench):
             flags += self._text() if cell.method in CALIBRATED else []
             return quantize_command(self.graph, output, flags)
         if cell.method == CHECKPOINT:
-            flags = ["-a", "gptq", "--quantize-lm-head", *scheme.flags, *self._text()]
+            flags = ["-a", "gptq", *scheme.flags, *self._text()]
             return quantize_command(self.models["demo"], output, flags)
         settings = {"algorithm": cell.method.removeprefix("ort "), "bits": scheme.bits}
         settings |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric, "rows": ORT_GPTQ_ROWS}
