@@ -87,7 +87,7 @@ def test_slashes_in_strings_are_no_comments(options):
 def test_defaults(options):
     said = {"type": "Gptq", "bits": "DEFAULT_VALUE", "group_size": None, "overrides": {}, "modules_to_not_convert": []}
     made = options(said)
-    assert (made.bits, made.group_size, made.exclude, made.overrides) == (None, 64, (), ())
+    assert (made.bits, made.group_size, made.exclude, made.overrides) == (None, None, (), ())
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ GIVEN = {
     "evaluate": {
         "model": (["--model", "other"], "other"),
         "reference": (["--reference", "R"], "R"),
+        "reference_cache": (["--reference", "R", "--reference-cache", "C"], Path("C")),
         "data": (["--data", "t.txt"], "t.txt"),
         "text_field": (["--data", "t.jsonl", "--text-field", "body"], "body"),
         "num_samples": (["--num-samples", "3"], 3),

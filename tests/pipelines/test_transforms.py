@@ -17,6 +17,7 @@ from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.planning.decide import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer_norm.weight")
 
 
@@ -42,7 +43,9 @@ def test_what_is_written_is_what_ran(family, transform, models, text, tmp_path, 
     last = make_plan(options(source, tmp_path / "r", text)).layout.blocks[-1]
     found, wanted = (outputs(m, last, ran.tokens) for m in (loaded, original))
     size = wanted.square().mean().sqrt()
-    assert (found - ran.hidden).abs().max() < 2e-3 * wanted.abs().max()
+    away = (found - ran.hidden).abs().amax(-1) > 2e-3 * wanted.abs().max()
+    # a token whose experts are nearly level may take another one, and the rest of its row sees that
+    assert away.float().mean() <= (1 / len(away) if family in MIXTURES else 0)
     assert (found - wanted).square().mean().sqrt() < 0.05 * size
 
 

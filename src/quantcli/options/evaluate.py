@@ -17,9 +17,6 @@ class EvaluateOptions:
     """Folder to judge: float, quantized or ONNX GenAI."""
     reference: str | None = None
     """Folder to compare with, usually the original."""
-    reference_cache: Path | None = None
-    """Folder that keeps the reference's logits (4 bytes per token and word of the vocabulary) from run to run: the
-    reference then runs once, however many models are judged beside it."""
     data: str | None = None
     """Text to evaluate on; default: Python's own documentation."""
     text_field: str | None = None
@@ -28,6 +25,9 @@ class EvaluateOptions:
     """Windows of text."""
     seq_len: int = 512
     """Tokens per window."""
+    reference_cache: Path | None = None
+    """Folder that keeps the reference's logits (4 bytes per token and word of the vocabulary) from run to run: the
+    reference then runs once, however many models are judged beside it."""
     max_kl: float | None = None
     """Fail with exit code 5 where the mean KL divergence is above this."""
     max_perplexity_increase: float | None = None
