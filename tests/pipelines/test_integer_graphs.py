@@ -164,6 +164,8 @@ def test_smoothquant_comes_first(place, capsys):
     (["-a", "dynamic", "--encoding", "qdq"], "dynamic has no --encoding qdq"),
     (["-a", "dynamic", "--calibration-cache", "c"], "dynamic measures no ranges"),
     (["-a", "dynamic", "--calibration-inputs", "x.npz"], "dynamic uses no calibration inputs"),
+    (["-a", "dynamic", "--data", "x.txt"], "dynamic uses no calibration inputs"),
+    (["-a", "dynamic", "--seq-len", "9"], "dynamic uses no calibration inputs"),
     (["-a", "static", "--accuracy-level", "4", "--calibration-inputs", "x"], "--accuracy-level has no effect"),
     (["-a", "static", "--bits", "4", "--weight-type", "int8", "--calibration-inputs", "x"], "contradict each other"),
     (["-a", "static", "--calibrate-method", "distribution", "--calibration-inputs", "x"], "ranges for float8"),

@@ -18,6 +18,7 @@ from quantcli.errors import UsageError
 from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.compare import NodeError
 from quantcli.graphs.integers import IntegerGraph
+from quantcli.options import CalibrationOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
@@ -67,7 +68,11 @@ def plan_whole(plan: GraphPlan) -> GraphPlan:
         raise UsageError(f"{algorithm.name} measures no ranges that --calibration-cache could hold", hint="use static")
     if plan.calibrates and not _has_ranges(plan):
         refuse_feeds(options, plan.model.graph, plan.source)
-    elif not plan.calibrates and (graph.calibration_inputs is not None or graph.user_script is not None):
+    elif not plan.calibrates and (
+        graph.calibration_inputs is not None
+        or graph.user_script is not None
+        or options.calibration != CalibrationOptions()
+    ):
         raise UsageError(f"{algorithm.name} uses no calibration inputs", hint="leave them out, or use -a static")
     settings = _with_flags(plan)
     turned = [n for n in _TURNED if getattr(settings, n, ())]
