@@ -18,6 +18,7 @@ __all__ = [
     "QuantcliError",
     "ResourceError",
     "UsageError",
+    "first_line",
     "nearest",
 ]
 
@@ -61,6 +62,11 @@ class InterruptedRunError(QuantcliError):
     """The user stopped the run; what is finished is kept."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from quantcli.data import sampling
 from quantcli.data.builtin import builtin_texts
 from quantcli.data.sources import hub_texts, read_texts
 from quantcli.data.windows import bos_prefix, cut_rows, joined_tokens
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.models.load import load
 from quantcli.options import BUILTIN, SELF, CalibrationOptions
 from quantcli.progress import Progress
@@ -107,7 +107,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise bare exceptions for files that they cannot read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"{folder} has no tokenizer that can be read: {reason}", hint="copy the tokenizer's files into the folder"
         ) from error

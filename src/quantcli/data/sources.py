@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quantcli.data.windows import evaluation_windows
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 
 __all__ = [
     "ChatTokenizer",
@@ -137,7 +137,7 @@ def hub_rows(name: str, split: str) -> Sequence[Row]:
     try:
         rows: Sequence[Row] = datasets.load_dataset(name, split=split, streaming=False)
     except Exception as error:  # the package raises whatever its file systems and parsers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"data set {name!r} (split {split!r}) cannot be loaded: {reason}", hint="give local text with --data FILE"
         ) from error
@@ -304,7 +304,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from error
 
 
 def _kind_of(path: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.adapters.files import require_fit
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.evaluate.sampling import Sampling
 
 __all__ = ["GenaiModel"]
@@ -52,7 +52,7 @@ class GenaiModel:
                 self._adapters = og.Adapters(self._model)
                 self._adapters.load(str(file), _ACTIVE)
             except Exception as error:
-                raise InputError(f"{file} cannot be loaded as an adapter: {str(error).splitlines()[0]}") from error
+                raise InputError(f"{file} cannot be loaded as an adapter: {first_line(error)}") from error
         self._generator: Any = None
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class GenaiModel:
                 self._generator.set_active_adapter(self._adapters, _ACTIVE)
             self._generator.append_tokens(tokens.numpy().astype(np.int32)[None])
         except Exception as error:
-            raise InputError(f"{self.folder} does not run: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{self.folder} does not run: {first_line(error)}") from error
 
     def step(self) -> int:
         """See `LanguageModel`."""

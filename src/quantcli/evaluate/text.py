@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from quantcli.data import builtin, sources
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 
 __all__ = ["open_tokenizer", "read_windows", "require_same_tokens"]
 
@@ -24,7 +24,7 @@ def open_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raises bare exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"{folder} has no tokenizer that can be opened: {reason}",
             hint="copy tokenizer.json and tokenizer_config.json of the original into it",

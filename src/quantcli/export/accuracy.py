@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 
 __all__ = [
     "COMPARED_TOKENS",
@@ -101,7 +101,7 @@ def probe(folder: Path, text: Sequence[int], prompt: Sequence[int], longest: int
             seconds.append(time.perf_counter() - begin)
             written.append(int(generator.get_next_tokens()[0]))
     except Exception as error:  # the package raises RuntimeError and types of its own
-        raise InputError(f"the captured graph does not run: {str(error).splitlines()[0]}") from error
+        raise InputError(f"the captured graph does not run: {first_line(error)}") from error
     if not np.isfinite(logits).all():
         raise InputError("the captured graph gives logits that are not finite")
     if not written:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices, replace_by_names
 from quantcli.graphs.files import save_graph
 from quantcli.graphs.nbits import Placement, Rewriter
@@ -103,9 +103,9 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
             _say_plainly(config)
             builder.create_model(None, str(folder), str(target), precision, provider, str(scratch), **options)
     except NotImplementedError as error:
-        raise _unsupported(config, str(error).splitlines()[0]) from error
+        raise _unsupported(config, first_line(error)) from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"the GenAI model builder cannot take {folder}: {reason}", hint="add --exporter torch"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 
 __all__ = ["context_length", "copy_tokenizer", "probe_tokens", "read_tokenizer"]
 
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"the tokenizer of {folder} cannot be read: {reason}") from error
 
 

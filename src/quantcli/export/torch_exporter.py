@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices
 from quantcli.graphs.blocks import BlockLayout, plan_blocks
 from quantcli.graphs.files import save_graph
@@ -250,7 +250,7 @@ def _trace(folder: Path, model: Any, shape: tuple[int, int, int], opset: int) ->
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"torch.onnx cannot export {folder} (model type {model.config.model_type!r}): {str(error).splitlines()[0]}"
+            f"torch.onnx cannot export {folder} (model type {model.config.model_type!r}): {first_line(error)}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.models.linear import QuantizedLinear
 
 __all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "quiet_peft", "save_lora"]
@@ -146,7 +146,7 @@ def open_lora(model: Any, folder: Path) -> PeftModel:
         with quiet_peft():
             adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device=str(device))
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"adapter {folder} does not fit the model or is damaged: {reason}") from error
     _refuse_other_tensors(adapted, folder)
     return adapted.eval()

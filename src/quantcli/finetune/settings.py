@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from quantcli.errors import UsageError, nearest
+from quantcli.errors import UsageError, first_line, nearest
 from quantcli.options import FinetuneOptions
 
 __all__ = ["Rhythm", "read_settings", "trainer_arguments"]
@@ -143,4 +143,4 @@ def trainer_arguments(options: FinetuneOptions, rhythm: Rhythm, scratch: Path, *
     try:
         return TrainingArguments(**(arguments | read_settings(options.settings)))
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"Trainer refuses its arguments: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"Trainer refuses its arguments: {first_line(error)}") from error

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.refusals import refuse_broken
 
 __all__ = [
@@ -119,4 +119,4 @@ def _line(error: BaseException) -> str:
     """The first line of what went wrong at the bottom."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return first_line(error)[:300]

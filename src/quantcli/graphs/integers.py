@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
 
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.compare import Comparison
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.prepare import Prepared
@@ -232,7 +232,7 @@ def finish(made: Path, target: Path) -> None:
     try:
         ort.InferenceSession(target, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         target.unlink()
         target.with_name(target.name + ".data").unlink(missing_ok=True)
         raise InputError(

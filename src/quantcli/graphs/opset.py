@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.probe import largest_difference
 
 __all__ = ["Conversion", "convert_opset", "prove_conversion", "raise_ir_version"]
@@ -72,7 +72,7 @@ def convert_opset(model: ir.Model, wanted: int, hint: str | None = None) -> ir.M
     try:
         found: ir.Model = ir.from_proto(onnx.version_converter.convert_version(_structure(model), wanted))
     except Exception as error:  # the converter raises RuntimeError and its own types
-        reason = _first_line(error).rpartition("failed: ")[2]  # behind its own source line
+        reason = first_line(error).rpartition("failed: ")[2]  # behind its own source line
         raise InputError(f"{refused}: {reason}", hint=hint) from error
     if found.opset_imports.get("") != wanted:
         raise InputError(refused, hint=hint)
@@ -172,7 +172,3 @@ def _stored(value: ir.Value) -> ir.TensorProtocol | None:
 
 def _values(model: ir.Model) -> list[ir.Value]:
     return [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.opset import Conversion, convert_opset, prove_conversion, raise_ir_version
 
@@ -89,7 +89,7 @@ def infer_types(path: Path) -> list[str]:
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except Exception as error:  # onnx raises InferenceError, which has no public name
-        raise InputError(f"types and shapes of {path.name} contradict: {_first_line(error)}") from error
+        raise InputError(f"types and shapes of {path.name} contradict: {first_line(error)}") from error
     # types of weights are their own: one that onnxruntime's quantizers replace must not contradict an entry here
     weights = {t.name for t in inferred.graph.initializer}
     kept = [v for v in inferred.graph.value_info if v.name not in weights]
@@ -193,7 +193,3 @@ def _fold(graph: ir.Graph, norm: ir.Node) -> None:
     norm.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
     output.name = name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.inputs import Feed, InputSpec, specs_of
 from quantcli.graphs.token_inputs import INPUT_IDS, TokenFeeds
 
@@ -115,15 +115,11 @@ def _run(model: ir.Model, folder: Path, names: list[str], feeds: list[Feed]) -> 
         content = ir.to_proto(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own
-        return _first_line(error)
+        return first_line(error)
     why = ""
     for feed in feeds:
         try:
             return feed, list(session.run(names, feed))
         except Exception as error:  # onnxruntime raises types of its own
-            why = why or _first_line(error)
+            why = why or first_line(error)
     return why
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

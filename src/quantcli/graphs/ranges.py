@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError, UsageError, first_line
 from quantcli.folder import fingerprint
 from quantcli.graphs.files import DATA_SUFFIX
 from quantcli.graphs.inputs import CalibrationReader
@@ -85,7 +85,7 @@ def measure_ranges(path: Path, names: Sequence[str], reader: CalibrationReader, 
         try:
             arrays = session.run(list(outputs), feed) if outputs else []
         except Exception as error:  # onnxruntime raises its own types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(f"sample {samples} does not run through the graph: {reason}") from error
         found = [*zip(outputs.values(), arrays, strict=True), *((n, feed[n]) for n in names if n in feed)]
         for name, array in found:
@@ -163,7 +163,7 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
         try:
             return ort.InferenceSession(file.name, settings, providers=["CPUExecutionProvider"]), outputs
         except Exception as error:  # onnxruntime raises its own types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(f"onnxruntime cannot run the graph: {reason}") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.parts import Part, parts_of, reads_of
 from quantcli.graphs.walk import GraphTarget
 from quantcli.progress import Progress, Silent
@@ -150,7 +150,7 @@ class Stream:
         except InputError:
             raise
         except Exception as error:  # onnxruntime raises types of its own
-            raise InputError(f"onnxruntime cannot open the graph: {_line(error)}") from error
+            raise InputError(f"onnxruntime cannot open the graph: {first_line(error)}") from error
 
     def _proto(self, part: Part, outputs: Sequence[str], example: Feed) -> onnx.ModelProto:
         graph = self._model.graph
@@ -171,7 +171,7 @@ class Stream:
         try:
             ir.serde.serialize_graph_into(proto.graph, view)  # type: ignore[arg-type]  # views are among the protocols
         except Exception as error:  # onnx_ir raises types of its own
-            raise InputError(f"the graph cannot be run: {_line(error.__cause__ or error)}") from error
+            raise InputError(f"the graph cannot be run: {first_line(error.__cause__ or error)}") from error
         return proto
 
     def _weight(self, value: ir.Value) -> ir.Value:
@@ -247,7 +247,7 @@ def _run(session: Any, outputs: Sequence[str], feed: Feed, keeps: Sequence[str])
     except Exception as error:  # onnxruntime raises types of its own
         if keeps and "Numpy type" in str(error):  # bfloat16 and the like
             raise _CannotKeepError("a value of a type that numpy does not have") from error
-        raise InputError(f"the graph does not run on the calibration inputs: {_line(error)}") from error
+        raise InputError(f"the graph does not run on the calibration inputs: {first_line(error)}") from error
 
 
 def _array(name: str, value: Any) -> np.ndarray:
@@ -268,7 +268,3 @@ def _check(model: ir.Model, feed: Feed) -> None:
     if wanted != given:
         what = f"lack {sorted(wanted - given)[0]!r}" if wanted - given else f"have {sorted(given - wanted)[0]!r}"
         raise InputError(f"the calibration inputs {what}; the graph's inputs are {', '.join(sorted(wanted))}")
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

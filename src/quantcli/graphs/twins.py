@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.inputs import CalibrationReader
 from quantcli.graphs.scales import constant_of, has_weight, new_constant, weight_rows
@@ -298,7 +298,7 @@ def plain_session(path: Path, *, optimized: bool = False) -> ort.InferenceSessio
     try:
         return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types
-        raise InputError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+        raise InputError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
 
 
 def run_sample(session: ort.InferenceSession, feed: dict[str, np.ndarray], number: int) -> list[np.ndarray]:
@@ -310,8 +310,4 @@ def run_sample(session: ort.InferenceSession, feed: dict[str, np.ndarray], numbe
     try:
         return list(session.run(None, feed))
     except Exception as error:  # onnxruntime raises its own types
-        raise InputError(f"sample {number} does not run through the graph: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"sample {number} does not run through the graph: {first_line(error)}") from error

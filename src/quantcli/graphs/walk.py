@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.options import GRAPH_OP_TYPES
 from quantcli.tensors.finite import all_finite
 
@@ -198,7 +198,7 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
         values = torch.from_numpy(np.array(array, np.float32, order="C"))
         del array
     except (OSError, ValueError) as error:
-        raise InputError(f"weight {target.name!r} cannot be read: {str(error).splitlines()[0]}", _WHOLE) from error
+        raise InputError(f"weight {target.name!r} cannot be read: {first_line(error)}", _WHOLE) from error
     if isinstance(stored, ir.ExternalTensor):
         stored.release()  # else the pages of every matrix that was read stay in memory
     if not all_finite(values):

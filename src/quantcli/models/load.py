@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import InputError, UsageError, first_line
 from quantcli.folder import resolve_model_folder
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
@@ -119,12 +119,11 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{folder} needs the model code that it brings along", hint="add --trust-remote-code if you trust it"
             ) from error
-        raise InputError(f"{folder} cannot be opened by transformers: {lines[0]}") from error
+        raise InputError(f"{folder} cannot be opened by transformers: {first_line(error)}") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.folder import resolve_model_folder
 
 __all__ = ["locate_model"]
@@ -27,7 +27,7 @@ def locate_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(_FILES)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"{model} is neither a folder nor a model that the hub or its cache can give ({reason[:120]})",
             hint="give the path of a downloaded model folder",
