@@ -12,7 +12,6 @@ Models, digits and sentences come from PyPI and npm, verified, once; then nothin
 
 import argparse
 import io
-import re
 import shutil
 import statistics
 import tempfile
@@ -29,10 +28,9 @@ import onnxruntime
 
 from integer_models import MODELS, Feed, Subject
 from integers_page import write_section
-from kept import Kept
+from kept import Kept, cell_arguments
 from peer_integers import quantize_with_onnxruntime
 from quantcli.cli import app
-from running import ROOT
 
 FLOAT = "float32"
 _STATIC = ("-a", "static")
@@ -224,12 +222,7 @@ def versions() -> str:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells to measure")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "integers.json")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "onnx-quality.md", help="the page to write")
-    parser.add_argument("--again", action="store_true", help="measure the cells of --only anew")
-    parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
+    parser = cell_arguments(__doc__, "integers.json", "onnx-quality.md")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,10 @@
 """Results that a benchmark keeps as soon as it has them, cell by cell, so that it goes on where it was interrupted."""
 
+import argparse
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from running import ROOT, describe_machine
 
-__all__ = ["Kept", "file_digest"]
+__all__ = ["Kept", "cell_arguments", "file_digest"]
 
 
 class Kept:
@@ -83,6 +85,23 @@ class Kept:
         write()
         if failed:
             raise SystemExit("some cells failed; the next run tries them again")
+
+
+def cell_arguments(description: str | None, results: str, page: str) -> argparse.ArgumentParser:
+    """What every benchmark of cells takes.
+
+    Args:
+        description: Its own, for --help.
+        results: Name of its file under benchmarks/results.
+        page: Name of its page under docs.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells to measure")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / results)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / page, help="the page to write")
+    parser.add_argument("--again", action="store_true", help="measure the cells of --only anew")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
+    return parser
 
 
 def code_digest() -> str:

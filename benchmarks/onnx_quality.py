@@ -12,7 +12,6 @@ measured once: an interrupted benchmark continues where it was. `--only` is sear
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kept import file_digest
+from kept import cell_arguments, file_digest
 from quality import FIGURES, Bench, environment
 from quality_page import write_page
 from running import ROOT, evaluate, quantcli, quantize_command, run_measured, take_demo, write_tiny_model
@@ -200,8 +199,7 @@ def versions() -> str:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells to measure")
+    parser = cell_arguments(__doc__, "onnx_quality.json", "onnx-quality.md")
     parser.add_argument("--samples", type=int, default=16, help="evaluation windows of seq-len tokens")
     parser.add_argument("--rows", type=int, default=64, help="calibration rows of seq-len tokens")
     parser.add_argument("--seq-len", type=int, default=512)
@@ -209,10 +207,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="jsonl with a field text; default: the demo text")
     parser.add_argument("--evaluation", type=Path, help="other text to judge by; default: the demo text")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model and its text: does everything run?")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "onnx_quality.json")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "onnx-quality.md", help="the page to write")
-    parser.add_argument("--again", action="store_true", help="measure the cells of --only anew")
-    parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
     options = parser.parse_args(arguments)
     if not options.tiny and None in (options.model, options.calibration, options.evaluation):
         take_demo(parser, options)

@@ -20,7 +20,6 @@ import argparse
 import inspect
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kept import Kept, file_digest
+from kept import Kept, cell_arguments, file_digest
 from quality_page import write_page
 from running import (
     ROOT,
@@ -271,8 +270,7 @@ def versions() -> str:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cells to measure")
+    parser = cell_arguments(__doc__, "quality.json", "quality.md")
     parser.add_argument("--samples", type=int, default=16, help="evaluation windows of seq-len tokens")
     parser.add_argument("--rows", type=int, default=64, help="calibration rows of seq-len tokens")
     parser.add_argument("--seq-len", type=int, default=512)
@@ -280,10 +278,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="float checkpoint of the llama kind; default: the demo model")
     parser.add_argument("--calibration", type=Path, help="jsonl with a field text; default: the demo text")
     parser.add_argument("--evaluation", type=Path, help="other text to judge by; default: the demo text")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quality.md", help="the page to write")
-    parser.add_argument("--again", action="store_true", help="measure the cells of --only anew")
-    parser.add_argument("--list", action="store_true", help="print the names of the cells, and measure nothing")
     options = parser.parse_args(arguments)
     if None in (options.model, options.calibration, options.evaluation):
         take_demo(parser, options)

@@ -1,11 +1,11 @@
 """Writes docs/cli.md from the commands' own help; with --check says whether it is up to date."""
 
-import sys
 from pathlib import Path
 
 from quantcli import errors
 from quantcli.cli.aliases import ALIASES, describe
 from quantcli.cli.app import COMMANDS, help_text
+from written_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 WIDTH = 100
@@ -42,12 +42,7 @@ def page() -> str:
 
 
 def main() -> None:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        TARGET.parent.mkdir(exist_ok=True)
-        TARGET.write_text(text)
-    elif not TARGET.is_file() or TARGET.read_text() != text:
-        sys.exit("docs/cli.md is stale: run `python scripts/make_cli_docs.py`")
+    write_or_check(TARGET, page())
 
 
 if __name__ == "__main__":

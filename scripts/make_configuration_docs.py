@@ -1,6 +1,5 @@
 """Writes docs/configurations.md from the tables of pass types and keys; with --check says whether it is up to date."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from quantcli.cli.aliases import describe
 from quantcli.cli.configuration.keys import Key, Keys, Nested, Pass, Variants, describe_key
 from quantcli.cli.configuration.passes import OTHER_TYPES, PASSES
 from quantcli.cli.configuration.workflows import BESIDE, DATA, INPUT_MODEL, SYSTEM, WORKFLOW
+from written_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configurations.md"
 INTRODUCTION = """\
@@ -107,12 +107,7 @@ def page() -> str:
 
 
 def main() -> None:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        TARGET.parent.mkdir(exist_ok=True)
-        TARGET.write_text(text)
-    elif not TARGET.is_file() or TARGET.read_text() != text:
-        sys.exit("docs/configurations.md is stale: run `python scripts/make_configuration_docs.py`")
+    write_or_check(TARGET, page())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What several tests of pipelines start from, and a view into a run."""
+"""What several tests of pipelines start from, a view into a run, and a way to stop one."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import families
+from quantcli.errors import InterruptedRunError
 from quantcli.pipelines.blockwise import tokens
 from quantcli.pipelines.blockwise.journal import Journal
 
@@ -47,3 +49,22 @@ def ran(monkeypatch):
     monkeypatch.setattr(Journal, "remember", note_streams)
     monkeypatch.setattr(tokens, "read_tokens", note_tokens)
     return seen
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Within it, a run is interrupted once a block is done and remembered."""
+
+    @contextmanager
+    def stop():
+        remember = Journal.remember
+
+        def interrupted(self, done, streams):
+            remember(self, done, streams)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
+            patched.setattr(Journal, "remember", interrupted)
+            yield
+
+    return stop

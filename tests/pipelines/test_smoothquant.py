@@ -9,14 +9,13 @@ import families
 import quantcli
 import tiny
 from quantcli.cli import app
-from quantcli.errors import InputError, InterruptedRunError, UsageError
+from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.language_model import open_language_model
 from quantcli.folder import read_manifest
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.load import load
 from quantcli.options import CalibrationOptions, EvaluateOptions, QuantizeOptions, SimulationOptions
 from quantcli.pipelines import evaluate, quantize
-from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.planning.decide import make_plan
 
 LOUD = (3, 40)
@@ -187,16 +186,9 @@ def test_rotations_come_first(models, text, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["smoothquant", "smoothquant,gptq"])
-def test_stopped_and_continued(algorithm, loud, text, tmp_path, monkeypatch):
+def test_stopped_and_continued(algorithm, loud, text, tmp_path, stopped):
     whole = quantize.run(options(loud, tmp_path / "whole", text, algorithm))
-    remember = Journal.remember
-
-    def stop(self, done, streams):
-        remember(self, done, streams)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-        patched.setattr(Journal, "remember", stop)
+    with stopped():
         quantize.run(options(loud, tmp_path / "q", text, algorithm))
     with pytest.raises(UsageError, match="settings"):
         quantize.run(options(loud, tmp_path / "q", text, algorithm, settings={"alpha": "0.5"}))

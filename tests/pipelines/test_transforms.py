@@ -9,11 +9,10 @@ import transformers
 import families
 import quantcli
 from quantcli.algorithms import ALGORITHMS
-from quantcli.errors import InputError, InterruptedRunError, UsageError
+from quantcli.errors import InputError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines import quantize
-from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.planning.decide import make_plan
 
 TRANSFORMS = [a.name for a in ALGORITHMS.values() if a.kind == "transform" and a.scope == "stage"]
@@ -91,17 +90,10 @@ def test_a_producer_that_stays_float_is_divided_too(models, text, tmp_path):
     assert (found - wanted).square().mean() < 0.01 * wanted.square().mean()
 
 
-def test_stopped_and_continued(models, text, tmp_path, monkeypatch):
+def test_stopped_and_continued(models, text, tmp_path, stopped):
     settings = {"algorithm": "awq,gptq", "bits": 3}
     quantize.run(options(models("llama"), tmp_path / "whole", text, **settings))
-    remember = Journal.remember
-
-    def stop(self, done, streams):
-        remember(self, done, streams)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(InterruptedRunError):
-        patched.setattr(Journal, "remember", stop)
+    with stopped():
         quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     quantize.run(options(models("llama"), tmp_path / "q", text, **settings))
     whole, again = Checkpoint.open(tmp_path / "whole/model"), Checkpoint.open(tmp_path / "q/model")
