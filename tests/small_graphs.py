@@ -68,19 +68,21 @@ def cnn(path, *, opset=17, in_constants=False, uneven=False, norm=True, seed=0):
     return b.save(path, y)
 
 
-def mlp(path, *, opset=17, uneven=False, hidden=64, seed=0):
-    """MatMul, Add, Relu, MatMul on [n, 32]; `uneven`: output channels of very different size."""
+def mlp(path, *, opset=17, uneven=False, hidden=64, half=False, seed=0):
+    """MatMul, Add, Relu, MatMul on [n, 32]; `uneven`: output channels of very different size; `half`: float16."""
     r = np.random.default_rng(seed)
-    b = Builder("n", 32, opset=opset)
+    kind = np.float16 if half else np.float32
+    b = Builder("n", 32, opset=opset, dtype=ir.DataType.from_numpy(np.dtype(kind)))
     first = r.normal(size=(32, hidden)).astype(np.float32) / 6
     second = r.normal(size=(hidden, 16)).astype(np.float32) / 8
     if uneven:
         first *= np.logspace(-2.5, 0, hidden, dtype=np.float32)
         second *= np.logspace(0, 2.5, hidden, dtype=np.float32)[::-1, None] * np.logspace(-2, 0, 16, dtype=np.float32)
-    y = b.node("MatMul", [b.x, b.weight("w1", first)], "h", "up")
-    y = b.node("Add", [y, b.weight("b1", r.normal(size=hidden).astype(np.float32) / 8)], "a", "bias")
+    y = b.node("MatMul", [b.x, b.weight("w1", first.astype(kind))], "h", "up")
+    y = b.node("Add", [y, b.weight("b1", (r.normal(size=hidden) / 8).astype(kind))], "a", "bias")
     y = b.node("Relu", [y], "r", "relu")
-    y = b.node("MatMul", [y, b.weight("w2", second)], "y", "down")
+    y = b.node("MatMul", [y, b.weight("w2", second.astype(kind))], "y", "down")
+    y.dtype = b.x.dtype
     return b.save(path, y)
 
 

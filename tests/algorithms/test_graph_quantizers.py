@@ -235,6 +235,12 @@ def test_weights_that_may_overflow_are_pointed_out(name, tmp_path):
         assert noted or error < 0.03
 
 
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_graphs_in_float16_are_refused(name, tmp_path):
+    with pytest.raises(InputError, match="node 'up' computes in float16"):
+        quantize(tmp_path, "mlp", name, build={"half": True})
+
+
 def test_dynamic_conv_has_no_scales_per_channel(tmp_path):
     with pytest.raises(UsageError, match="per_channel would have no effect on conv1"):
         quantize(tmp_path, "cnn", "dynamic", per_channel=True)

@@ -25,6 +25,7 @@ __all__ = [
     "finish",
     "float_nodes",
     "full_int8",
+    "require_float32",
     "select_nodes",
     "split_gemms",
 ]
@@ -110,6 +111,24 @@ def select_nodes(
     for weight in {n.inputs[1] for n in found if has_weight(n)}:
         _require_finite(weight)
     return found
+
+
+def require_float32(nodes: Sequence[ir.Node]) -> None:
+    """Refuses graphs in float16.
+
+    Dynamic quantization has no operators for it; with QDQ, onnxruntime makes the scale of a bias in float16 too, where
+    the product of two scales is a subnormal of few bits, or 0.
+
+    Raises:
+        InputError: one of these nodes computes in float16 or bfloat16.
+    """
+    for node in nodes:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+                raise InputError(
+                    f"node {node.name!r} computes in {value.dtype.name.lower()}, integers are made of float32 only",
+                    hint="export the graph in float32 (--precision fp32), or exclude the node with --nodes-exclude",
+                )
 
 
 def _require_finite(weight: ir.Value | None) -> None:

@@ -27,7 +27,6 @@ from quantcli.tensors.histogram import StreamedHistogram, entropy_range, percent
 
 __all__ = ["RangeOptions", "Ranges", "masked_nodes", "measure_ranges", "read_ranges", "tensors_of", "write_ranges"]
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _MASK, _ONE_SIDED = -1000.0, 32.0
 """A range that reaches below the one, and so many times as far as above 0, holds a mask in front of a Softmax."""
 _ORT_NAMES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -65,7 +64,9 @@ def tensors_of(model: ir.Model, op_types: Collection[str]) -> list[str]:
     for node in model.graph:
         if node.op_type in op_types:
             for value in (*node.inputs, *node.outputs):
-                if value is not None and value.name and value.dtype in _FLOATS and not value.is_initializer():
+                if value is None or value.dtype is not ir.DataType.FLOAT or value.is_initializer():
+                    continue
+                if value.name:
                     found[value.name] = None
     return list(found)
 
@@ -140,14 +141,8 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
                 model.graph.outputs.append(value)
             outputs[str(value.name)] = str(value.name)
             continue
-        source = value
-        if value.dtype is ir.DataType.FLOAT16:  # ReduceMin has no kernel for it
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
-            cast.outputs[0].name = f"{value.name}.float"
-            model.graph.append(cast)
-            source = cast.outputs[0]
         for op_type in ("ReduceMin", "ReduceMax"):
-            node = ir.node(op_type, [source], {"keepdims": 1})
+            node = ir.node(op_type, [value], {"keepdims": 1})
             output = node.outputs[0]
             output.name, output.dtype = f"{value.name}.{op_type}", ir.DataType.FLOAT
             model.graph.append(node)

@@ -64,7 +64,7 @@ def quantize(
 
     Raises:
         UsageError: options that would have no effect on this graph.
-        InputError: a graph that cannot be prepared, or a node that was asked for and stays float.
+        InputError: a graph that cannot be prepared, a node in float16, or one that was asked for and stays float.
     """
     from tempfile import TemporaryDirectory
 
@@ -82,6 +82,7 @@ def quantize(
         prepared = prepare(source, folder / "prepared.onnx")
         model = open_graph(folder / "prepared.onnx")
         chosen = integers.select_nodes(model, _ABLE, options.op_types, options.nodes_include, options.nodes_exclude)
+        integers.require_float32(chosen)
         names = {str(n.name) for n in chosen}
         weighted = [str(n.name) for n in model.graph if has_weight(n)]
         if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):

@@ -172,8 +172,8 @@ def quantize(
 
     Raises:
         UsageError: nodes or operators that the graph or the quantizer does not have, or neither samples nor cache.
-        InputError: a graph that cannot be prepared, samples that do not fit, a cache of something else, or a node that
-            was asked for and stays float.
+        InputError: a graph that cannot be prepared, a node in float16, samples that do not fit, a cache of something
+            else, or a node that was asked for and stays float.
     """
     from tempfile import TemporaryDirectory
 
@@ -213,6 +213,7 @@ def quantize(
         whole = options.preprocess == "qnn"  # floats inside the graph are what such processors lack
         wanted = options.op_types or (() if whole else integers.default_types(model, able))
         chosen = integers.select_nodes(model, able, wanted, options.nodes_include, options.nodes_exclude)
+        integers.require_float32(chosen)
         wide: set[str] = set()
         if options.nodes_16bit:
             wide = {str(n.name) for n in integers.select_nodes(model, able, include=options.nodes_16bit)}
