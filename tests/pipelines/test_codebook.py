@@ -91,6 +91,7 @@ def test_it_cannot_be_quantized_again_or_captured(source, tmp_path):
         ({"algorithm": "rtn", "format": "bnb"}, "cannot hold what rtn makes", "-a fp4 or nf4"),
         ({"algorithm": None, "format": "bnb"}, "cannot hold what gptq makes", "-a fp4 or nf4"),
         ({"symmetric": True}, "nf4 has no zero points", "leave it out"),
+        ({"symmetric": False}, "nf4 has no zero points", "leave it out"),
         ({"overrides": (Override("q_proj", symmetric=False),)}, "nf4 has no zero points", "leave it out"),
         ({"bits": 3}, "nf4 makes 4 bits, not 3", "algorithms"),
         ({"overrides": (Override("q_proj", bits=8),)}, "nf4 and fp4 of 4 bits, got nf4, 8 bits", None),

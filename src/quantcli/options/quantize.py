@@ -46,8 +46,8 @@ class QuantizeOptions:
     group_size: int | None = None
     """Input columns that share a scale; -1 is one scale per output row. Default: 64; for -a awq 128, where that divides
     the columns of every linear."""
-    symmetric: bool = False
-    """Symmetric grid (zero point fixed in the middle) or asymmetric."""
+    symmetric: bool | None = None
+    """Symmetric grid (zero point fixed in the middle) or asymmetric. Default: asym."""
     target_bits: float | None = None
     """Mixed bits: the average of stored bits per quantized weight, scales and zero points included, as runs report it;
     met within 1% below. Which linear gets how many bits is chosen by measuring what each costs."""
@@ -118,6 +118,11 @@ class QuantizeOptions:
     def weight_group_size(self) -> int:
         """Columns that share a scale where no algorithm has a wish of its own."""
         return 64 if self.group_size is None else self.group_size
+
+    @property
+    def weight_symmetric(self) -> bool:
+        """Whether zero points are fixed in the middle where single weights are rounded."""
+        return bool(self.symmetric)
 
     @property
     def mixes(self) -> bool:

@@ -99,7 +99,7 @@ class GraphPlan:
             ("algorithm", self.step.algorithm.name + (f" ({settings})" if settings else "")),
         ]
         if self.targets is not None:
-            kind = "sym" if options.symmetric else "asym"
+            kind = "sym" if options.weight_symmetric else "asym"
             group = "one per row" if options.weight_group_size == PER_CHANNEL else str(options.weight_group_size)
             other = sum(t.scheme != self._default for t in self.targets.values())
             weights = sum(t.rows * t.columns for t in self.targets.values())
@@ -156,7 +156,7 @@ class GraphPlan:
 
     @property
     def _default(self) -> Scheme:
-        return Scheme(self.options.weight_bits, self.options.weight_group_size, self.options.symmetric)
+        return Scheme(self.options.weight_bits, self.options.weight_group_size, self.options.weight_symmetric)
 
 
 def plan_graph(options: QuantizeOptions) -> GraphPlan:
@@ -346,7 +346,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
 
 def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
-    bits, size, symmetric = options.weight_bits, options.weight_group_size, options.symmetric
+    bits, size, symmetric = options.weight_bits, options.weight_group_size, options.weight_symmetric
     names = [target.name, *(use.node.name or "" for use in target.uses)]
     for override in options.overrides:
         if any(override in options.matching(name) for name in names):

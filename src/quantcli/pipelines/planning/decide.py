@@ -49,7 +49,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     default = Scheme(
         options.weight_bits,
         group_size,
-        options.symmetric,
+        options.weight_symmetric,
         codec.lowest_zero,
         algorithm.codebook,
         getattr(settings, "double_quant", False),

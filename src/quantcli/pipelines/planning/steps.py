@@ -51,7 +51,8 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
             raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
     if rounder is KEEP_FLOAT:
         _refuse_idle_rounding(options, chain[-2].name)
-    if rounder.codebook and (options.symmetric or any(o.symmetric is not None for o in options.overrides)):
+    grids = [options.symmetric, *(override.symmetric for override in options.overrides)]
+    if rounder.codebook and any(given is not None for given in grids):
         raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
     if model == "checkpoint":
