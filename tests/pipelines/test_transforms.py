@@ -8,6 +8,7 @@ import transformers
 
 import families
 import quantcli
+import tiny
 from quantcli.algorithms import ALGORITHMS
 from quantcli.errors import InputError, UsageError
 from quantcli.models.checkpoint import Checkpoint
@@ -57,6 +58,13 @@ def outputs(model, block, tokens):
         model(tokens, use_cache=False)
     hook.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize(("exclude", "told"), [((), 0), (("mlp", "o_proj"), 1)])
+def test_a_transform_without_effect_is_told(exclude, told, models, text, tmp_path):
+    warnings = tiny.Warnings()
+    quantize.run(options(models("olmo2"), tmp_path / "q", text, algorithm="awq", exclude=exclude), warnings)
+    assert warnings.said == ["awq had no effect: nothing in front of these linears takes a division"] * told
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])

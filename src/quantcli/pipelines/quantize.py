@@ -229,6 +229,9 @@ class _Run:
                 self.heap.settle()
                 errors = [r.relative_error for r in journal.reports[begun:]]
                 task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
+        if calibrated is not None and plan.scaling is not None and calibrated.scales_nothing:
+            name = plan.scaling.algorithm.name
+            self.progress.warn(f"{name} had no effect: nothing in front of these linears takes a division")
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()

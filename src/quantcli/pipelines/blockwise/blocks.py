@@ -37,6 +37,11 @@ class CalibratedBlocks:
         self._folds: dict[tuple[Any, ...], dict[str, Fold]] = {}
         self._shelf = Shelf(len(streams.hidden) * (2 if plan.options.correct_earlier else 1))
 
+    @property
+    def scales_nothing(self) -> bool:
+        """Whether blocks were looked at, and none has an input that can be scaled."""
+        return bool(self._folds) and not any(self._folds.values())
+
     def quantize(self, number: int) -> dict[str, QuantizedTensor]:
         """Quantizes one block, by module path; the streams are behind it afterwards.
 
