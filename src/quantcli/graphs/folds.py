@@ -16,18 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from quantcli.graphs.scales import NORMS, new_constant
 from quantcli.graphs.walk import FLOATS, GraphTarget, stored_weight, weight_uses
 
 __all__ = ["GraphFold", "Slot", "find_graph_folds", "read_initializer", "write_initializer"]
 
-_NORMS: Mapping[str, tuple[int, ...]] = {
-    "LayerNormalization": (1, 2),
-    "RMSNormalization": (1,),
-    "SimplifiedLayerNormalization": (1,),
-    "SkipLayerNormalization": (2, 3),
-    "SkipSimplifiedLayerNormalization": (2,),
-}
-"""Inputs that hold the gain and, where there is one, the bias of output 0."""
 _PASSING = ("Relu", "LeakyRelu", "Identity", "Cast", "Dropout")
 """f(x / s) = f(x) / s for positive s."""
 
@@ -47,19 +40,11 @@ class Slot:
         assert value is not None and value.const_value is not None
         return np.array(value.const_value.numpy()).reshape(-1)
 
-    def write(self, graph: ir.Graph, values: np.ndarray) -> None:
-        """Other values for this node; other readers keep the initializer as it is."""
+    def write(self, values: np.ndarray) -> None:
+        """Other values [K] for this node; other readers keep the initializer as it is."""
         old = self.node.inputs[self.index]
         assert old is not None and old.const_value is not None
-        array = values.reshape(old.const_value.shape.numpy())
-        if len(old.uses()) == 1:
-            old.const_value = ir.Tensor(array, name=old.name)
-            return
-        tensor = ir.Tensor(array, name=f"{old.name}.{self.node.name or self.node.outputs[0].name}")
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        new = ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
-        graph.register_initializer(new)
-        self.node.replace_input_with(self.index, new)
+        new_constant(self.node, self.index, values.reshape(old.const_value.shape.numpy()))
 
 
 @dataclass(frozen=True)
@@ -123,7 +108,7 @@ class _Walk:
         node = value.producer()
         if node is None or value.index() != 0:
             return None
-        if node.op_type in _NORMS:
+        if node.op_type in NORMS:
             return self._norm(node, axes, sizes)
         if node.op_type in _PASSING:
             return self._follow(node.inputs[0], axes, sizes)
@@ -146,7 +131,7 @@ class _Walk:
         return self.back(value, axes, sizes)
 
     def _norm(self, node: ir.Node, axes: tuple[int, ...], sizes: tuple[int, ...]) -> GraphFold | None:
-        gain, *bias = _NORMS[node.op_type]
+        gain, *bias = NORMS[node.op_type]
         over = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
         if axes != (-1,) or not _is_row(_read(node, gain), sizes[0]):
             return None

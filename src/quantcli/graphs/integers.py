@@ -16,7 +16,7 @@ from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.compare import Comparison
 from quantcli.graphs.files import open_graph, save_graph
 from quantcli.graphs.prepare import Prepared
-from quantcli.graphs.scales import has_weight
+from quantcli.graphs.scales import NORMS, has_weight
 
 __all__ = [
     "IntegerGraph",
@@ -58,13 +58,6 @@ class IntegerGraph:
 
 
 _PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
-_NORMS = (
-    "LayerNormalization",
-    "SimplifiedLayerNormalization",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "RMSNormalization",
-)
 
 
 def default_types(model: ir.Model, able: Collection[str]) -> tuple[str, ...]:
@@ -73,7 +66,7 @@ def default_types(model: ir.Model, able: Collection[str]) -> tuple[str, ...]:
     A few channels of the sums between a transformer's layers are a hundred times as large as the others; one scale for
     all of them leaves nothing of those (https://arxiv.org/abs/2109.12948).
     """
-    transformer = any(n.op_type in _NORMS for n in model.graph)
+    transformer = any(n.op_type in NORMS for n in model.graph)
     return tuple(t for t in able if t in _PRODUCTS or not transformer)
 
 

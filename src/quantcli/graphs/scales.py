@@ -7,13 +7,14 @@ readers' columns are multiplied by s. A tensor that anything else reads too is l
 Axes are counted from the back: constants that broadcast have fewer axes than what they are added to.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 __all__ = [
+    "NORMS",
     "Edit",
     "Maker",
     "column_sizes",
@@ -31,14 +32,14 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 # operators that commute with positive factors per channel, and those that do so where they work within a channel
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout", "Abs")
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
-# inputs that scale the output of a norm, of which it is the first
-_NORMS = {
+NORMS: Mapping[str, tuple[int, ...]] = {
     "LayerNormalization": (1, 2),
     "SimplifiedLayerNormalization": (1,),
     "RMSNormalization": (1,),
     "SkipLayerNormalization": (2, 3),
     "SkipSimplifiedLayerNormalization": (2,),
 }
+"""Inputs that hold the gain and, where there is one, the bias of output 0."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def find_maker(value: ir.Value | None, axis: int, readers: Collection[ir.Node]) 
         return None
     if node.op_type in _LINEAR:
         return _linear(node, axis, value)
-    if node.op_type in _NORMS:
+    if node.op_type in NORMS:
         return _norm(node, axis)
     x = node.inputs[0]
     rank = len(x.shape) if x is not None and x.shape is not None else 0
@@ -201,7 +202,7 @@ def _linear(node: ir.Node, axis: int, output: ir.Value) -> Maker | None:
 
 
 def _norm(node: ir.Node, axis: int) -> Maker | None:
-    places = [p for p in _NORMS[node.op_type] if p < len(node.inputs) and node.inputs[p] is not None]
+    places = [p for p in NORMS[node.op_type] if p < len(node.inputs) and node.inputs[p] is not None]
     last = node.attributes.get_int("axis", -1)
     rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else 0
     if axis != -1 or last not in (-1, rank - 1) or any(constant_of(node.inputs[p]) is None for p in places):

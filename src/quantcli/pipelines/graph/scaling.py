@@ -72,7 +72,7 @@ class GraphScaling:
     def apply(self) -> None:
         """Puts the divided gains, biases and float weights into the graph."""
         for slot, values in self._slots:
-            slot.write(self._graph, values.numpy())
+            slot.write(values.numpy())
         for name, (scale, rows_first) in self._products.items():
             values = torch.from_numpy(read_initializer(self._graph, name))
             divided = divide_rows(values, torch.arange(len(scale)), scale, transposed=not rows_first)
