@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import small_graphs
 import tiny
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.folder import Manifest, create_output, describe_parent, fingerprint, resolve_model_folder
 from quantcli.formats import gptq
 from quantcli.formats.codec import Described
-from quantcli.options import EvaluateOptions, QuantizeOptions
+from quantcli.options import EvaluateOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines import evaluate, inspect, quantize
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
@@ -86,6 +87,49 @@ def test_gptq_checkpoint(tmp_path):
     assert 8 * four.size_bytes / four.parameters == 4 + 20 / 32
     assert 8 < found.quantized_bits_per_weight < 10
     assert json.loads(json.dumps(found.to_dict()))["intact"] is True
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "operator"),
+    [
+        ("dynamic", {}, "MatMulInteger"),
+        ("static", {}, "DequantizeLinear"),
+        ("static", {"encoding": "qoperator"}, "QLinearMatMul"),
+    ],
+)
+def test_graphs_of_integers(algorithm, settings, operator, tmp_path):
+    """Each weight counts once, as what it stands for."""
+    source = small_graphs.mlp(tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32))
+    graph = GraphOptions(calibration_inputs=tmp_path / "x.npz" if algorithm == "static" else None)
+    output, before = tmp_path / "q", inspect.run(source, nodes=True)
+    quantize.run(QuantizeOptions(str(source), output, algorithm=algorithm, settings=settings, graph=graph))
+    for place in (output, output / "model/net.onnx"):
+        found = inspect.run(place)
+        eight = next(row for row in found.histogram if row.label == "8-bit")
+        assert eight.parameters >= 32 * 64 + 64 * 16
+        assert before.parameters <= found.parameters < before.parameters + 100  # scales of activations
+        assert found.operators[operator] >= 1 and found.intact and found.history[0].command == "quantize"
+        assert found.size_bytes == sum(p.stat().st_size for p in (output / "model").iterdir())
+    assert [(n.name, n.op_type, n.weight, n.shape) for n in before.nodes] == [
+        ("up", "MatMul", "w1", (32, 64)),
+        ("down", "MatMul", "w2", (64, 16)),
+    ]
+    assert before.operators == {"MatMul": 2, "Add": 1, "Relu": 1}
+
+
+def test_weights_in_constant_nodes_are_weights(tmp_path):
+    plain, in_nodes = (
+        inspect.run(small_graphs.cnn(tmp_path / name, in_constants=name == "b.onnx"), nodes=True)
+        for name in ("a.onnx", "b.onnx")
+    )
+    assert plain.histogram == in_nodes.histogram and plain.nodes == in_nodes.nodes
+    assert "Constant" in in_nodes.operators
+
+
+def test_nodes_of_a_checkpoint_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--nodes has nothing to list"):
+        inspect.run(float_folder(tmp_path / "f"), nodes=True)
 
 
 def test_awq_and_unread_formats(tmp_path):

@@ -1,4 +1,4 @@
-"""`quantcli inspect`: what a folder is and how it came to be."""
+"""`quantcli inspect`: what a folder or a graph is and how it came to be."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,14 +20,16 @@ class InspectOptions:
     """What `quantcli inspect` was asked to do."""
 
     folder: Path
-    """Model folder, or an output folder of quantcli."""
+    """Model folder, an output folder of quantcli, or FILE.onnx."""
+    nodes: bool = False
+    """List the nodes of a graph that have weights, by the names that --nodes-exclude takes."""
 
 
 def run(options: InspectOptions, console: "Console") -> Any:
     """Looks at the folder."""
     from quantcli.pipelines import inspect
 
-    return inspect.run(options.folder)
+    return inspect.run(options.folder, nodes=options.nodes)
 
 
 def show(result: Any, console: "Console") -> None:
@@ -50,6 +52,13 @@ def show(result: Any, console: "Console") -> None:
     histogram = [(r.label, str(r.tensors), f"{r.parameters:,}", human_size(r.size_bytes)) for r in result.histogram]
     console.text("")
     console.table(("weights", "tensors", "parameters", "size"), histogram)
+    if result.operators:
+        console.text("")
+        console.text("nodes: " + ", ".join(f"{count} {name}" for name, count in result.operators.items()))
+    if result.nodes:
+        console.text("")
+        listed = [(n.name or "-", n.op_type, n.weight, n.dtype, "x".join(map(str, n.shape))) for n in result.nodes]
+        console.table(("node", "operator", "weight", "type", "stored shape"), listed, left=4)
     for step in result.history:
         console.text("")
         console.pairs(f"made by {step.command} from {step.parent}", [("options", _options_in_words(step.options))])
@@ -90,11 +99,16 @@ def _files_in_words(result: Any) -> str:
 
 COMMAND = Command(
     name="inspect",
-    summary="Say what a folder holds, how it came to be, and whether its files are intact.",
+    summary="Say what a folder or graph holds, how it came to be, and whether its files are intact.",
     options=InspectOptions,
     run=run,
     show=show,
     check=check,
-    styles={"folder": FlagStyle(("folder",), metavar="FOLDER")},
-    examples=("quantcli inspect Q", "quantcli inspect Q/model", "quantcli inspect onnx --json"),
+    styles={"folder": FlagStyle(("folder",), metavar="FOLDER|FILE")},
+    examples=(
+        "quantcli inspect Q",
+        "quantcli inspect Q/model",
+        "quantcli inspect onnx --json",
+        "quantcli inspect net.onnx --nodes",
+    ),
 )

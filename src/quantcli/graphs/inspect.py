@@ -1,36 +1,94 @@
-"""What the weights of an ONNX graph are, read without their values."""
+"""What the nodes and weights of an ONNX graph are, read without their values."""
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from quantcli.graphs.files import open_graph
 from quantcli.graphs.rewrite import BITS_KEY
 from quantcli.tensors.inventory import WeightRecord
 
-__all__ = ["graph_records"]
+__all__ = ["NodeRecord", "graph_nodes", "graph_operators", "graph_records"]
 
+_SMALL_INTEGERS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Inputs that hold codes, scales and zero points, per operator.
 _QUANTIZED_INPUTS = {
     "MatMulNBits": (1, 2, 3),
+    "MatMulBnb4": (1, 2),
     "GatherBlockQuantized": (0, 2, 3),
     "DequantizeLinear": (0, 1, 2),
+    "MatMulInteger": (1, 3),
+    "ConvInteger": (1, 3),
+    "QLinearMatMul": (3, 4, 5),
+    "QLinearConv": (3, 4, 5),
+    "QGemm": (3, 4, 5),
 }
+# operators whose attribute may be left out
+_FOUR_BITS = ("MatMulNBits", "GatherBlockQuantized", "MatMulBnb4")
 # rotary tables are computed, not learned
 _TABLES = ("cos_cache", "sin_cache")
 
 
-def graph_records(path: Path) -> list[WeightRecord]:
-    """One record per weight of a graph: codes of MatMulNBits, GatherBlockQuantized and DequantizeLinear, and floats.
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node that reads a stored matrix, table or kernel."""
 
-    Integer initializers that no such node reads (shapes, indexes) are left out.
+    name: str
+    """As stored; may be empty."""
+    op_type: str
+    """Operator."""
+    weight: str
+    """The initializer."""
+    shape: tuple[int, ...]
+    """Of the initializer as stored, packed codes included."""
+    dtype: str
+    """Its type."""
+
+
+def graph_operators(path: Path) -> dict[str, int]:
+    """How many nodes of each operator there are, most first.
 
     Raises:
         InputError: the file is not an ONNX graph.
     """
-    graph = open_graph(path).graph
+    return dict(Counter(node.op_type for node in open_graph(path).graph.all_nodes()).most_common())
+
+
+def graph_nodes(path: Path) -> list[NodeRecord]:
+    """The nodes with weights, in the graph's order; one of several weights stands for a node.
+
+    Raises:
+        InputError: the file is not an ONNX graph.
+    """
+    found = []
+    for node in _with_initializers(path).all_nodes():
+        stored = [v for v in node.inputs if v is not None and v.const_value is not None and v.const_value.size > 1]
+        if node.op_type in ("Reshape", "Slice") or not stored:
+            continue
+        largest = max(stored, key=lambda v: v.const_value.size if v.const_value is not None else 0)
+        tensor = largest.const_value
+        assert tensor is not None
+        shape = tuple(int(n) for n in tensor.shape.numpy())
+        if len(shape) > 1:
+            found.append(NodeRecord(node.name or "", node.op_type, str(largest.name), shape, tensor.dtype.name.lower()))
+    return found
+
+
+def graph_records(path: Path) -> list[WeightRecord]:
+    """One record per weight of a graph: codes that quantized operators read, and floats.
+
+    Of what nothing of the kind reads, integers of 32 and 64 bits (shapes, indexes) and single ones (zero points) are
+    left out; smaller ones are codes too, as the table of a Gather whose rows are dequantized behind it.
+
+    Raises:
+        InputError: the file is not an ONNX graph.
+    """
+    graph = _with_initializers(path)
     records: list[WeightRecord] = []
     seen: set[str] = set()
     for node in graph.all_nodes():
@@ -50,23 +108,31 @@ def graph_records(path: Path) -> list[WeightRecord]:
         records.append(WeightRecord(node.name or str(values[0].name), held, True, count, size))
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or name in seen or tensor.dtype not in _FLOATS or any(t in name for t in _TABLES):
+        if tensor is None or name in seen or any(t in name for t in _TABLES):
             continue
-        records.append(
-            WeightRecord(name, 8 * tensor.dtype.itemsize, False, math.prod(tensor.shape.numpy()), tensor.nbytes)
-        )
+        table = tensor.dtype in _SMALL_INTEGERS and tensor.size > 1
+        if table or tensor.dtype in _FLOATS:
+            bits = int(8 * tensor.dtype.itemsize)
+            records.append(WeightRecord(name, bits, table, math.prod(tensor.shape.numpy()), tensor.nbytes))
     return records
+
+
+def _with_initializers(path: Path) -> ir.Graph:
+    """The graph of a file, with weights that sit in Constant nodes among the others."""
+    model = open_graph(path)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model.graph
 
 
 def _bits(node: ir.Node, codes: ir.TensorProtocol) -> int:
     attribute = node.attributes.get("bits")
     if attribute is not None:
         return int(attribute.as_int())
-    return int(8 * codes.dtype.itemsize) if node.op_type == "DequantizeLinear" else 4
+    return 4 if node.op_type in _FOUR_BITS else int(8 * codes.dtype.itemsize)
 
 
 def _parameters(node: ir.Node, codes: ir.TensorProtocol, bits: int) -> int:
-    if node.op_type == "MatMulNBits":
+    if node.op_type in ("MatMulNBits", "MatMulBnb4"):
         return node.attributes["K"].as_int() * node.attributes["N"].as_int()
     elements = math.prod(codes.shape.numpy())
     packed_bytes = node.op_type == "GatherBlockQuantized" and codes.dtype == ir.DataType.UINT8

@@ -99,7 +99,7 @@ def select_nodes(
     wanted = _matching(include, names) if include else set(names)
     wanted -= _matching(exclude, [str(n.name) for n in model.graph])
     if not wanted:
-        raise UsageError("no node is left to quantize", hint="see `quantcli inspect` for the nodes of the graph")
+        raise UsageError("no node is left to quantize", hint="`quantcli inspect FILE.onnx --nodes` lists them")
     found = [n for n in chosen if n.name in wanted]
     for weight in {n.inputs[1] for n in found if has_weight(n)}:
         _require_finite(weight)

@@ -1,11 +1,12 @@
-"""`quantcli inspect`: what a folder is, how it came to be, and whether its files are still what was written."""
+"""`quantcli inspect`: what a folder or graph is, how it came to be, and whether its files are as they were written."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.folder import MANIFEST, Manifest, file_digest, fingerprint, read_manifest, resolve_model_folder
 from quantcli.tensors.inventory import (
     BitsRow,
@@ -14,6 +15,9 @@ from quantcli.tensors.inventory import (
     quantized_bits_per_weight,
     total_bits_per_weight,
 )
+
+if TYPE_CHECKING:
+    from quantcli.graphs.inspect import NodeRecord
 
 __all__ = ["FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
 
@@ -52,7 +56,7 @@ class Inspection:
     """What was found."""
 
     folder: str
-    """The model folder."""
+    """The model folder, or the graph file that was named."""
     what: str
     """In words: float checkpoint, GPTQ checkpoint, ONNX Runtime GenAI folder, ..."""
     format: str
@@ -69,6 +73,10 @@ class Inspection:
     """Of the whole model."""
     histogram: list[BitsRow]
     """Weights by bits."""
+    operators: dict[str, int]
+    """Nodes of a graph by operator, most first; empty for checkpoints."""
+    nodes: list["NodeRecord"]
+    """A graph's nodes with weights, where they were asked for."""
     history: list[Step]
     """How it came to be, latest command first; empty where we did not make it."""
     files: list[FileCheck]
@@ -84,14 +92,24 @@ class Inspection:
         return asdict(self) | {"intact": self.intact}
 
 
-def run(folder: Path) -> Inspection:
-    """Looks at a folder without loading its weights; digests read every byte.
+def run(folder: Path, *, nodes: bool = False) -> Inspection:
+    """Looks at a folder or a graph file without loading its weights; digests read every byte.
+
+    Args:
+        folder: Model folder, output folder of ours, or .onnx file.
+        nodes: Whether to list the nodes of a graph that have weights.
 
     Raises:
         InputError: it holds no model, or is damaged.
+        UsageError: nodes of a checkpoint.
     """
-    model = resolve_model_folder(folder)
+    is_file = folder.suffix == ".onnx" and folder.is_file()
+    model = folder if is_file else resolve_model_folder(folder)
+    folder = folder.parent if is_file else folder
     manifest = read_manifest(folder)
+    graphs = _graphs(model)
+    if nodes and not graphs:
+        raise UsageError(f"{model} is no ONNX graph, --nodes has nothing to list", hint="leave --nodes out")
     records = weight_records(model)
     what, stored = _describe(model)
     return Inspection(
@@ -104,13 +122,29 @@ def run(folder: Path) -> Inspection:
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
         histogram=bits_histogram(records),
+        operators=_operators(graphs),
+        nodes=_nodes(graphs) if nodes else [],
         history=_history(folder, manifest),
         files=[] if manifest is None else _check_files(_root(folder), manifest),
     )
 
 
+def _operators(graphs: list[Path]) -> dict[str, int]:
+    if not graphs:
+        return {}
+    from quantcli.graphs.inspect import graph_operators
+
+    return dict(sum((Counter(graph_operators(path)) for path in graphs), Counter()).most_common())
+
+
+def _nodes(graphs: list[Path]) -> list["NodeRecord"]:
+    from quantcli.graphs.inspect import graph_nodes
+
+    return [node for path in graphs for node in graph_nodes(path)]
+
+
 def weight_records(model: Path) -> list[WeightRecord]:
-    """The weights of a model folder, checkpoint or ONNX.
+    """The weights of a model folder, checkpoint or ONNX, or of a graph file.
 
     Raises:
         InputError: it holds neither.
@@ -127,12 +161,19 @@ def weight_records(model: Path) -> list[WeightRecord]:
 
 
 def weight_size_bytes(model: Path) -> int:
-    """Bytes of the files that hold weights and graphs."""
+    """Bytes of the files that hold weights and graphs, of a folder or of a graph file."""
+    if model.is_file():
+        from quantcli.graphs.files import data_files, open_graph
+
+        files = {model, *(model.parent / name for name in data_files(open_graph(model)))}
+        return sum(p.stat().st_size for p in files)
     return sum(p.stat().st_size for p in {p for pattern in _WEIGHT_FILES for p in model.glob(pattern)})
 
 
 def _graphs(model: Path) -> list[Path]:
     """The graphs of an ONNX folder; a checkpoint that also holds an exported graph stays a checkpoint."""
+    if model.is_file():
+        return [model]
     if any(model.glob("*.safetensors")):
         return []
     return sorted(model.glob("*.onnx"))
@@ -145,7 +186,7 @@ def _describe(model: Path) -> tuple[str, str]:
 
         opsets = open_graph(graphs[0]).opset_imports
         stored = "ONNX, " + ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in opsets.items())
-        genai = (model / "genai_config.json").is_file()
+        genai = (model / "genai_config.json").is_file()  # not beside a file: that is one graph of it
         return ("ONNX Runtime GenAI folder" if genai else "ONNX model"), stored
     from quantcli.models.checkpoint import Checkpoint
 
@@ -164,6 +205,7 @@ def _describe(model: Path) -> tuple[str, str]:
 
 
 def _model_type(model: Path) -> str | None:
+    model = model.parent if model.is_file() else model
     for file, keys in (("config.json", ("model_type",)), ("genai_config.json", ("model", "type"))):
         if not (model / file).is_file():
             continue
