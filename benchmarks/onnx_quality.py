@@ -7,7 +7,8 @@ or onnxruntime's MatMulNBitsQuantizer on the same graph with the same calibratio
 against the float graph, each in a process of its own. It is kept in the results file as soon as it is measured, and
 measured once: an interrupted benchmark continues where it was. `--only` is searched in names as "demo/gptq/8b g32".
 
-`checkpoint, gptq` quantizes the checkpoint on the same text and captures the result: what its graph costs and is worth.
+`checkpoint, gptq` and the like quantize the checkpoint on the same text and capture the result: what that costs and is
+worth.
 """
 
 import argparse
@@ -33,8 +34,8 @@ perplexity. Cost is the size of the graph with its weights (the embedding stays 
 to exit, and the peak memory above what the process held when it began. `ort` is onnxruntime's
 MatMulNBitsQuantizer with the algorithm named; what it does not make is left empty, and its GPTQ sees 2 rows only: it
 runs the whole graph for each matrix and row (100 minutes for 16). `best` is `--preset best`; awq is
-followed by kquant where no rounder is named. `checkpoint, gptq` is the checkpoint quantized and then captured. In an
-order, ≈ joins methods whose KL differs by less than the larger standard error."""
+followed by kquant where no rounder is named. `checkpoint, gptq` is the checkpoint quantized and then captured, its peak
+that of quantizing. In an order, ≈ joins methods whose KL differs by less than the larger standard error."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,23 @@ OURS: Mapping[str, tuple[str, ...]] = {
     "awq": ("-a", "awq"),
     "awq,gptq": ("-a", "awq,gptq"),
     "gptq": ("-a", "gptq"),
+    "gptq, layer-wise": ("-a", "gptq", "--layer-wise"),
     "best": ("--preset", "best"),
 }
-CALIBRATED = ("awq", "awq,gptq", "gptq", "best")
+CALIBRATED = ("awq", "awq,gptq", "gptq", "gptq, layer-wise", "best")
 THEIRS: Mapping[str, tuple[int, ...]] = {
     "ort default": (2, 4, 8), "ort rtn": (4,), "ort kquant": (4,), "ort hqq": (2, 4), "ort gptq": (4,),
 }  # fmt: skip
 """Each with the bits that it makes."""
 ORT_GPTQ_ROWS = 2
 """onnxruntime's GPTQ runs the whole graph for each matrix and row: 100 minutes of one processor for 16 rows."""
-CHECKPOINT = "checkpoint, gptq"
-METHODS = (*OURS, *THEIRS, CHECKPOINT)
+CHECKPOINT: Mapping[str, tuple[str, ...]] = {
+    "checkpoint, gptq": ("-a", "gptq"),
+    "checkpoint, awq,gptq": ("-a", "awq,gptq"),
+}
+METHODS = (*OURS, *THEIRS, *CHECKPOINT)
+FOR_COST = ("gptq, layer-wise", "checkpoint, awq,gptq")
+"""Measured in the first scheme only: what they cost beside others."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def cells() -> Iterator[Cell]:
         for name, scheme in SCHEMES.items():
             hqq_sym = "hqq" in method and scheme.symmetric
             made = (2, 4) if method == "hqq, float zeros" else THEIRS.get(method, (2, 4, 8))
-            if scheme.bits in made and not hqq_sym:
+            if scheme.bits in made and not hqq_sym and (method not in FOR_COST or name == next(iter(SCHEMES))):
                 yield Cell(method, name)
 
 
@@ -118,7 +125,7 @@ class GraphBench(Bench):
                 return {"failed": f"exit {cost.exit_code}: {log.read_text(errors='replace').strip()[-300:]}"}
             report = json.loads((output / "report.json").read_text())
             folder, seconds = output / "model", cost.cpu_seconds
-            if cell.method == CHECKPOINT:
+            if cell.method in CHECKPOINT:
                 folder = self.work / "captured"
                 shutil.rmtree(folder, ignore_errors=True)
                 words = ["capture-onnx-graph", "-m", str(output), "-o", str(folder), "--accuracy-level", "0"]
@@ -165,8 +172,8 @@ class GraphBench(Bench):
             flags = [*OURS[cell.method], *scheme.flags]
             flags += self._text() if cell.method in CALIBRATED else []
             return quantize_command(self.graph, output, flags)
-        if cell.method == CHECKPOINT:
-            flags = ["-a", "gptq", *scheme.flags, *self._text()]
+        if cell.method in CHECKPOINT:
+            flags = [*CHECKPOINT[cell.method], *scheme.flags, *self._text()]
             return quantize_command(self.models["demo"], output, flags)
         settings = {"algorithm": cell.method.removeprefix("ort "), "bits": scheme.bits}
         settings |= {"group_size": scheme.group_size, "symmetric": scheme.symmetric, "rows": ORT_GPTQ_ROWS}

@@ -67,20 +67,22 @@ SCHEMES: Mapping[str, tuple[str, ...]] = {
     "2b g32": ("--bits", "2", "--group-size", "32"),
 }
 _ASYM = tuple(name for name in SCHEMES if not name.endswith(" sym"))
+_ABLATION = ("4b g64 asym", "3b g64")
+"""What a part of a method is worth."""
 _BEST = ("--set", "refit=true", "--set", "sweeps=2")
 METHODS: Mapping[str, Method] = {
     "rtn": Method(("-a", "rtn"), ("rtn",), calibrates=False),
     "hqq": Method(("-a", "hqq"), ("hqq",), calibrates=False),
     "hqq, float zeros": Method(("-a", "hqq", "--format", "float"), ("hqq",), calibrates=False, schemes=_ASYM),
     "hqq, float zeros, scale fitted": Method(
-        ("-a", "hqq", "--format", "float", "--set", "fit_scale=true"), ("hqq",), calibrates=False, schemes=_ASYM
+        ("-a", "hqq", "--format", "float", "--set", "fit_scale=true"), ("hqq",), calibrates=False, schemes=_ABLATION
     ),
     "kquant": Method(("-a", "kquant"), ("kquant",), calibrates=False),
     "nf4": Method(("-a", "nf4"), ("nf4",), calibrates=False, schemes=("4b g64 asym",)),
     "awq": Method(("-a", "awq"), ("awq", "kquant")),
     "awq,gptq": Method(("-a", "awq,gptq"), ("awq", "gptq")),
     "gptq": Method(("-a", "gptq"), ("gptq",)),
-    "gptq, refit and sweeps": Method(("-a", "gptq", *_BEST), ("gptq",)),
+    "gptq, refit and sweeps": Method(("-a", "gptq", *_BEST), ("gptq",), schemes=_ABLATION),
     "best": Method(("--preset", "best"), ("awq", "gptq")),
     "quarot,rtn": Method(("-a", "quarot,rtn"), ("quarot", "rtn"), calibrates=False),
     "quarot,gptq": Method(("-a", "quarot,gptq"), ("quarot", "gptq")),
