@@ -150,6 +150,27 @@ def test_codebooks_equal_those_of_onnxruntime(name):
     np.testing.assert_array_equal(*codes)
 
 
+def test_ratios_are_those_of_onnxruntime():
+    """By the name of a weight; others keep their range."""
+    scales = []
+    for library in (THEIRS, OURS):
+        config = library.RTNWeightOnlyQuantConfig({"a": 0.8})
+        quantizer = library.MatMulNBitsQuantizer(ir.to_proto(float_model()), block_size=32, algo_config=config)
+        quantizer.process()
+        graph = quantizer.model.model.graph
+        arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        scales.append([arrays[n.input[2]].reshape(-1) for n in graph.node if n.op_type == "MatMulNBits"])
+    for theirs, ours in zip(*scales, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    plain = OURS.MatMulNBitsQuantizer(ir.to_proto(float_model()), block_size=32)
+    plain.process()
+    (whole, other), (cut, same) = (
+        [onnx.numpy_helper.to_array(t) for t in m.graph.initializer if t.name.endswith(".scales")]
+        for m in (plain.model.model, quantizer.model.model)
+    )
+    assert np.allclose(cut / whole, 0.8, rtol=2e-3) and np.array_equal(other, same)
+
+
 def test_nodes_by_name():
     proto = ir.to_proto(float_model())
     config = OURS.RTNWeightOnlyQuantConfig(customized_weight_config={"first": {"bits": 8, "scheme": "sym"}})
@@ -170,7 +191,8 @@ def test_nodes_by_name():
     [
         (OURS.GPTQWeightOnlyQuantConfig(), {}, UsageError, "gptq needs calibration inputs"),
         (OURS.GPTQWeightOnlyQuantConfig(object()), {}, InputError, "object is no calibration data reader"),
-        (OURS.RTNWeightOnlyQuantConfig({"a": 0.9}), {}, UsageError, "ratios are searched"),
+        (OURS.RTNWeightOnlyQuantConfig({"a": 1.5}), {}, UsageError, "clip_ratio is above 0 and at most 1, got 1.5"),
+        (OURS.KQuantWeightOnlyQuantConfig({"a": 0.9}), {}, UsageError, "it takes no ratios"),
         (OURS.HQQWeightOnlyQuantConfig(axis=0), {}, UsageError, "axis 1 only"),
         (OURS.GPTQWeightOnlyQuantConfig(perchannel=False), {}, UsageError, "perchannel=False"),
         (None, {"quant_axes": {"MatMul": 1}}, UsageError, "quant_axes"),

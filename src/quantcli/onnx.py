@@ -33,6 +33,7 @@ from quantcli.options import GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target, weight_encoding
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
+from quantcli.pipelines.planning.steps import check_ranges
 from quantcli.progress import Progress, Silent
 
 __all__ = [
@@ -104,11 +105,10 @@ class RTNWeightOnlyQuantConfig(WeightOnlyQuantConfig):
     """Round to nearest."""
 
     ratios: Mapping[str, float] | None = None
-    """onnxruntime's clip ratios by weight; k-quant searches them, here they are refused."""
+    """Share of the range that the grid spans, by the name of a weight."""
 
     def chain(self) -> tuple[str, dict[str, Any]]:
         """Round to nearest."""
-        _refuse_ratios(self.ratios)
         return "rtn", {}
 
 
@@ -117,13 +117,14 @@ class KQuantWeightOnlyQuantConfig(WeightOnlyQuantConfig):
     """A weighted search of each block's range, with the inputs' sizes where there is a reader."""
 
     ratios: Mapping[str, float] | None = None
-    """As of RTN: the search tries them all."""
+    """As of RTN; here they are refused, as the search tries them all."""
     calibration_data_reader: CalibrationDataReader | None = None
     """Gives calibration inputs; None for a search without data."""
 
     def chain(self) -> tuple[str, dict[str, Any]]:
         """k-quant."""
-        _refuse_ratios(self.ratios)
+        if self.ratios:
+            raise UsageError("kquant searches ranges, it takes no ratios", hint="use RTNWeightOnlyQuantConfig for them")
         return "kquant", {}
 
 
@@ -264,11 +265,12 @@ class MatMulNBitsQuantizer:
             bits=_own(config, "bits", bits),
             group_size=block_size,
             symmetric=bool(_own(config, "is_symmetric", is_symmetric)),
-            overrides=_overrides(config.customized_weight_config),
+            overrides=(*_overrides(config.customized_weight_config), *_ratios(getattr(config, "ratios", None))),
         )
         self._steps = make_steps(
             find_chain(chain, "onnx"), {k: _text(v) for k, v in {**settings, **config.settings}.items()}
         )
+        check_ranges(self._options, self._steps[-1])
         self._reader = getattr(config, "calibration_data_reader", None)
         self._source, self._progress = model, progress or Silent()
         self.algo_config = config
@@ -392,9 +394,8 @@ def _overrides(given: Mapping[str, Mapping[str, Any]] | None) -> tuple[Override,
     return tuple(found)
 
 
-def _refuse_ratios(ratios: Mapping[str, float] | None) -> None:
-    if ratios:
-        raise UsageError("ratios are searched here, not given", hint="use KQuantWeightOnlyQuantConfig without them")
+def _ratios(given: Mapping[str, float] | None) -> tuple[Override, ...]:
+    return tuple(Override(f"^{re.escape(name)}$", clip_ratio=ratio) for name, ratio in (given or {}).items())
 
 
 def _text(value: Any) -> str:

@@ -33,6 +33,18 @@ def test_rtn(bits, g, symmetric):
 
 
 @pytest.mark.parametrize(("bits", "g", "symmetric"), SCHEMES)
+def test_rtn_on_a_share_of_the_range(bits, g, symmetric):
+    W, _, _ = literal.layer()
+    size = g if g > 0 else W.shape[1]
+    S, Z = literal.minmax_grid(0.75 * W, bits, size, symmetric)
+    scheme, options = Scheme(bits, g, symmetric), rtn.RtnOptions(clip_ratio=0.75)
+    result = rtn.quantize(torch.from_numpy(W), scheme, options, None)
+    assert_equals(result, literal.rtn(W, S, Z, bits, size), S, Z)
+    whole = rtn.quantize(torch.from_numpy(W), scheme, rtn.RtnOptions(), None)
+    assert float((result.scale / whole.scale).mean()) == pytest.approx(0.75, rel=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "g", "symmetric"), SCHEMES)
 @pytest.mark.parametrize("with_data", [True, False])
 def test_kquant(bits, g, symmetric, with_data):
     W, H, _ = literal.layer(N=8)

@@ -326,6 +326,7 @@ def test_arguments_of_weight_only_quantization_elsewhere(capsys):
     assert "note: --block_size is how many columns gptq takes at a time; those that share a scale: --group-size" in said
     assert "note: --providers has nothing to do: graphs are run on the CPU" in said
     assert quantize("-a awq --enable_auto_scale True --enable_mse_search True").algorithm == "awq"
+    assert quantize("-a rtn --ratios 0.9").settings == {"clip_ratio": "0.9"}
     assert quantize("--use_qdq_encoding").graph.encoding == "qdq"
     assert quantize("--actorder True --mse True").settings == {"order": "static", "grid": "weighted"}
 
@@ -333,7 +334,6 @@ def test_arguments_of_weight_only_quantization_elsewhere(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--ratios 0.9", "ranges are searched for each group"),
         ("--perchannel False", "every row has scales of its own"),
         ("--enable_auto_scale False", "leave awq out"),
         ("--enable_mse_search False", "-a awq,rtn does not"),

@@ -219,7 +219,7 @@ GIVEN = {
         "adapter_format": (["--adapter-format", "npz"], "npz"),
         "force": (["--force"], True),
     },
-    "inspect": {"folder": ([], Path("F"))},
+    "inspect": {"folder": ([], Path("F")), "nodes": (["--nodes"], True)},
     "algorithms": {"name": (["gptq"], "gptq")},
 }
 

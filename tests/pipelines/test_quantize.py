@@ -150,6 +150,18 @@ def test_overrides_exclusions_and_the_head(models, text, tmp_path):
     assert type(model.get_submodule("model.layers.0.mlp.down_proj")) is torch.nn.Linear
 
 
+def test_the_range_of_some_linears(models, tmp_path):
+    errors = []
+    for number, overrides in enumerate(((), (Override("q_proj", clip_ratio=0.5),))):
+        result = quantize.run(
+            options(models("llama"), tmp_path / str(number), algorithm="rtn", bits=8, overrides=overrides)
+        )
+        errors.append({layer.name: layer.relative_error for layer in result.layers})
+        assert all(layer.rtn_relative_error < 1.5 * errors[0][layer.name] for layer in result.layers)
+    for name, error in errors[0].items():
+        assert errors[1][name] > 100 * error if name.endswith("q_proj") else errors[1][name] == error
+
+
 @pytest.mark.parametrize("algorithm", ["kquant", "gptq"])
 def test_a_tied_head_gets_codes_of_its_own(algorithm, models, text, tmp_path):
     source = models("llama-tied")
@@ -291,6 +303,16 @@ def test_experts_that_no_token_reached_are_quantized_without_data(models, tmp_pa
         ({"exclude": ("nothing_is_named_so",)}, UsageError, "no linear is named like"),
         ({"exclude": (".",)}, UsageError, "leaves nothing"),
         ({"overrides": (Override("o_proj", bits=7),), "calibrated": True}, UsageError, "not 7 as overridden"),
+        (
+            {"algorithm": "kquant", "overrides": (Override("o_proj", clip_ratio=0.9),)},
+            UsageError,
+            "kquant has no clip_ratio, rtn has",
+        ),
+        (
+            {"algorithm": "rtn", "overrides": (Override("o_proj", clip_ratio=0.0),)},
+            UsageError,
+            "clip_ratio is above 0",
+        ),
         ({"correct_earlier": True}, UsageError, "a step of gptq"),
         ({"max_memory": 1000}, ResourceError, "the run needs about"),
         ({"model": "/no/such/folder"}, InputError, "does not exist"),

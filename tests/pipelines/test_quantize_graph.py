@@ -237,6 +237,14 @@ def test_selection_and_overrides(folder):
     assert {n.attributes["accuracy_level"].as_int() for n in nodes} == {4}
 
 
+def test_the_range_of_some_matrices(folder):
+    whole = quantize(folder, "whole", algorithm="rtn", bits=8)
+    cut = quantize(folder, "cut", algorithm="rtn", bits=8, overrides=(Override("^b$", clip_ratio=0.5),))
+    for before, after in zip(whole.layers, cut.layers, strict=True):
+        worse = after.relative_error / before.relative_error
+        assert worse > 100 if after.name == "b" else worse == 1
+
+
 def test_a_file_alone(folder):
     output = folder.parent / "alone"
     run(QuantizeOptions(str(folder / "net.onnx"), output, algorithm="rtn"))

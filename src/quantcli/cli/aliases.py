@@ -148,7 +148,7 @@ _GRAPHS: dict[str, Alias] = {
     "--nodes_to_exclude": Each("--nodes-exclude"),
     "--providers": Dropped("graphs are run on the CPU", value=True, only=("CPUExecutionProvider",)),
     "--layer_wise_quant": Switch(("--layer-wise",)),
-    "--ratios": Refused("ranges are searched for each group, not cut by fixed ratios", "use -a kquant"),
+    "--ratios": Setting("clip_ratio", "--ratios is for all weights; for some: --override 'REGEX=clip_ratio=0.9'"),
     "--enable_auto_scale": Dropped("awq searches scales; leave awq out for none", value=True, only=_TRUE),
     "--enable_mse_search": Dropped("kquant behind awq searches ranges; -a awq,rtn does not", value=True, only=_TRUE),
     "--percdamp": Setting("damp_percent"),

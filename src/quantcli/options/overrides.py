@@ -1,6 +1,7 @@
-"""Other bits, groups or grids for some layers."""
+"""Other bits, groups, grids or ranges for some layers."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,14 @@ class Override:
     """Group size there."""
     symmetric: bool | None = None
     """Symmetric grid there."""
+    clip_ratio: float | None = None
+    """Of rtn: share of the range that the grid spans there."""
+
+    @property
+    def scheme(self) -> dict[str, Any]:
+        """What it changes of a scheme."""
+        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def parse(cls, text: str) -> "Override":
@@ -34,12 +43,10 @@ class Override:
         for setting in match["settings"].split(","):
             key, value = setting.split("=")
             key = {"sym": "symmetric"}.get(key.replace("-", "_"), key.replace("-", "_"))
-            if key not in ("bits", "group_size", "symmetric"):
-                raise UsageError(
-                    f"override {text!r}: unknown key {key!r}, {nearest(key, ('bits', 'group_size', 'sym'))}",
-                    hint=hint,
-                )
-            values[key] = _parse_bool(value, text) if key == "symmetric" else _parse_int(value, text)
+            if key not in _KINDS:
+                known = ["sym" if name == "symmetric" else name for name in _KINDS]
+                raise UsageError(f"override {text!r}: unknown key {key!r}, {nearest(key, known)}", hint=hint)
+            values[key] = _KINDS[key](value, text)
         return cls(compile_regex(match["pattern"], "--override"), **values)
 
 
@@ -50,7 +57,22 @@ def _parse_int(value: str, text: str) -> int:
         raise UsageError(f"override {text!r}: {value!r} is not a whole number") from error
 
 
+def _parse_float(value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UsageError(f"override {text!r}: {value!r} is not a number") from error
+
+
 def _parse_bool(value: str, text: str) -> bool:
     if value.lower() not in ("true", "false"):
         raise UsageError(f"override {text!r}: sym is true or false, got {value!r}")
     return value.lower() == "true"
+
+
+_KINDS: dict[str, Callable[[str, str], Any]] = {
+    "bits": _parse_int,
+    "group_size": _parse_int,
+    "symmetric": _parse_bool,
+    "clip_ratio": _parse_float,
+}

@@ -1,6 +1,7 @@
 """What `quantize` was asked to do."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class QuantizeOptions:
     exclude: tuple[str, ...] = ()
     """Regular expressions of linears that stay float."""
     overrides: tuple[Override, ...] = ()
-    """Other bits, group size or symmetry for some linears; the last match wins."""
+    """Other bits, group_size, sym or (of rtn) clip_ratio for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Calibration text."""
     format: str | None = None
@@ -128,6 +129,11 @@ class QuantizeOptions:
     def mixes(self) -> bool:
         """Whether the bits of each linear are chosen to meet a target."""
         return self.target_bits is not None or self.target_size is not None
+
+    def clip_ratio(self, names: Iterable[str]) -> float | None:
+        """What overrides of a linear of any of these names say of its range."""
+        found = [o.clip_ratio for o in self.overrides if any(re.search(o.pattern, name) for name in names)]
+        return next((ratio for ratio in reversed(found) if ratio is not None), None)
 
     def matching(self, name: str) -> list[Override]:
         """Overrides of the linear of that name, the last of which wins."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantcli.algorithms import Algorithm
+from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +24,21 @@ __all__ = ["ALGORITHM", "RtnOptions", "quantize"]
 
 @dataclass(frozen=True)
 class RtnOptions:
-    """Nothing to choose."""
+    """Where ranges are cut."""
+
+    clip_ratio: float = 1.0
+    """Share of each group's range that the grid spans, above 0 and at most 1; weights outside go to its ends."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_ratio <= 1:
+            raise UsageError(f"clip_ratio is above 0 and at most 1, got {self.clip_ratio}")
 
 
 def quantize(weight: Tensor, scheme: Scheme, options: RtnOptions, statistics: Statistics | None) -> QuantizedTensor:
-    """Rounds each weight of W [N, K] to the nearest code of its group's min/max grid."""
+    """Rounds each weight of W [N, K] to the nearest code of its group's min/max grid, or of a share of that."""
     from quantcli.tensors.affine import minmax_grid, round_to_grid
 
-    return round_to_grid(weight, *minmax_grid(weight, scheme), scheme)
+    return round_to_grid(weight, *minmax_grid(weight * options.clip_ratio, scheme), scheme)
 
 
 ALGORITHM = Algorithm(

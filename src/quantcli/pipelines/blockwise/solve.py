@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def solve_linears(
     statistics: Statistics | None,
     scale: Tensor | None = None,
 ) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
-    """Quantizes linears that share an input; those of one scheme in one solve, stacked along their rows.
+    """Quantizes linears that share an input; those that are rounded alike in one solve, stacked along their rows.
 
     Args:
         targets: The linears.
@@ -87,18 +87,19 @@ def solve_linears(
     Returns:
         The quantized tensors and a report on each, by module path in the order of `targets`.
     """
-    by_scheme: dict[tuple[Scheme, int], list[Target]] = defaultdict(list)
+    alike: dict[tuple[Scheme, float | None, int], list[Target]] = defaultdict(list)
     for number, target in enumerate(targets):
         # nested scales run over the rows of a matrix: those of two matrices must not mix
-        by_scheme[target.scheme, number if target.scheme.double_quant else 0].append(target)
+        alike[target.scheme, target.clip_ratio, number if target.scheme.double_quant else 0].append(target)
     results: dict[str, QuantizedTensor] = {}
     reports: dict[str, LayerReport] = {}
     seen = statistics.scaled(scale) if statistics is not None and scale is not None else statistics
-    for (scheme, _), members in by_scheme.items():
+    for (scheme, clip_ratio, _), members in alike.items():
         begun = time.perf_counter()
         stacked = torch.cat([weights[t.name] for t in members]) if len(members) > 1 else weights[members[0].name]
+        own = settings if clip_ratio is None else replace(settings, clip_ratio=clip_ratio)
         try:
-            solved = algorithm.run(stacked if scale is None else stacked * scale, scheme, settings, seen)
+            solved = algorithm.run(stacked if scale is None else stacked * scale, scheme, own, seen)
         except InputError as error:
             raise InputError(f"{members[0].name}: {error.message}", error.hint) from error
         seconds = (time.perf_counter() - begun) / len(members)
@@ -125,7 +126,8 @@ def _report(
     error = output_error(weight, quantized if scale is None else quantized / scale, hessian)
     rows = weight[:: max(1, target.rows // _RTN_ROWS)]  # rtn is a yardstick: a sample of rows tells it
     rtn = round_to_grid(rows, *minmax_grid(rows, target.scheme), target.scheme)
-    rtn_error = error if algorithm.name == "rtn" else output_error(rows, rtn.dequantize(), hessian)
+    plain = algorithm.name == "rtn" and target.clip_ratio is None
+    rtn_error = error if plain else output_error(rows, rtn.dequantize(), hessian)
     return LayerReport(
         name=target.name,
         kind=target.name.rsplit(".", 1)[-1],

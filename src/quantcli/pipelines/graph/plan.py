@@ -346,15 +346,13 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
 
 def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str | None = None) -> Target:
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
-    bits, size, symmetric = options.weight_bits, options.weight_group_size, options.weight_symmetric
+    scheme = Scheme(options.weight_bits, options.weight_group_size, options.weight_symmetric, codebook=codebook)
     names = [target.name, *(use.node.name or "" for use in target.uses)]
     for override in options.overrides:
         if any(override in options.matching(name) for name in names):
-            bits = bits if override.bits is None else override.bits
-            size = size if override.group_size is None else override.group_size
-            symmetric = symmetric if override.symmetric is None else override.symmetric
-    scheme = Scheme(bits, size, symmetric, codebook=codebook)
+            scheme = replace(scheme, **override.scheme)
     group = group_index(target.columns, scheme)
-    layout = (None if codebook is None else plan_codebook_blocks(group)) or plan_blocks(group, bits)
+    layout = (None if codebook is None else plan_codebook_blocks(group)) or plan_blocks(group, scheme.bits)
     stored = target.rows * layout.row_bytes
-    return Target(target.name, target.name, target.rows, target.columns, target.transposed, scheme, stored)
+    shape = target.rows, target.columns, target.transposed
+    return Target(target.name, target.name, *shape, scheme, stored, options.clip_ratio(names))

@@ -45,6 +45,8 @@ class Target:
     scheme: Scheme
     stored_bytes: int
     """What it takes on disk."""
+    clip_ratio: float | None = None
+    """Of rtn, where an override says it."""
 
     @property
     def stem(self) -> str:

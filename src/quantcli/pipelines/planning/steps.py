@@ -1,14 +1,14 @@
 """Which algorithms run, with which settings and into which format; flags that none of them reads are refused."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from quantcli import algorithms
 from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
 from quantcli.options import CalibrationOptions, QuantizeOptions
 
-__all__ = ["resolve_format", "resolve_group_size", "resolve_steps"]
+__all__ = ["check_ranges", "resolve_format", "resolve_group_size", "resolve_steps"]
 
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -55,11 +55,26 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
     if rounder.codebook and any(given is not None for given in grids):
         raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
+    check_ranges(options, steps[-1])
     if model == "checkpoint":
         _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
         raise UsageError(f"--correct-earlier is a step of gptq, {rounder.name} has none", hint="use -a gptq")
     return steps
+
+
+def check_ranges(options: QuantizeOptions, step: Step) -> None:
+    """Refuses a clip_ratio of overrides that the rounder does not know or take.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for override in options.overrides:
+        if override.clip_ratio is None:
+            continue
+        if not hasattr(step.settings, "clip_ratio"):
+            raise UsageError(f"{step.algorithm.name} has no clip_ratio, rtn has", hint="use -a rtn")
+        replace(step.settings, clip_ratio=override.clip_ratio)
 
 
 def resolve_format(asked: str | None, algorithm: Algorithm) -> str:

@@ -80,7 +80,8 @@ def find_targets(
         if disk is None or source is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
         size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
-        targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size)
+        clip_ratio = options.clip_ratio([name])
+        targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size, clip_ratio)
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
     if not targets:
@@ -119,8 +120,7 @@ def refuse_unmatched(patterns: Sequence[str], targets: Mapping[str, Target]) -> 
 def _overridden(options: QuantizeOptions, name: str, default: Scheme, algorithm: Algorithm) -> Scheme:
     scheme = default
     for override in options.matching(name):
-        changes = {k: v for k in ("bits", "group_size", "symmetric") if (v := getattr(override, k)) is not None}
-        scheme = replace(scheme, **changes)
+        scheme = replace(scheme, **override.scheme)
     if scheme.bits not in algorithm.bits:
         raise UsageError(f"{algorithm.name} makes {algorithm.bits} bits, not {scheme.bits} as overridden for {name}")
     return scheme
