@@ -44,10 +44,13 @@ class Kept:
         else:
             self.found = {"settings": self.settings, "machine": describe_machine(), "cells": {}}
 
-    def keep(self) -> None:
-        """Writes all results; a kill at any instant leaves the old file or the new one."""
+    def keep(self, name: str, values: dict[str, Any]) -> None:
+        """Adds a cell to the file, which another run may fill too; a kill leaves the old file or the new one."""
+        if self.results.is_file():
+            self.open()
+        self.found["cells"][name] = values
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.results.with_suffix(".tmp")
+        aside = self.results.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text(json.dumps(self.found, indent=1) + "\n")
         aside.replace(self.results)
 
@@ -66,6 +69,8 @@ class Kept:
         """
         code, failed = code_digest(), False
         for cell in cells:
+            if self.results.is_file():
+                self.open()
             kept = self.found["cells"].get(cell.name, {"failed": "not measured"})
             if "failed" not in kept and not again:
                 continue
@@ -79,8 +84,7 @@ class Kept:
             said = values.get("failed") or self.said(values)
             print(f"         {said}", flush=True)
             stamp = {"date": time.strftime("%Y-%m-%d"), "version": version, "code": code, "load": os.getloadavg()[0]}
-            self.found["cells"][cell.name] = values | stamp
-            self.keep()
+            self.keep(cell.name, values | stamp)
             write()
         write()
         if failed:

@@ -20,7 +20,8 @@ standard error clustered by window; in brackets the perplexity. Cost is the size
 norms stay float), the processor seconds of `quantcli quantize` from start to exit, and its peak memory above what the
 process held when it began. `best` is `--preset best` (awq, then gptq with refit and sweeps), `quarot,best` the same
 behind a rotation; awq is followed by kquant where no rounder is named. In an order, ≈ joins methods whose KL differs
-by less than the larger standard error. A cell that is empty was not measured, or the method has no such scheme."""
+by less than the larger standard error. A cell that is empty was not measured, or the method has no such scheme. A
+rotation folds the norms itself, so that it makes the same of both models: its rows stand with the second."""
 
 
 def write_page(
