@@ -118,6 +118,9 @@ class GraphBench(Bench):
         """Quantizes and evaluates; what failed says so in its own words."""
         output, log = self.work / "quantized", self.work / "log"
         shutil.rmtree(output, ignore_errors=True)
+        if cell.method in (*CALIBRATED, *CHECKPOINT):
+            flags = {**OURS, **CHECKPOINT}[cell.method][:2]
+            self.compile(" ".join(flags), [*flags, *SCHEMES[cell.scheme].flags], calibrates=True)
         command = self._command(cell, output)
         cost = run_measured(command, environment(), log)
         try:

@@ -129,7 +129,7 @@ class Bench(Kept):
 
     def measure(self, cell: Any) -> dict[str, Any]:
         """Quantizes and evaluates; what failed says so in its own words."""
-        self._compile(cell)
+        self.compile(cell.method, cell.flags, cell.calibrates)
         model, output = self.models[cell.model], self.work / "quantized"
         shutil.rmtree(output, ignore_errors=True)
         flags, log = list(cell.flags), self.work / "log"
@@ -169,20 +169,18 @@ class Bench(Kept):
         """Of a cell, for the log."""
         return "KL {kl_mean:.4f}, {cpu_seconds:.0f} s".format(**values)
 
-    def _compile(self, cell: Cell) -> None:
+    def compile(self, method: str, flags: Sequence[str], calibrates: bool) -> None:
         """Runs the method on a tiny model first: kernels are compiled once per machine, not within a cell."""
-        kind = (cell.method, "--sym" if "--sym" in cell.flags else "")
+        kind = (method, "--sym" if "--sym" in flags else "")
         if kind in self.warm:
             return
         self.warm.add(kind)
         tiny = self.work / "tiny"
         if not tiny.exists():
             write_tiny_model(tiny)
-        flags = list(cell.flags)
-        if cell.calibrates:
-            flags += ["--data", str(tiny / "text.jsonl"), "--num-samples", "8", "--seq-len", "32"]
+        text = ["--data", str(tiny / "text.jsonl"), "--num-samples", "8", "--seq-len", "32"] if calibrates else []
         output = self.work / "warm"
-        run_measured(quantize_command(tiny, output, flags), environment(), self.work / "warm.log")
+        run_measured(quantize_command(tiny, output, [*flags, *text]), environment(), self.work / "warm.log")
         shutil.rmtree(output, ignore_errors=True)
 
 
