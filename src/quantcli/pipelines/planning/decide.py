@@ -45,7 +45,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
     columns = (weight_shape(model.skeleton.get_submodule(name))[1] for name in model.layout.linears)
     group_size = resolve_group_size(options, transforms, columns)
-    options = replace(options, group_size=group_size)
+    symmetric = None if algorithm.codebook else options.weight_symmetric
+    options = replace(options, group_size=group_size, symmetric=symmetric)
     default = Scheme(
         options.weight_bits,
         group_size,
