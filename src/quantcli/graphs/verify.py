@@ -17,6 +17,8 @@ from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["dequantize_node", "verify_weights"]
 
+_ROWS = 256
+
 
 def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix, expected: dict[str, int]) -> None:
     """Compares the graph's weights with the checkpoint's.
@@ -44,6 +46,10 @@ def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix
                 raise AssertionError(f"{part.name} in the graph differs from the checkpoint")
             seen.setdefault(part.name, []).append((part.start, part.stop))
             at += count
+        del values  # a view of the file, maybe
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value.release()  # else what was read of every matrix stays in memory
     for name, rows in expected.items():
         covered = sorted(seen[name])
         if not covered or covered[0][0] != 0 or covered[-1][1] != rows:
@@ -126,8 +132,14 @@ def _dequantize_linear(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     if node.attributes["axis"].as_int() == 0:
         code, scale, zero = code.T, scale.T, zero.T
     block = np.arange(code.shape[1]) // node.attributes["block_size"].as_int()
-    values: np.ndarray = code.astype(np.float32) - zero.astype(np.float32)[:, block]
-    return values * scale.astype(np.float32)[:, block]
+    values: np.ndarray = code.astype(np.float32)
+    for start in range(
+        0, len(values), _ROWS
+    ):  # in place, some rows at a time: zeros of every weight take as much again
+        rows = slice(start, start + _ROWS)
+        values[rows] -= zero[rows].astype(np.float32)[:, block]
+        values[rows] *= scale[rows].astype(np.float32)[:, block]
+    return values
 
 
 def _array(graph: ir.Graph, name: str) -> np.ndarray:
