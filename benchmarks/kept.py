@@ -46,8 +46,7 @@ class Kept:
 
     def keep(self, name: str, values: dict[str, Any]) -> None:
         """Adds a cell to the file, which another run may fill too; a kill leaves the old file or the new one."""
-        if self.results.is_file():
-            self.open()
+        self.open()
         self.found["cells"][name] = values
         self.results.parent.mkdir(parents=True, exist_ok=True)
         aside = self.results.with_suffix(f".{os.getpid()}.tmp")
@@ -69,8 +68,7 @@ class Kept:
         """
         code, failed = code_digest(), False
         for cell in cells:
-            if self.results.is_file():
-                self.open()
+            self.open()
             kept = self.found["cells"].get(cell.name, {"failed": "not measured"})
             if "failed" not in kept and not again:
                 continue

@@ -119,7 +119,7 @@ class GraphBench(Bench):
         output, log = self.work / "quantized", self.work / "log"
         shutil.rmtree(output, ignore_errors=True)
         if cell.method in (*CALIBRATED, *CHECKPOINT):
-            flags = {**OURS, **CHECKPOINT}[cell.method][:2]
+            flags = {**OURS, **CHECKPOINT}[cell.method][:2]  # checkpoints have the same kernels, and no --layer-wise
             self.compile(" ".join(flags), [*flags, *SCHEMES[cell.scheme].flags], calibrates=True)
         command = self._command(cell, output)
         cost = run_measured(command, environment(), log)

@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from quantcli.graphs.files import open_graph
+from quantcli.graphs.files import data_files, open_graph
 from quantcli.graphs.rewrite import BITS_KEY
 from quantcli.tensors.inventory import WeightRecord
 
-__all__ = ["NodeRecord", "graph_nodes", "graph_operators", "graph_records"]
+__all__ = ["GraphContents", "NodeRecord", "read_contents"]
 
 _SMALL_INTEGERS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -50,23 +50,38 @@ class NodeRecord:
     """Its type."""
 
 
-def graph_operators(path: Path) -> dict[str, int]:
-    """How many nodes of each operator there are, most first.
+@dataclass(frozen=True)
+class GraphContents:
+    """What a graph file holds."""
+
+    opsets: dict[str, int]
+    """Versions by domain."""
+    operators: Counter[str]
+    """How many nodes of each operator there are."""
+    nodes: list[NodeRecord]
+    """Those with weights, in the graph's order; one of several weights stands for a node."""
+    records: list[WeightRecord]
+    """One per weight: codes that quantized operators read, and floats."""
+    data: set[str]
+    """Names of the files beside it that hold weights."""
+
+
+def read_contents(path: Path) -> GraphContents:
+    """Looks into a graph once; weights that sit in Constant nodes count as the others.
 
     Raises:
         InputError: the file is not an ONNX graph.
     """
-    return dict(Counter(node.op_type for node in open_graph(path).graph.all_nodes()).most_common())
+    model = open_graph(path)
+    operators = Counter(node.op_type for node in model.graph.all_nodes())
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    graph = model.graph
+    return GraphContents(dict(model.opset_imports), operators, _nodes(graph), _records(graph), data_files(model))
 
 
-def graph_nodes(path: Path) -> list[NodeRecord]:
-    """The nodes with weights, in the graph's order; one of several weights stands for a node.
-
-    Raises:
-        InputError: the file is not an ONNX graph.
-    """
+def _nodes(graph: ir.Graph) -> list[NodeRecord]:
     found = []
-    for node in _with_initializers(path).all_nodes():
+    for node in graph.all_nodes():
         stored = [v for v in node.inputs if v is not None and v.const_value is not None and v.const_value.size > 1]
         if node.op_type in ("Reshape", "Slice") or not stored:
             continue
@@ -79,16 +94,12 @@ def graph_nodes(path: Path) -> list[NodeRecord]:
     return found
 
 
-def graph_records(path: Path) -> list[WeightRecord]:
-    """One record per weight of a graph: codes that quantized operators read, and floats.
+def _records(graph: ir.Graph) -> list[WeightRecord]:
+    """Codes that quantized operators read, and floats.
 
     Of what nothing of the kind reads, integers of 32 and 64 bits (shapes, indexes) and single ones (zero points) are
     left out; smaller ones are codes too, as the table of a Gather whose rows are dequantized behind it.
-
-    Raises:
-        InputError: the file is not an ONNX graph.
     """
-    graph = _with_initializers(path)
     records: list[WeightRecord] = []
     seen: set[str] = set()
     for node in graph.all_nodes():
@@ -115,13 +126,6 @@ def graph_records(path: Path) -> list[WeightRecord]:
             bits = int(8 * tensor.dtype.itemsize)
             records.append(WeightRecord(name, bits, table, math.prod(tensor.shape.numpy()), tensor.nbytes))
     return records
-
-
-def _with_initializers(path: Path) -> ir.Graph:
-    """The graph of a file, with weights that sit in Constant nodes among the others."""
-    model = open_graph(path)
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    return model.graph
 
 
 def _bits(node: ir.Node, codes: ir.TensorProtocol) -> int:

@@ -47,9 +47,10 @@ def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix
             seen.setdefault(part.name, []).append((part.start, part.stop))
             at += count
         del values  # a view of the file, maybe
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value.release()  # else what was read of every matrix stays in memory
+        for name in filter(None, (placement.weight, placement.scales, placement.zeros)):
+            stored = graph.initializers[name].const_value
+            if isinstance(stored, ir.ExternalTensor):
+                stored.release()  # else what was read of every matrix stays in memory
     for name, rows in expected.items():
         covered = sorted(seen[name])
         if not covered or covered[0][0] != 0 or covered[-1][1] != rows:

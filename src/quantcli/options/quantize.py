@@ -1,7 +1,6 @@
 """What `quantize` was asked to do."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,14 +129,14 @@ class QuantizeOptions:
         """Whether the bits of each linear are chosen to meet a target."""
         return self.target_bits is not None or self.target_size is not None
 
-    def clip_ratio(self, names: Iterable[str]) -> float | None:
-        """What overrides of a linear of any of these names say of its range."""
-        found = [o.clip_ratio for o in self.overrides if any(re.search(o.pattern, name) for name in names)]
-        return next((ratio for ratio in reversed(found) if ratio is not None), None)
+    def matching(self, *names: str) -> list[Override]:
+        """Overrides of the linear that has these names, the last of which wins."""
+        return [o for o in self.overrides if any(re.search(o.pattern, name) for name in names)]
 
-    def matching(self, name: str) -> list[Override]:
-        """Overrides of the linear of that name, the last of which wins."""
-        return [override for override in self.overrides if re.search(override.pattern, name)]
+    def clip_ratio(self, *names: str) -> float | None:
+        """What they say of its range."""
+        found = [o.clip_ratio for o in self.matching(*names) if o.clip_ratio is not None]
+        return found[-1] if found else None
 
     def _check_mixed(self) -> None:
         if self.target_bits is not None and self.target_size is not None:

@@ -17,7 +17,7 @@ from quantcli.tensors.inventory import (
 )
 
 if TYPE_CHECKING:
-    from quantcli.graphs.inspect import NodeRecord
+    from quantcli.graphs.inspect import GraphContents, NodeRecord
 
 __all__ = ["FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
 
@@ -107,53 +107,40 @@ def run(folder: Path, *, nodes: bool = False) -> Inspection:
     model = folder if is_file else resolve_model_folder(folder)
     folder = folder.parent if is_file else folder
     manifest = read_manifest(folder)
-    graphs = _graphs(model)
+    graphs = _read_graphs(model)
     if nodes and not graphs:
         raise UsageError(f"{model} is no ONNX graph, --nodes has nothing to list", hint="leave --nodes out")
-    records = weight_records(model)
-    what, stored = _describe(model)
+    records = _records(model, graphs)
+    what, stored = _describe(model, graphs)
     return Inspection(
         folder=str(model),
         what=what,
         format=stored,
         model_type=_model_type(model),
         parameters=sum(r.parameters for r in records),
-        size_bytes=weight_size_bytes(model),
+        size_bytes=_file_size_bytes(model, graphs[0].data) if is_file else weight_size_bytes(model),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
         histogram=bits_histogram(records),
-        operators=_operators(graphs),
-        nodes=_nodes(graphs) if nodes else [],
+        operators=dict(sum((g.operators for g in graphs), Counter[str]()).most_common()),
+        nodes=[node for g in graphs for node in g.nodes] if nodes else [],
         history=_history(folder, manifest),
         files=[] if manifest is None else _check_files(_root(folder), manifest),
     )
 
 
-def _operators(graphs: list[Path]) -> dict[str, int]:
-    if not graphs:
-        return {}
-    from quantcli.graphs.inspect import graph_operators
-
-    return dict(sum((Counter(graph_operators(path)) for path in graphs), Counter()).most_common())
-
-
-def _nodes(graphs: list[Path]) -> list["NodeRecord"]:
-    from quantcli.graphs.inspect import graph_nodes
-
-    return [node for path in graphs for node in graph_nodes(path)]
-
-
 def weight_records(model: Path) -> list[WeightRecord]:
-    """The weights of a model folder, checkpoint or ONNX, or of a graph file.
+    """The weights of a model folder, checkpoint or ONNX.
 
     Raises:
         InputError: it holds neither.
     """
-    graphs = _graphs(model)
-    if graphs:
-        from quantcli.graphs.inspect import graph_records
+    return _records(model, _read_graphs(model))
 
-        return [r for path in graphs for r in graph_records(path)]
+
+def _records(model: Path, graphs: list["GraphContents"]) -> list[WeightRecord]:
+    if graphs:
+        return [record for graph in graphs for record in graph.records]
     from quantcli.models.checkpoint import Checkpoint
     from quantcli.models.inspect import checkpoint_records
 
@@ -161,30 +148,28 @@ def weight_records(model: Path) -> list[WeightRecord]:
 
 
 def weight_size_bytes(model: Path) -> int:
-    """Bytes of the files that hold weights and graphs, of a folder or of a graph file."""
-    if model.is_file():
-        from quantcli.graphs.files import data_files, open_graph
-
-        files = {model, *(model.parent / name for name in data_files(open_graph(model)))}
-        return sum(p.stat().st_size for p in files)
+    """Bytes of the files that hold weights and graphs."""
     return sum(p.stat().st_size for p in {p for pattern in _WEIGHT_FILES for p in model.glob(pattern)})
 
 
-def _graphs(model: Path) -> list[Path]:
-    """The graphs of an ONNX folder; a checkpoint that also holds an exported graph stays a checkpoint."""
-    if model.is_file():
-        return [model]
-    if any(model.glob("*.safetensors")):
+def _file_size_bytes(graph: Path, data: set[str]) -> int:
+    """Bytes of a graph file and of those beside it that hold its weights."""
+    return sum(p.stat().st_size for p in (graph, *(graph.parent / name for name in data)))
+
+
+def _read_graphs(model: Path) -> list["GraphContents"]:
+    """A graph file, or those of a folder; a checkpoint that also holds an exported graph stays a checkpoint."""
+    paths = [model] if model.is_file() else sorted(model.glob("*.onnx"))
+    if not paths or (model.is_dir() and any(model.glob("*.safetensors"))):
         return []
-    return sorted(model.glob("*.onnx"))
+    from quantcli.graphs.inspect import read_contents
+
+    return [read_contents(path) for path in paths]
 
 
-def _describe(model: Path) -> tuple[str, str]:
-    graphs = _graphs(model)
+def _describe(model: Path, graphs: list["GraphContents"]) -> tuple[str, str]:
     if graphs:
-        from quantcli.graphs.files import open_graph
-
-        opsets = open_graph(graphs[0]).opset_imports
+        opsets = graphs[0].opsets
         stored = "ONNX, " + ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in opsets.items())
         genai = (model / "genai_config.json").is_file()  # not beside a file: that is one graph of it
         return ("ONNX Runtime GenAI folder" if genai else "ONNX model"), stored

@@ -110,7 +110,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             heap.settle()
         work = _Run(plan, partial, journal, heap, progress)
         work.blocks()
-        _check_scales(plan, journal.scales, progress)
+        _check_scales(plan, work, progress)
         work.outside()
         companions = copy_companions(plan.folder, partial.model)
         if not any(name.startswith("tokenizer") for name in companions):
@@ -169,10 +169,14 @@ def _evaluate(plan: Plan, progress: Progress) -> Any:
     )
 
 
-def _check_scales(plan: Plan, scales: list[ScaleReport], progress: Progress) -> None:
-    """Refuses a model in which a transform that tells of its searches had nothing to search."""
-    step = plan.scaling
-    if step is None or step.algorithm.sees != "channels":
+def _check_scales(plan: Plan, work: "_Run", progress: Progress) -> None:
+    """Tells of a transform that had nothing to scale; one that does nothing else is refused."""
+    step, scales = plan.scaling, work.journal.scales
+    if step is None:
+        return
+    if step.algorithm.sees != "channels":
+        if work.scales_nothing:
+            progress.warn(f"{step.algorithm.name} had no effect: nothing in front of these linears takes a division")
         return
     if not scales:
         raise InputError(
@@ -205,6 +209,7 @@ class _Run:
         self.solver = StageSolver(plan, self.scaling, journal.reports, progress)
         self.shards = ShardWriter(plan, partial.model)
         self.streams = Streams()
+        self.scales_nothing = False
 
     def blocks(self) -> None:
         """Quantizes and writes every block that an earlier run has not finished."""
@@ -229,9 +234,7 @@ class _Run:
                 self.heap.settle()
                 errors = [r.relative_error for r in journal.reports[begun:]]
                 task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
-        if calibrated is not None and plan.scaling is not None and calibrated.scales_nothing:
-            name = plan.scaling.algorithm.name
-            self.progress.warn(f"{name} had no effect: nothing in front of these linears takes a division")
+        self.scales_nothing = calibrated is not None and calibrated.scales_nothing
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()

@@ -37,8 +37,8 @@ def stored_scale(scale: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.full_like(rounded, SMALLEST_SCALE), rounded)
 
 
-def minmax_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The grid that spans each group's range; (S, Z) [N, G] in the weight's dtype.
+def minmax_grid(weight: Tensor, scheme: Scheme, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The grid that spans each group's range, or a share of it; (S, Z) [N, G] in the weight's dtype.
 
     Symmetric grids are full-range signed: the weight of largest magnitude sits on code 0.
     """
@@ -46,9 +46,9 @@ def minmax_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     top = scheme.levels - 1
     if scheme.symmetric:
         at = groups.abs().argmax(2, keepdim=True)
-        scale = stored_scale(-groups.gather(2, at)[..., 0] / scheme.middle)
+        scale = stored_scale(-clip_ratio * groups.gather(2, at)[..., 0] / scheme.middle)
         return scale, torch.full_like(scale, scheme.middle)
-    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    low, high = clip_ratio * groups.amin(2).clamp(max=0), clip_ratio * groups.amax(2).clamp(min=0)
     scale = stored_scale((high - low) / top)
     return scale, (-low / scale).round().clamp(scheme.lowest_zero, top)
 

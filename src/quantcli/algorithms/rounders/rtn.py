@@ -38,7 +38,7 @@ def quantize(weight: Tensor, scheme: Scheme, options: RtnOptions, statistics: St
     """Rounds each weight of W [N, K] to the nearest code of its group's min/max grid, or of a share of that."""
     from quantcli.tensors.affine import minmax_grid, round_to_grid
 
-    return round_to_grid(weight, *minmax_grid(weight * options.clip_ratio, scheme), scheme)
+    return round_to_grid(weight, *minmax_grid(weight, scheme, options.clip_ratio), scheme)
 
 
 ALGORITHM = Algorithm(

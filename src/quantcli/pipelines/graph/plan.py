@@ -348,11 +348,10 @@ def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str |
     """With the scheme of the overrides whose pattern is found in the name of the weight or of one of its nodes."""
     scheme = Scheme(options.weight_bits, options.weight_group_size, options.weight_symmetric, codebook=codebook)
     names = [target.name, *(use.node.name or "" for use in target.uses)]
-    for override in options.overrides:
-        if any(override in options.matching(name) for name in names):
-            scheme = replace(scheme, **override.scheme)
+    for override in options.matching(*names):
+        scheme = replace(scheme, **override.scheme)
     group = group_index(target.columns, scheme)
     layout = (None if codebook is None else plan_codebook_blocks(group)) or plan_blocks(group, scheme.bits)
     stored = target.rows * layout.row_bytes
     shape = target.rows, target.columns, target.transposed
-    return Target(target.name, target.name, *shape, scheme, stored, options.clip_ratio(names))
+    return Target(target.name, target.name, *shape, scheme, stored, options.clip_ratio(*names))

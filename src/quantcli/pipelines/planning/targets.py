@@ -80,7 +80,7 @@ def find_targets(
         if disk is None or source is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
         size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
-        clip_ratio = options.clip_ratio([name])
+        clip_ratio = options.clip_ratio(name)
         targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size, clip_ratio)
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
