@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.graphs.files import save_graph
+from quantcli.graphs.model.files import save_graph
 
 
 class Builder:

@@ -10,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, matmul_
 import quantcli.onnx
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError, UsageError
-from quantcli.graphs.files import save_graph
+from quantcli.graphs.model.files import save_graph
 
 WIDTH, OUT = 128, 40  # onnxruntime's asymmetric RTN and GPTQ fail on an odd number of blocks
 NODES = [

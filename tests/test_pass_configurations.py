@@ -18,7 +18,7 @@ import tiny
 from quantcli.cli import app
 from quantcli.cli.app import parse
 from quantcli.folder import read_manifest
-from quantcli.graphs.files import open_graph
+from quantcli.graphs.model.files import open_graph
 from quantcli.pipelines.planning.decide import make_plan
 
 BLOCKS = re.findall(

@@ -25,10 +25,10 @@ import onnx_ir as ir
 from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
 from quantcli.errors import InputError, UsageError
-from quantcli.graphs.files import open_graph
-from quantcli.graphs.opset import convert_opset, prove_conversion
-from quantcli.graphs.rewrite import needed_opset, replace_matrices
-from quantcli.graphs.walk import Selection, find_targets, prepare
+from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.opset import convert_opset, prove_conversion
+from quantcli.graphs.walk.matrices import Selection, find_targets, prepare
+from quantcli.graphs.weights.replace import needed_opset, replace_matrices
 from quantcli.options import GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target, weight_encoding

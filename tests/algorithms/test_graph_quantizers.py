@@ -7,7 +7,7 @@ import pytest
 import small_graphs
 from quantcli.algorithms import ALGORITHMS, KEEP_FLOAT, find_chain, make_options
 from quantcli.errors import InputError, UsageError
-from quantcli.graphs.ranges import Ranges, masked_nodes
+from quantcli.graphs.calibration.tensor_ranges import Ranges, masked_nodes
 
 SHAPES = {"cnn": (4, 3, 12, 12), "mlp": (4, 32), "separable": (4, 3, 8, 8), "attention": (4, 6, 16)}
 

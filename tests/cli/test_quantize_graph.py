@@ -15,7 +15,7 @@ import tiny
 from onnx_graphs import N, graph_model
 from quantcli.cli import app
 from quantcli.folder import read_manifest
-from quantcli.graphs.files import open_graph, save_graph
+from quantcli.graphs.model.files import open_graph, save_graph
 
 SEQ = ["--seq-len", "64", "--num-samples", "24"]
 

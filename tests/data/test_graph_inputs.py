@@ -4,7 +4,7 @@ import pytest
 from quantcli.data.graph_inputs import npz_samples, script_samples
 from quantcli.data.images import ImageSpec, image_samples, parse_image_spec
 from quantcli.errors import InputError, UsageError
-from quantcli.graphs.inputs import InputSpec, input_specs
+from quantcli.graphs.model.inputs import InputSpec, input_specs
 from small_graphs import Builder, cnn
 
 F, I = np.dtype(np.float32), np.dtype(np.int64)  # noqa: E741

@@ -28,7 +28,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.folder import read_manifest
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Described
-from quantcli.graphs.levels import count_by_bits
+from quantcli.graphs.weights.accuracy_level import count_by_bits
 from quantcli.models.load import load
 from quantcli.options import CaptureOptions
 from quantcli.pipelines.capture import run

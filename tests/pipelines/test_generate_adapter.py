@@ -22,7 +22,7 @@ from quantcli.cli import app
 from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.genai_model import GenaiModel
 from quantcli.folder import fingerprint, read_manifest, write_json
-from quantcli.graphs.files import open_graph
+from quantcli.graphs.model.files import open_graph
 from quantcli.models.load import load
 from quantcli.options import CalibrationOptions, CaptureOptions, GenerateAdapterOptions, QuantizeOptions
 from quantcli.pipelines import capture, generate_adapter, quantize

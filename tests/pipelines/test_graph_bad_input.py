@@ -12,7 +12,7 @@ import pytest
 
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError, QuantcliError
-from quantcli.graphs.files import save_graph
+from quantcli.graphs.model.files import save_graph
 from quantcli.options import GraphOptions, QuantizeOptions
 from quantcli.pipelines import quantize
 

@@ -10,11 +10,11 @@ import tiny
 from onnx_graphs import N, graph_model
 from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
-from quantcli.graphs.collect import collect_moments, combine, levels_of
-from quantcli.graphs.files import open_graph, save_graph
-from quantcli.graphs.streams import Stream
-from quantcli.graphs.token_inputs import TokenFeeds
-from quantcli.graphs.walk import Selection, find_targets, other_matrix, prepare, read_matrix
+from quantcli.graphs.calibration.partition_runs import Stream
+from quantcli.graphs.calibration.second_moments import collect_moments, combine, levels_of
+from quantcli.graphs.calibration.token_inputs import TokenFeeds
+from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.walk.matrices import Selection, find_targets, other_matrix, prepare, read_matrix
 from quantcli.options import CalibrationOptions, CaptureOptions, GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines import capture
 from quantcli.pipelines.graph.plan import scheme_target

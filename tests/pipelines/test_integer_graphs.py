@@ -8,7 +8,7 @@ import pytest
 
 import small_graphs
 from quantcli.cli import app
-from quantcli.graphs.files import save_graph
+from quantcli.graphs.model.files import save_graph
 
 SAMPLES = np.random.default_rng(3).normal(size=(24, 3, 12, 12)).astype(np.float32)
 SCRIPT = """

@@ -11,8 +11,8 @@ import torch
 import tiny
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError, UsageError
-from quantcli.graphs.files import open_graph, save_graph
-from quantcli.graphs.token_inputs import TokenFeeds
+from quantcli.graphs.calibration.token_inputs import TokenFeeds
+from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.options import CaptureOptions, GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines import capture
 from quantcli.pipelines.quantize_graph import run

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from quantcli.adapters.peft_folder import LoraLayer
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.products import Product, read_products
+from quantcli.graphs.walk.products import Product, read_products
 
 __all__ = ["Slot", "add_slots", "find_slots", "fit", "optional_input"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.inputs import Feed, InputSpec, check_feed
+from quantcli.graphs.model.inputs import Feed, InputSpec, check_feed
 
 __all__ = ["Samples", "npz_samples", "script_samples"]
 

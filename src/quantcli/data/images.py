@@ -9,7 +9,7 @@ import numpy as np
 
 from quantcli.data.graph_inputs import Samples, Specs
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.inputs import Feed
+from quantcli.graphs.model.inputs import Feed
 
 __all__ = ["ImageSpec", "image_samples", "parse_image_spec"]
 

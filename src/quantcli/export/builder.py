@@ -1,8 +1,9 @@
 """The ONNX Runtime GenAI model builder used as a library: it knows the architectures, we bring the weights.
 
-The builder reads a model whose matrices are only named (`graphs.rows`) and builds its float graph from it; the rewrite
-(`graphs.nbits`) then puts in what the checkpoint holds. So a checkpoint of any bits, groups or order of columns goes
-the same way, nothing is dequantized, and no more than a few matrices at a time are unpacked.
+The builder reads a model whose matrices are only named (`graphs.weights.checkpoint_rows`) and builds its float graph
+from it; the rewrite (`graphs.weights.matmul_nbits`) then puts in what the checkpoint holds. So a checkpoint of any
+bits, groups or order of columns goes the same way, nothing is dequantized, and no more than a few matrices at a time
+are unpacked.
 """
 
 import io
@@ -19,10 +20,10 @@ from torch import nn
 
 from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices, replace_by_names
-from quantcli.graphs.files import save_graph
-from quantcli.graphs.nbits import Placement, Rewriter
-from quantcli.graphs.products import record_products
-from quantcli.graphs.rows import Rows
+from quantcli.graphs.model.files import save_graph
+from quantcli.graphs.walk.products import record_products
+from quantcli.graphs.weights.checkpoint_rows import Rows
+from quantcli.graphs.weights.matmul_nbits import Placement, Rewriter
 
 __all__ = ["GRAPH", "build", "build_half_precision"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import InputError
-from quantcli.graphs.rows import Rows
+from quantcli.graphs.weights.checkpoint_rows import Rows
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import is_transposed
 from quantcli.models.linear import PackedEmbedding, PackedLinear

@@ -18,10 +18,10 @@ from transformers import DynamicCache
 
 from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices
-from quantcli.graphs.blocks import BlockLayout, plan_blocks
-from quantcli.graphs.files import save_graph
-from quantcli.graphs.nbits import Placement
-from quantcli.graphs.rows import RowRange
+from quantcli.graphs.model.files import save_graph
+from quantcli.graphs.weights.blocks import BlockLayout, plan_blocks
+from quantcli.graphs.weights.checkpoint_rows import RowRange
+from quantcli.graphs.weights.matmul_nbits import Placement
 from quantcli.models.linear import PackedEmbedding
 from quantcli.tensors.quantized import QuantizedTensor
 

@@ -31,9 +31,9 @@ from quantcli.folder import (
     require_free_bytes,
 )
 from quantcli.formats.gptq import LOWEST_ZERO
-from quantcli.graphs.files import check_external_data
-from quantcli.graphs.levels import change_accuracy_level, count_by_bits
-from quantcli.graphs.verify import verify_weights
+from quantcli.graphs.checking.read_back import verify_weights
+from quantcli.graphs.model.files import check_external_data
+from quantcli.graphs.weights.accuracy_level import change_accuracy_level, count_by_bits
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
 from quantcli.models.readers import reader_of

@@ -9,7 +9,7 @@ from quantcli.adapters.files import FILE_FORMATS, write_adapter
 from quantcli.adapters.peft_folder import read_peft
 from quantcli.adapters.slots import find_slots, fit
 from quantcli.errors import InputError, ResourceError, UsageError
-from quantcli.graphs.files import open_graph
+from quantcli.graphs.model.files import open_graph
 from quantcli.models.source import locate_model
 from quantcli.options import ConvertAdapterOptions
 

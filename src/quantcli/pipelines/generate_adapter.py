@@ -32,7 +32,7 @@ from quantcli.folder import (
     read_manifest,
     write_json,
 )
-from quantcli.graphs.files import DATA_SUFFIX, open_graph, save_graph
+from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.readers import reader_of
 from quantcli.models.skeleton import has_experts

@@ -17,7 +17,7 @@ from quantcli.tensors.inventory import (
 )
 
 if TYPE_CHECKING:
-    from quantcli.graphs.inspect import GraphContents, NodeRecord
+    from quantcli.graphs.model.inspect import GraphContents, NodeRecord
 
 __all__ = ["FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
 
@@ -162,7 +162,7 @@ def _read_graphs(model: Path) -> list["GraphContents"]:
     paths = [model] if model.is_file() else sorted(model.glob("*.onnx"))
     if not paths or (model.is_dir() and any(model.glob("*.safetensors"))):
         return []
-    from quantcli.graphs.inspect import read_contents
+    from quantcli.graphs.model.inspect import read_contents
 
     return [read_contents(path) for path in paths]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.evaluate.speed import peak_memory
-from quantcli.graphs.blocks import container_bits
-from quantcli.graphs.files import open_graph, save_graph
-from quantcli.graphs.nbits import Placement
-from quantcli.graphs.opset import prove_conversion
-from quantcli.graphs.rewrite import note_bits, replace_matrices
-from quantcli.graphs.verify import verify_weights
+from quantcli.graphs.checking.read_back import verify_weights
+from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.model.opset import prove_conversion
+from quantcli.graphs.weights.blocks import container_bits
+from quantcli.graphs.weights.matmul_nbits import Placement
+from quantcli.graphs.weights.replace import note_bits, replace_matrices
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.graph.feeds import axis_lengths, context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output

@@ -15,8 +15,8 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from quantcli.graphs.inputs import CalibrationReader
-    from quantcli.graphs.integers import IntegerGraph
+    from quantcli.graphs.activations.nodes import IntegerGraph
+    from quantcli.graphs.model.inputs import CalibrationReader
 
 __all__ = ["ALGORITHM", "DynamicOptions", "quantize"]
 
@@ -70,12 +70,13 @@ def quantize(
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from quantcli.graphs import compare, integers
-    from quantcli.graphs.files import open_graph, save_graph
-    from quantcli.graphs.inputs import rewound
-    from quantcli.graphs.prepare import prepare
-    from quantcli.graphs.scales import has_weight
-    from quantcli.graphs.standins import with_stand_ins
+    from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations.weight_extremes import with_stand_ins
+    from quantcli.graphs.checking import compare
+    from quantcli.graphs.model.files import open_graph, save_graph
+    from quantcli.graphs.model.inputs import rewound
+    from quantcli.graphs.rewrite.prepare import prepare
+    from quantcli.graphs.walk.channels import has_weight
 
     with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
         folder = Path(name)

@@ -1,9 +1,9 @@
 """Static quantization of ONNX graphs: integer weights and activations, whose ranges are measured on samples before.
 
-onnxruntime's quantizer places the nodes; ranges are ours (`graphs.ranges`). With preprocess=qnn, graph and types are
-made for Qualcomm's provider (`graphs.qnn`); the result runs on the CPU too. Left out: the Distribution calibrator,
-whose ranges are made for float8; uint16 weights, which lost most of their accuracy with one scale per channel (relative
-error 0.03 where int16 has 0.0007, onnxruntime 1.31).
+onnxruntime's quantizer places the nodes; ranges are ours (`graphs.calibration.tensor_ranges`). With preprocess=qnn,
+graph and types are made for Qualcomm's provider (`graphs.rewrite.qnn`); the result runs on the CPU too. Left out: the
+Distribution calibrator, whose ranges are made for float8; uint16 weights, which lost most of their accuracy with one
+scale per channel (relative error 0.03 where int16 has 0.0007, onnxruntime 1.31).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from quantcli.errors import InputError, UsageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from quantcli.graphs.inputs import CalibrationReader
-    from quantcli.graphs.integers import IntegerGraph
+    from quantcli.graphs.activations.nodes import IntegerGraph
+    from quantcli.graphs.model.inputs import CalibrationReader
 
 __all__ = ["ALGORITHM", "StaticOptions", "quantize"]
 
@@ -179,12 +179,16 @@ def quantize(
 
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    from quantcli.graphs import compare, integers, qnn, ranges, twins
-    from quantcli.graphs.equalize import equalize
-    from quantcli.graphs.files import open_graph, save_graph
-    from quantcli.graphs.inputs import rewound
-    from quantcli.graphs.prepare import prepare
-    from quantcli.graphs.scales import has_weight
+    from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.calibration import tensor_ranges as ranges
+    from quantcli.graphs.checking import compare
+    from quantcli.graphs.checking import node_errors as twins
+    from quantcli.graphs.model.files import open_graph, save_graph
+    from quantcli.graphs.model.inputs import rewound
+    from quantcli.graphs.rewrite import qnn
+    from quantcli.graphs.rewrite.equalize import equalize
+    from quantcli.graphs.rewrite.prepare import prepare
+    from quantcli.graphs.walk.channels import has_weight
 
     assert options.calibrate_method != "distribution"
     if reader is None and (cache is None or not cache.is_file()):
@@ -275,8 +279,9 @@ def _write(
     """Lets onnxruntime place the integer nodes; what it had to say."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    from quantcli.graphs import integers, qnn
-    from quantcli.graphs.standins import with_stand_ins
+    from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations.weight_extremes import with_stand_ins
+    from quantcli.graphs.rewrite import qnn
 
     names = [str(n.name) for n in chosen]
     method = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}[options.calibrate_method]

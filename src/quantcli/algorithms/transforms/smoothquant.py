@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from quantcli.graphs.inputs import CalibrationReader
-    from quantcli.graphs.smooth import Smoothed
+    from quantcli.graphs.model.inputs import CalibrationReader
+    from quantcli.graphs.rewrite.smooth import Smoothed
     from quantcli.scheme import Scheme
     from quantcli.tensors.channels import Channels
 
@@ -293,13 +293,13 @@ def _rounded(values: Tensor, low: float, high: float, bits: int) -> Tensor:
 
 
 def smooth_graph(source: Path, target: Path, options: SmoothquantOptions, reader: CalibrationReader | None) -> Smoothed:
-    """Writes the smoothed float graph; see `graphs.smooth`.
+    """Writes the smoothed float graph; see `graphs.rewrite.smooth`.
 
     Raises:
         UsageError: no samples, nodes that the graph does not have, or an alpha for none.
         InputError: a graph that cannot be prepared, or samples that do not fit.
     """
-    from quantcli.graphs.smooth import smooth
+    from quantcli.graphs.rewrite.smooth import smooth
 
     if reader is None:
         raise UsageError("smoothquant measures activations on samples, there are none", hint="give calibration data")

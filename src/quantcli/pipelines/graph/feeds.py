@@ -6,9 +6,9 @@ from quantcli.data.calibration import calibration_rows
 from quantcli.data.graph_inputs import Samples, npz_samples, script_samples
 from quantcli.data.images import image_samples, parse_image_spec
 from quantcli.errors import UsageError
-from quantcli.graphs.files import Graph
-from quantcli.graphs.inputs import input_specs
-from quantcli.graphs.token_inputs import INPUT_IDS, TokenFeeds
+from quantcli.graphs.calibration.token_inputs import INPUT_IDS, TokenFeeds
+from quantcli.graphs.model.files import Graph
+from quantcli.graphs.model.inputs import input_specs
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress

@@ -16,7 +16,7 @@ from quantcli.folder import (
     require_free_bytes,
     write_json,
 )
-from quantcli.graphs.files import refuse_unusable
+from quantcli.graphs.model.files import refuse_unusable
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.graph.source import GraphSource

@@ -6,11 +6,11 @@ from typing import Any
 
 from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.blocks import container_bits, plan_blocks, plan_codebook_blocks
-from quantcli.graphs.files import Model
-from quantcli.graphs.opset import convert_opset
-from quantcli.graphs.rewrite import needed_opset
-from quantcli.graphs.walk import GraphTarget, Selection, find_targets, prepare
+from quantcli.graphs.model.files import Model
+from quantcli.graphs.model.opset import convert_opset
+from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, prepare
+from quantcli.graphs.weights.blocks import container_bits, plan_blocks, plan_codebook_blocks
+from quantcli.graphs.weights.replace import needed_opset
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
 from quantcli.pipelines.graph.source import GraphSource

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms import Step
-from quantcli.graphs.files import Graph
-from quantcli.graphs.folds import GraphFold, Slot, read_initializer, write_initializer
+from quantcli.graphs.model.files import Graph
+from quantcli.graphs.walk.folds import GraphFold, Slot, read_initializer, write_initializer
 from quantcli.models.folds import divide_rows, folded_norm
 from quantcli.scheme import Scheme
 from quantcli.tensors import grids

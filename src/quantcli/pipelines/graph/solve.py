@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quantcli.algorithms import Step, find
 from quantcli.errors import InputError
-from quantcli.graphs.collect import InputMoments, collect_moments, combine
-from quantcli.graphs.files import LazyTensor, Model
-from quantcli.graphs.folds import find_graph_folds
-from quantcli.graphs.streams import Stream
-from quantcli.graphs.walk import GraphTarget, other_matrix, read_matrix
+from quantcli.graphs.calibration.partition_runs import Stream
+from quantcli.graphs.calibration.second_moments import InputMoments, collect_moments, combine
+from quantcli.graphs.model.files import LazyTensor, Model
+from quantcli.graphs.walk.folds import find_graph_folds
+from quantcli.graphs.walk.matrices import GraphTarget, other_matrix, read_matrix
 from quantcli.models.machine import Heap
 from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
 from quantcli.pipelines.graph.feeds import Feeds

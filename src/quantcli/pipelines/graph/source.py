@@ -9,7 +9,7 @@ from typing import Any
 
 from quantcli.errors import InputError
 from quantcli.folder import describe_parent, fingerprint, resolve_model_folder
-from quantcli.graphs.files import Model, data_files, open_graph
+from quantcli.graphs.model.files import Model, data_files, open_graph
 from quantcli.progress import Progress
 
 __all__ = ["GraphSource", "is_graph", "locate_graph"]

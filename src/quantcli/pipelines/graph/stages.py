@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.graphs.collect import hessian_bytes, levels_of, stages_of
-from quantcli.graphs.files import Graph
-from quantcli.graphs.parts import crossing_bytes, parts_of
-from quantcli.graphs.walk import GraphTarget
+from quantcli.graphs.calibration.second_moments import hessian_bytes, levels_of, stages_of
+from quantcli.graphs.model.files import Graph
+from quantcli.graphs.walk.matrices import GraphTarget
+from quantcli.graphs.walk.partition import crossing_bytes, parts_of
 from quantcli.options import QuantizeOptions
 
 __all__ = ["Room", "Stages", "plan_stages"]

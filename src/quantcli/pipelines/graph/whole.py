@@ -16,8 +16,8 @@ from quantcli.algorithms import Step
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import UsageError
 from quantcli.evaluate.speed import peak_memory
-from quantcli.graphs.compare import NodeError
-from quantcli.graphs.integers import IntegerGraph
+from quantcli.graphs.activations.nodes import IntegerGraph
+from quantcli.graphs.checking.compare import NodeError
 from quantcli.options import CalibrationOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output

@@ -1,0 +1,283 @@
+"""What dynamic and static quantization share: which nodes are meant, and whether they became integers in the end."""
+
+import logging
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes import common as passes
+
+from quantcli.errors import InputError, UsageError, first_line, nearest
+from quantcli.graphs.checking.compare import Comparison
+from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.rewrite.prepare import Prepared
+from quantcli.graphs.walk.channels import NORMS, has_weight
+
+__all__ = [
+    "IntegerGraph",
+    "captured_warnings",
+    "default_types",
+    "finish",
+    "float_nodes",
+    "full_int8",
+    "require_float32",
+    "select_nodes",
+    "split_gemms",
+]
+
+_FULL_INT8 = (
+    "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
+)
+
+
+@dataclass(frozen=True)
+class IntegerGraph:
+    """What became of a graph."""
+
+    quantized: tuple[str, ...]
+    """Nodes with weights that compute with integers now."""
+    kept: tuple[str, ...]
+    """Nodes with weights that were not asked for and stay float."""
+    prepared: Prepared
+    """What was done to the float graph beforehand."""
+    notes: tuple[str, ...]
+    """What onnxruntime had to say."""
+    samples: int = 0
+    """How many samples the ranges are from."""
+    equalized: tuple[tuple[str, str], ...] = ()
+    """Pairs of nodes whose channels were equalized."""
+    corrected: tuple[str, ...] = ()
+    """Nodes whose bias was corrected."""
+    comparison: Comparison | None = None
+    """Errors by node, where they were asked for."""
+
+
+_PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
+
+
+def default_types(model: ir.Model, able: Collection[str]) -> tuple[str, ...]:
+    """What is quantized where nobody says it: all operators that can be, in a transformer those with weights.
+
+    A few channels of the sums between a transformer's layers are a hundred times as large as the others; one scale for
+    all of them leaves nothing of those (https://arxiv.org/abs/2109.12948).
+    """
+    transformer = any(n.op_type in NORMS for n in model.graph)
+    return tuple(t for t in able if t in _PRODUCTS or not transformer)
+
+
+def select_nodes(
+    model: ir.Model,
+    able: Collection[str],
+    op_types: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[ir.Node]:
+    """The nodes that are to be quantized.
+
+    Args:
+        model: Graph whose nodes have names.
+        able: Operators that can be quantized.
+        op_types: Some of them; empty: all.
+        include: Names, or regular expressions that are searched in names; empty: all.
+        exclude: The same; these stay float.
+
+    Raises:
+        UsageError: an operator that cannot be quantized, or a name that no node has.
+        InputError: a weight among them is not finite.
+    """
+    types = list(op_types) or list(able)
+    for op_type in types:
+        if op_type not in able:
+            raise UsageError(f"{op_type} nodes cannot be quantized, {nearest(op_type, able)}")
+    chosen = [n for n in model.graph if n.domain in ("", "com.microsoft") and n.op_type in types]
+    names = [str(n.name) for n in chosen]
+    wanted = _matching(include, names) if include else set(names)
+    wanted -= _matching(exclude, [str(n.name) for n in model.graph])
+    if not wanted:
+        raise UsageError("no node is left to quantize", hint="`quantcli inspect FILE.onnx --nodes` lists them")
+    found = [n for n in chosen if n.name in wanted]
+    for weight in {n.inputs[1] for n in found if has_weight(n)}:
+        _require_finite(weight)
+    return found
+
+
+def require_float32(nodes: Sequence[ir.Node]) -> None:
+    """Refuses graphs in float16.
+
+    Dynamic quantization has no operators for it; with QDQ, onnxruntime makes the scale of a bias in float16 too, where
+    the product of two scales is a subnormal of few bits, or 0.
+
+    Raises:
+        InputError: one of these nodes computes in float16 or bfloat16.
+    """
+    for node in nodes:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+                raise InputError(
+                    f"node {node.name!r} computes in {value.dtype.name.lower()}, integers are made of float32 only",
+                    hint="export the graph in float32 (--precision fp32), or exclude the node with --nodes-exclude",
+                )
+
+
+def _require_finite(weight: ir.Value | None) -> None:
+    stored = weight.const_value if weight is not None else None
+    if stored is None or stored.size == 0:
+        return
+    # onnxruntime's quantizers make scales of 0 or infinity of it, or fail
+    if not np.isfinite([bound(stored.numpy()) for bound in (np.min, np.max)]).all():
+        raise InputError(
+            f"weight {stored.name!r} holds NaN or infinite values",
+            hint="export the model again from a sound checkpoint, or exclude the node with --nodes-exclude",
+        )
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern in names:
+            found.add(pattern)
+            continue
+        try:
+            some = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is neither a node nor a regular expression: {error}") from error
+        if not some:
+            raise UsageError(f"no node that can be quantized is called {pattern!r}, {_few(pattern, names)}")
+        found |= some
+    return found
+
+
+def _few(pattern: str, names: Sequence[str]) -> str:
+    return (
+        nearest(pattern, names) if len(names) < 20 else nearest(pattern, names).partition("known:")[0] or "see inspect"
+    )
+
+
+def split_gemms(model: ir.Model, names: Collection[str]) -> int:
+    """Makes MatMul, of the same name, and Add of Gemm nodes with constant weights, in place; the function stays.
+
+    onnxruntime does this itself, transposing a weight in place even where two nodes share it.
+    """
+    turned: dict[tuple[str, bool, float], ir.Value] = {}
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Gemm" or node.name not in names or not has_weight(node):
+            continue
+        alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if node.attributes.get_int("transA", 0) or (bias is not None and beta != 1.0):
+            continue
+        weight = node.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        turn = bool(node.attributes.get_int("transB", 0))
+        if turn or alpha != 1.0:
+            key = (str(weight.name), turn, alpha)
+            if key not in turned:
+                array = weight.const_value.numpy()
+                array = (array.T if turn else array) * array.dtype.type(alpha)
+                turned[key] = _new_weight(model.graph, f"{node.name}.weight", array)
+            weight = turned[key]
+        output = node.outputs[0]
+        product = ir.node("MatMul", [node.inputs[0], weight], name=node.name)
+        made = [product]
+        if bias is not None:
+            made.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}_bias"))
+            product.outputs[0].name = f"{output.name}.product"
+        last = made[-1].outputs[0]
+        for value in (product.outputs[0], last):
+            value.type, value.shape = output.type, output.shape
+        model.graph.insert_before(node, made)
+        output.replace_all_uses_with(last, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        last.name = output.name
+        count += 1
+    passes.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _new_weight(graph: ir.Graph, stem: str, array: np.ndarray) -> ir.Value:
+    array = np.ascontiguousarray(array)
+    name, count = stem, 0
+    while name in graph.initializers:
+        name, count = f"{stem}.{count}", count + 1
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def float_nodes(path: Path, asked: Collection[tuple[str, str]]) -> list[str]:
+    """Of (name, operator) those that still multiply floats in a quantized graph file.
+
+    A node that is gone was replaced by one on integers; one that stays reads its inputs through DequantizeLinear.
+    """
+    return [
+        str(node.name)
+        for node in ir.load(path).graph
+        if (str(node.name), node.op_type) in asked and not all(_from_integers(v) for v in node.inputs[:2])
+    ]
+
+
+def _from_integers(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def finish(made: Path, target: Path) -> None:
+    """Writes a quantized graph without what nothing reads, and opens it in onnxruntime.
+
+    Raises:
+        InputError: onnxruntime cannot run it.
+    """
+    model = open_graph(made)
+    passes.RemoveUnusedNodesPass()(model)
+    save_graph(model, target)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        ort.InferenceSession(target, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own types
+        reason = first_line(error)
+        target.unlink()
+        target.with_name(target.name + ".data").unlink(missing_ok=True)
+        raise InputError(
+            f"onnxruntime cannot run the quantized graph: {reason}",
+            hint="choose other types, or exclude the node with nodes_exclude",
+        ) from error
+
+
+def full_int8(target: Path, reduced: bool) -> list[str]:
+    """What is to be said where weights have all of int8, which per_channel makes of Conv in operators on integers.
+
+    Args:
+        target: Quantized graph.
+        reduced: Whether one bit was left.
+    """
+    kernels = [v for v in ir.load(target).graph.initializers.values() if v.dtype is ir.DataType.INT8]
+    return [_FULL_INT8] if not reduced and any(v.shape is not None and len(v.shape) > 1 for v in kernels) else []
+
+
+@contextmanager
+def captured_warnings() -> Iterator[list[str]]:
+    """Collects what onnxruntime's quantizers write to the root logger, once each."""
+    found: list[str] = []
+
+    class _Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (text := record.getMessage()) not in found:
+                found.append(text)
+
+    root = logging.getLogger()
+    before = root.handlers
+    root.handlers = [_Collect(logging.WARNING)]
+    try:
+        yield found
+    finally:
+        root.handlers = before

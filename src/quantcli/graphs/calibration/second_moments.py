@@ -1,0 +1,157 @@
+"""Second moments of the tensors inside a graph: the graph is run, and what flows through it is summed batch by batch.
+
+One Hessian per tensor, whatever number of products reads it. The graph is run in parts
+(`graphs.calibration.partition_runs`), of which each has the Hessians that fit into memory together; nothing is computed
+that no asked tensor needs, and of a part's values no more than one batch is in memory, but for what the next parts
+read.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from quantcli.errors import InputError
+from quantcli.graphs.calibration.partition_runs import Stream
+from quantcli.graphs.walk.matrices import GraphTarget
+from quantcli.graphs.walk.partition import reads_of
+from quantcli.tensors.hessian import Moments, Statistics
+
+__all__ = ["InputMoments", "collect_moments", "combine", "hessian_bytes", "levels_of", "stages_of"]
+
+
+@dataclass
+class InputMoments:
+    """Of one tensor."""
+
+    train: Moments
+    """What solvers see."""
+    held_out: Moments
+    """What judges their results; of no tokens where nothing is held out."""
+
+
+def stages_of(widths: Mapping[str, int], memory_bytes: int, copies: int = 2) -> list[list[str]]:
+    """Cuts tensors into runs whose Hessians fit into memory together, in the order given.
+
+    Args:
+        widths: K of each tensor.
+        memory_bytes: What Hessians may take; one that alone takes more is a run of its own.
+        copies: Matrices of each tensor: one, twice that where some batches are held out, twice where there are cross
+            moments.
+    """
+    stages: list[list[str]] = []
+    left = 0
+    for name, width in widths.items():
+        needed = hessian_bytes([width], copies)
+        if not stages or needed > left:
+            stages.append([])
+            left = memory_bytes
+        stages[-1].append(name)
+        left -= needed
+    return stages
+
+
+def hessian_bytes(widths: Iterable[int], copies: int = 2) -> int:
+    """What Hessians of tensors with K columns take, float32."""
+    return sum(4 * copies * width * width for width in widths)
+
+
+def collect_moments(
+    stream: Stream,
+    stage: int,
+    widths: Mapping[str, int],
+    held_out_step: int = 0,
+    reference: Stream | None = None,
+) -> dict[str, InputMoments]:
+    """Runs the next stage over the calibration inputs.
+
+    Args:
+        stream: Of the graph.
+        stage: Number of the stage.
+        widths: K of each of its tensors, by name.
+        held_out_step: Every so many batches one is held out; 0 for none.
+        reference: The same graph with other weights, whose tensors are wanted too: what `stream`'s should have come to.
+
+    Raises:
+        InputError: the graph does not run on these inputs.
+    """
+    moments = {name: InputMoments(Moments(width), Moments(width)) for name, width in widths.items()}
+    others = reference.run(stage) if reference is not None else repeat(None)
+    for number, (values, wanted) in enumerate(zip(stream.run(stage), others, strict=reference is not None)):
+        judges = held_out_step > 0 and number % held_out_step == held_out_step - 1
+        for name, width in widths.items():
+            if values[name].shape[-1] != width:
+                raise InputError(f"tensor {name!r} has {values[name].shape[-1]} columns, the weight behind it {width}")
+            target = moments[name].held_out if judges else moments[name].train
+            target.add(*(_tensor(found[name]) for found in (values, wanted) if found is not None))
+    return moments
+
+
+def levels_of(graph: ir.Graph, targets: Sequence[GraphTarget]) -> list[list[str]]:
+    """The tensors that targets are multiplied with, by how many targets the longest way to them goes through."""
+    products = {use.node for target in targets for use in target.uses}
+    behind: dict[ir.Value, int] = {}
+    for node in graph:
+        most = max((behind.get(value, 0) for value in reads_of(node)), default=0)
+        for value in node.outputs:
+            behind[value] = most + (node in products)
+    names: dict[int, list[str]] = {}
+    for node in (n for n in graph if n in products and n.op_type in ("MatMul", "Gemm")):
+        read = node.inputs[0]
+        assert read is not None
+        known = names.setdefault(behind.get(read, 0), [])
+        if str(read.name) not in known:
+            known.append(str(read.name))
+    return [names[level] for level in sorted(names)]
+
+
+def combine(parts: Sequence[InputMoments], *, spent: bool = False) -> Statistics | None:
+    """The statistics of a weight that reads these tensors; None where no token reached it.
+
+    One that several products share has the mean of their Hessians, by tokens.
+
+    Args:
+        parts: Of each tensor.
+        spent: Nobody else asks for them: the result takes over their memory, and no token can be added any more.
+    """
+    seen = [p for p in parts if p.train.tokens]
+    if not seen:
+        return None
+    whole: Statistics | None = None
+    for part in seen:
+        held = part.held_out if part.held_out.tokens else None
+        found = Statistics(
+            part.train.matrix() if spent else part.train.mean(),
+            part.train.tokens,
+            held_out=None if held is None else held.matrix() if spent else held.mean(),
+            held_out_tokens=0 if held is None else held.tokens,
+            cross=part.train.cross(),
+            held_out_cross=None if held is None else held.cross(),
+        )
+        whole = found if whole is None else _mix(whole, found)
+    return whole
+
+
+def _mix(one: Statistics, other: Statistics) -> Statistics:
+    tokens, held = one.tokens + other.tokens, one.held_out_tokens + other.held_out_tokens
+
+    def mean(a: Tensor | None, b: Tensor | None, weight: int, other_weight: int) -> Tensor | None:
+        return None if a is None or b is None else (a * weight + b * other_weight) / (weight + other_weight)
+
+    judged = mean(one.held_out, other.held_out, one.held_out_tokens, other.held_out_tokens)
+    return Statistics(
+        (one.hessian * one.tokens + other.hessian * other.tokens) / tokens,
+        tokens,
+        held_out=judged,
+        held_out_tokens=held if judged is not None else 0,
+        cross=mean(one.cross, other.cross, one.tokens, other.tokens),
+        held_out_cross=mean(one.held_out_cross, other.held_out_cross, one.held_out_tokens, other.held_out_tokens),
+    )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32))

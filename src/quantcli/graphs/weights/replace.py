@@ -1,0 +1,67 @@
+"""Puts quantized matrices in the place of the float ones: same inputs, same outputs, nothing left over."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from quantcli.graphs.walk.matrices import GraphTarget
+from quantcli.graphs.weights import qdq
+from quantcli.graphs.weights.blocks import container_bits
+from quantcli.graphs.weights.checkpoint_rows import Rows
+from quantcli.graphs.weights.matmul_nbits import Placement, Rewriter
+from quantcli.tensors.quantized import QuantizedTensor
+
+__all__ = ["BITS_KEY", "needed_opset", "note_bits", "replace_matrices"]
+
+BITS_KEY = "quantcli.bits"
+"""Metadata of a node whose codes have fewer bits than their container."""
+
+
+def needed_opset(encoding: str, bits: Iterable[int]) -> int:
+    """The first opset that has an encoding at all of these widths; 0 where any will do."""
+    return max((qdq.LOWEST_OPSET[container_bits(b)] for b in bits), default=0) if encoding == "qdq" else 0
+
+
+def replace_matrices(
+    model: ir.Model,
+    targets: Sequence[GraphTarget],
+    read: Callable[[str], QuantizedTensor],
+    encoding: str = "nbits",
+    accuracy_level: int = 0,
+) -> list[Placement]:
+    """Rewrites a graph in place.
+
+    Args:
+        model: As `walk.prepare` left it.
+        targets: The matrices.
+        read: Gives the codes of a target by name, [N, K]; called again for every use.
+        encoding: nbits: MatMulNBits and GatherBlockQuantized of com.microsoft; qdq: DequantizeLinear of the standard.
+        accuracy_level: Attribute of every MatMulNBits.
+
+    Returns:
+        Where each matrix stands, for `verify.verify_weights`.
+    """
+    graph = model.graph
+    if encoding == "qdq":
+        return qdq.dequantize_in_graph(graph, targets, read)
+    rows = {t.name: Rows.whole(t.name, t.rows, t.columns) for t in targets}
+    ledger = {t.name: rows[t.name].T if t.transposed else rows[t.name] for t in targets}
+    placements = Rewriter(graph, ledger, read, accuracy_level).run()  # type: ignore[arg-type]
+    graph.sort()
+    return placements
+
+
+def note_bits(graph: ir.Graph, placements: Sequence[Placement], bits: Mapping[str, int]) -> None:
+    """Notes at a node how many bits its codes have, where the container has more: what `graphs.model.inspect` reads.
+
+    Args:
+        graph: As `replace_matrices` left it.
+        placements: What it returned.
+        bits: Of each matrix by name.
+    """
+    for placement in placements:
+        held = max(bits[part.name] for part in placement.ranges)
+        if held == container_bits(held):
+            continue
+        for node, _ in graph.initializers[placement.weight].uses():
+            node.metadata_props[BITS_KEY] = str(held)
