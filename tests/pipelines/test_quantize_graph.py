@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def folder(tmp_path):
 def quantize(folder, name="out", graph=None, **options):
     output = folder.parent / name
     chosen = {"algorithm": "rtn", "group_size": 32} | options
-    return run(QuantizeOptions(str(folder), output, graph=graph or GraphOptions(), **chosen))
+    graph = replace(graph or GraphOptions(), min_sqnr=0)  # how far off coarse grids are is what is asked here
+    return run(QuantizeOptions(str(folder), output, graph=graph, **chosen))
 
 
 def outputs(path, x):

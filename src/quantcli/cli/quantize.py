@@ -64,6 +64,8 @@ def show(result: Any, console: "Console") -> None:
         console.table(heads, rows, left=2)
     if getattr(result, "comparison", None) is not None:
         _show_comparison(result.comparison, console)
+    if getattr(result, "outputs", None) is not None:
+        console.text(str(result.outputs))
     if getattr(result, "scales", None):
         _show_scales(result.scales, console)
     if result.evaluation is not None:
@@ -157,6 +159,7 @@ COMMAND = Command(
         "op_types": FlagStyle(metavar="NAME,...", read=_operators),
         "nodes_include": FlagStyle(metavar="REGEX"),
         "nodes_exclude": FlagStyle(metavar="REGEX"),
+        "min_sqnr": FlagStyle(metavar="DB"),
         "calibration_inputs": FlagStyle(metavar="FILE|FOLDER"),
         "image_spec": FlagStyle(metavar="KEY=VALUE,..."),
         "user_script": FlagStyle(metavar="FILE"),

@@ -50,7 +50,13 @@ class GraphOptions:
     """Quantize in the order in which inputs flow: each matrix sees what the quantized ones before it made of them, and
     gptq corrects their error. The graph runs step by step, each node twice: float and quantized."""
 
+    min_sqnr: float = 10.0
+    """Least signal to quantization noise of every output beside the float graph, in dB; nodes that cost most go back to
+    float until it holds. 0 takes the graph as it comes."""
+
     def __post_init__(self) -> None:
+        if not 0 <= self.min_sqnr < 200:
+            raise UsageError(f"--min-sqnr is 0 or more and below 200 dB, got {self.min_sqnr:g}")
         if self.encoding is not None and self.encoding not in GRAPH_ENCODINGS:
             raise UsageError(f"unknown --encoding {self.encoding!r}, {nearest(self.encoding, GRAPH_ENCODINGS)}")
         if self.accuracy_level not in range(5):

@@ -6,27 +6,30 @@ activations too, run in `graph.whole`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.checking.read_back import verify_weights
-from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.model.files import Model, open_graph, save_graph
 from quantcli.graphs.model.opset import prove_conversion
+from quantcli.graphs.walk.matrices import find_targets
 from quantcli.graphs.weights.blocks import container_bits
 from quantcli.graphs.weights.matmul_nbits import Placement
 from quantcli.graphs.weights.replace import note_bits, replace_matrices
 from quantcli.options import QuantizeOptions
+from quantcli.pipelines.graph.beside import Beside, hold_outputs
 from quantcli.pipelines.graph.feeds import axis_lengths, context_length, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
-from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, plan_weights
+from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, plan_weights, selection
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.graph.stages import Room
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
 from quantcli.progress import Progress, Silent
+from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["run"]
 
@@ -79,30 +82,60 @@ def _quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         steps = (plan.step, scaling, plan.must_scale)
         work = GraphWork(model, source.folder, plan.found, targets, *steps, options.graph.layer_wise, Room.of(options))
         results, reports = solve_graph(work, feeds, progress, spill=partial.root, held_out_step=held_out)
-        graph = options.graph
-        encoding = str(graph.encoding)
-        placements = replace_matrices(model, plan.found, results.__getitem__, encoding, graph.accuracy_level)
-        note_bits(model.graph, placements, {t.name: t.scheme.bits for t in targets.values()})
         written = partial.model / source.path.name
-        save_graph(model, written)
-        progress.note("comparing every weight of the graph with what was computed")
-        verify_weights(written, placements, results.__getitem__, {t.name: t.rows for t in plan.found})
-        stored, weights = _stored_bytes(written, placements), sum(t.rows * t.columns for t in plan.found)
-        spare = sum(t.rows * t.columns * (container_bits(t.scheme.bits) - t.scheme.bits) for t in targets.values())
+        placing = _Placing(plan, model, results, written)
+        beside = Beside(plan, feeds, progress)
+        held = hold_outputs(
+            placing.attempt,
+            lambda: beside.run(written),
+            lambda _: list(targets),
+            lambda _, __: [r.name for r in sorted(reports, key=lambda r: -r.relative_error)],
+            options.graph.min_sqnr,
+            progress,
+        )
+        progress.note("every weight of the graph was compared with what was computed")
+        found = [t for t in plan.found if t.name not in held.returned]
+        stored, weights = _stored_bytes(written, held.made), sum(t.rows * t.columns for t in found)
+        spare = sum(
+            t.rows * t.columns * (container_bits(s.bits) - s.bits) for t in found for s in [targets[t.name].scheme]
+        )
         result = GraphResult(
             output=options.output,
-            layers=[replace(r, kind=t.kind) for r, t in zip(reports, plan.found, strict=True)],
-            kept=dict(plan.kept or {}),
+            layers=[
+                replace(r, kind=t.kind) for r, t in zip(reports, plan.found, strict=True) if t.name not in held.returned
+            ],
+            kept=dict(plan.kept or {}) | held.returned,
             size_bytes=0,
             parent_size_bytes=0,
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
             conversion=asdict(conversion) if conversion is not None else None,
+            outputs=held.outputs,
             bits_per_weight=8 * stored / weights,
             information_bits_per_weight=(8 * stored - spare) / weights,
         )
         return commit_graph(partial, written, source, options, result, progress)
+
+
+class _Placing:
+    """Codes in the place of float weights, as often as it takes: the float graph stays as it is."""
+
+    def __init__(self, plan: GraphPlan, model: Model, results: Mapping[str, QuantizedTensor], written: Path):
+        self._plan, self._model, self._results, self._written = plan, model, results, written
+
+    def attempt(self, excluded: Sequence[str]) -> list[Placement]:
+        """Writes the graph without codes for these, and compares every weight of it with what was computed."""
+        plan, graph = self._plan, self._plan.options.graph
+        model = self._model.clone()
+        found = [t for t in find_targets(model.graph, selection(plan.options))[0] if t.name in self._results]
+        found = [t for t in found if t.name not in excluded]
+        read = self._results.__getitem__
+        placements = replace_matrices(model, found, read, str(graph.encoding), graph.accuracy_level)
+        note_bits(model.graph, placements, {t.name: (plan.targets or {})[t.name].scheme.bits for t in found})
+        save_graph(model, self._written)
+        verify_weights(self._written, placements, read, {t.name: t.rows for t in found})
+        return placements
 
 
 def _stored_bytes(written: Path, placements: Sequence[Placement]) -> int:

@@ -119,7 +119,7 @@ def quantize(
         left = integers.float_nodes(folder / "made.onnx", asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
-        integers.finish(folder / "made.onnx", target)
+        integers.finish(folder / "made.onnx", target, names)
         compared = None
         if debug:
             compared = compare.compare(folder / "ready.onnx", target, names, rewound(reader, "a comparison"))
@@ -131,6 +131,7 @@ def quantize(
         prepared=prepared,
         notes=tuple(notes),
         comparison=compared,
+        nodes=tuple(sorted(names)),
     )
 
 

@@ -255,8 +255,8 @@ def quantize(
         left = integers.float_nodes(made, asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
-        integers.finish(made, target)
         names = {str(n.name) for n in chosen}
+        integers.finish(made, target, names)
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
@@ -270,6 +270,7 @@ def quantize(
         equalized=tuple(pairs),
         corrected=tuple(corrected),
         comparison=compared,
+        nodes=tuple(sorted(names)),
     )
 
 

@@ -14,6 +14,7 @@ from onnx_ir.passes import common as passes
 
 from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.checking.compare import Comparison
+from quantcli.graphs.checking.side_by_side import GraphRunError
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
@@ -55,6 +56,8 @@ class IntegerGraph:
     """Nodes whose bias was corrected."""
     comparison: Comparison | None = None
     """Errors by node, where they were asked for."""
+    nodes: tuple[str, ...] = ()
+    """All nodes that onnxruntime's quantizer was given, with weights or without."""
 
 
 _PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
@@ -230,11 +233,16 @@ def _from_integers(value: ir.Value | None) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def finish(made: Path, target: Path) -> None:
+def finish(made: Path, target: Path, names: Collection[str]) -> None:
     """Writes a quantized graph without what nothing reads, and opens it in onnxruntime.
 
+    Args:
+        made: What onnxruntime's quantizer wrote.
+        target: File to write.
+        names: The nodes that were quantized.
+
     Raises:
-        InputError: onnxruntime cannot run it.
+        GraphRunError: onnxruntime cannot open it.
     """
     model = open_graph(made)
     passes.RemoveUnusedNodesPass()(model)
@@ -247,9 +255,10 @@ def finish(made: Path, target: Path) -> None:
         reason = first_line(error)
         target.unlink()
         target.with_name(target.name + ".data").unlink(missing_ok=True)
-        raise InputError(
+        raise GraphRunError(
             f"onnxruntime cannot run the quantized graph: {reason}",
             hint="choose other types, or exclude the node with nodes_exclude",
+            nodes=names,
         ) from error
 
 

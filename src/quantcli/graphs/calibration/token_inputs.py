@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
 from quantcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["INPUT_IDS", "TokenFeeds"]
 
@@ -21,7 +24,7 @@ class TokenFeeds:
 
     graph: ir.Graph
     """The language model: input_ids [B, T], and attention_mask, position_ids and past_* where it has them."""
-    rows: Tensor
+    rows: "np.ndarray | Tensor"
     """[R, T] int64 tokens."""
     batch_size: int = 1
     """Rows of a batch."""
@@ -41,7 +44,7 @@ class TokenFeeds:
         if INPUT_IDS not in inputs:
             raise InputError(f"the graph has no input_ids, its inputs are {', '.join(inputs)}")
         for start in range(0, len(self.rows), self.batch_size):
-            ids = self.rows[start : start + self.batch_size].numpy()
+            ids = np.asarray(self.rows[start : start + self.batch_size])
             known = {
                 INPUT_IDS: ids,
                 "attention_mask": np.ones_like(ids),

@@ -1,23 +1,16 @@
 """Two graphs that should compute the same, run on inputs that are made up from what the graph says of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from quantcli.errors import InputError, first_line
-from quantcli.graphs.calibration.token_inputs import INPUT_IDS, TokenFeeds
-from quantcli.graphs.model.inputs import Feed, InputSpec, specs_of
+from quantcli.graphs.model.made_inputs import graph_session, made_up_inputs, run_samples
 
 __all__ = ["largest_difference", "made_up_inputs"]
-
-_LENGTHS = (32, 64, 8, 224, 1, 640)
-"""Tried one after the other for axes that a graph only names, the first of each input apart, which is 1; then the
-lengths of its weights."""
-_MOST_LENGTHS = 32
 
 
 def largest_difference(one: ir.Model, other: ir.Model, folder: Path, axes: Mapping[str, int]) -> float | str:
@@ -37,56 +30,24 @@ def largest_difference(one: ir.Model, other: ir.Model, folder: Path, axes: Mappi
         InputError: the second graph does not run where the first one does.
     """
     try:
-        feeds = list(made_up_inputs(one, axes))
+        ((feed, wanted),) = run_samples(one, folder, axes, 1)
     except InputError as error:
         return error.message
-    names = [str(v.name) for v in one.graph.outputs]
-    wanted = _run(one, folder, names, feeds)
-    if isinstance(wanted, str):
-        return f"no inputs could be made up for it: {wanted}"
-    feed, outputs = wanted
-    found = _run(other, folder, names, [feed])
-    if isinstance(found, str):
-        raise InputError(f"the other graph does not run: {found}")
-    return max(map(_difference, outputs, found[1]), default=0.0)
-
-
-def made_up_inputs(model: ir.Model, axes: Mapping[str, int]) -> Iterator[Feed]:
-    """Feeds that a graph may take: normal numbers, and zeros and ones where it takes whole ones or truth values.
-
-    Args:
-        model: The graph.
-        axes: Lengths of axes that it only names. Others are tried out: the first axis of an input is 1.
-
-    Raises:
-        InputError: an input of which the graph does not say type and axes, or that nothing can be made up for.
-    """
-    if any(v.name == INPUT_IDS for v in model.graph.inputs):  # mask, positions and cache depend on each other
-        yield from TokenFeeds(
-            model.graph, torch.randint(2, (1, 8), generator=torch.Generator().manual_seed(0)), axes=axes
-        )
-        return
-    specs = specs_of(model.graph)
-    unknown = any(isinstance(axis, str) and axis not in axes for spec in specs for axis in spec.shape)
-    weights = [v.const_value for v in model.graph.initializers.values()]
-    sizes = [int(n) for w in weights if w is not None and len(w.shape) > 1 for n in w.shape.numpy()]
-    lengths = list(dict.fromkeys([*_LENGTHS, *sizes]))[:_MOST_LENGTHS]
-    for length in lengths if unknown else lengths[:1]:
-        random = np.random.default_rng(0)
-        yield {spec.name: _array(spec, length, axes, random) for spec in specs}
-
-
-def _array(spec: InputSpec, length: int, axes: Mapping[str, int], random: np.random.Generator) -> np.ndarray:
-    shape = [
-        axis if isinstance(axis, int) else axes.get(axis, length if place else 1)
-        for place, axis in enumerate(spec.shape)
-    ]
-    if spec.dtype.kind in "iub":
-        return random.integers(0, 2, shape).astype(spec.dtype)
-    return random.standard_normal(shape).astype(spec.dtype)
+    try:
+        found = graph_session(other, folder).run([str(v.name) for v in one.graph.outputs], feed)
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime raises types of its own
+        raise InputError(f"the other graph does not run: {first_line(error)}") from error
+    return max(map(_difference, wanted, found), default=0.0)
 
 
 def _difference(wanted: Any, found: Any) -> float:
+    if isinstance(wanted, list):  # a sequence of tensors
+        same_length = isinstance(found, list) and len(wanted) == len(found)
+        return max(map(_difference, wanted, found), default=0.0) if same_length else np.inf
+    if wanted is None or found is None:
+        return 0.0 if wanted is found else np.inf
     one, other = np.asarray(wanted), np.asarray(found)
     if one.shape != other.shape or one.dtype != other.dtype:
         return np.inf
@@ -99,27 +60,3 @@ def _difference(wanted: Any, found: Any) -> float:
     largest = np.abs(one[np.isfinite(one)]).max(initial=0) or 1.0
     off = np.abs(one - other)[~same].max() / largest
     return float(off) if np.isfinite(off) else np.inf
-
-
-def _run(model: ir.Model, folder: Path, names: list[str], feeds: list[Feed]) -> tuple[Feed, list[Any]] | str:
-    """The first feed that the graph takes, and its outputs; or why there are none."""
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    # as it is written, and weights only mapped: onnxruntime would keep a copy in another order
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings.add_session_config_entry("session.disable_prepacking", "1")
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    try:
-        content = ir.to_proto(model).SerializeToString()
-        session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises types of its own
-        return first_line(error)
-    why = ""
-    for feed in feeds:
-        try:
-            return feed, list(session.run(names, feed))
-        except Exception as error:  # onnxruntime raises types of its own
-            why = why or first_line(error)
-    return why

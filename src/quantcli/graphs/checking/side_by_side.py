@@ -37,6 +37,11 @@ Turn = Callable[[Feed], Feed]
 class GraphRunError(InputError):
     """The quantized graph does not load, or does not run where the float graph does; the message is onnxruntime's."""
 
+    def __init__(self, message: str, hint: str | None = None, nodes: Collection[str] = ()):
+        """`nodes`: those that were quantized, one of which the message may name."""
+        super().__init__(message, hint)
+        self.nodes = nodes
+
 
 @dataclass(frozen=True)
 class OutputDifference:

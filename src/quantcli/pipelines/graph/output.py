@@ -16,6 +16,7 @@ from quantcli.folder import (
     require_free_bytes,
     write_json,
 )
+from quantcli.graphs.checking.side_by_side import SideBySide
 from quantcli.graphs.model.files import refuse_unusable
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.blockwise.solve import LayerReport
@@ -51,16 +52,19 @@ class GraphResult:
     """Stored bits of the quantized matrices: containers, scales and zero points."""
     information_bits_per_weight: float | None = None
     """The same with codes counted as what they can be: 3 bits that lie in 4-bit containers count 3."""
+    outputs: SideBySide | None = None
+    """How far off the outputs are, beside the float graph; None where they cannot be compared."""
     evaluation: Any = None
     """Of --evaluate."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json` and the report."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output")}
+        values = {k: v for k, v in self.__dict__.items() if k not in ("layers", "evaluation", "output", "outputs")}
         return {
             "output": str(self.output),
             **values,
             "layers": [asdict(layer) for layer in self.layers],
+            "outputs": self.outputs.to_dict() if self.outputs is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
 
@@ -103,7 +107,8 @@ def commit_graph(
     Raises:
         InputError: onnxruntime cannot open it, or it is not smaller.
     """
-    refuse_unusable(written)
+    if result.outputs is None:  # else it was opened and run
+        refuse_unusable(written)
     size = folder_size_bytes(partial.model)
     if size >= source.size_bytes:
         raise InputError(
@@ -120,6 +125,7 @@ def commit_graph(
         "size_bytes": size,
         **({"bits_per_weight": round(result.bits_per_weight, 4)} if result.bits_per_weight is not None else {}),
         **({"mean_relative_error": sum(errors) / len(errors)} if errors else {}),
+        **({"outputs": result.outputs.to_dict()} if result.outputs is not None else {}),
     }
     partial.commit(Manifest("onnx", "quantize", public_options(asdict(options)), source.describe(), metrics))
     return result

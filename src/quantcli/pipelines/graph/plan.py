@@ -27,6 +27,7 @@ __all__ = [
     "plan_graph",
     "plan_weights",
     "scheme_target",
+    "selection",
     "weight_encoding",
 ]
 
@@ -200,9 +201,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
     prepare(model)
-    excluded = (*graph.nodes_exclude, *options.exclude)
-    selection = Selection(graph.op_types, graph.nodes_include, excluded, graph.quantize_last_matmul)
-    found, kept = find_targets(model.graph, selection)
+    found, kept = find_targets(model.graph, selection(options))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
@@ -225,7 +224,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     wanted = needed_opset(encoding, (t.scheme.bits for t in targets.values()))
     if model.opset_imports.get("", 0) < wanted:
         newer = convert_opset(model, wanted, OPSET_HINT)
-        found = [t for t in find_targets(newer.graph, selection)[0] if t.name in targets]
+        found = [t for t in find_targets(newer.graph, selection(options))[0] if t.name in targets]
         plan = replace(plan, model=newer, older=model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
@@ -245,6 +244,13 @@ def _stages(plan: GraphPlan) -> Stages:
         held_out=plan.holds_out and calibration.num_samples > 1,
         tokens=tokens,
     )
+
+
+def selection(options: QuantizeOptions) -> Selection:
+    """The nodes whose weights may be quantized."""
+    graph = options.graph
+    excluded = (*graph.nodes_exclude, *options.exclude)
+    return Selection(graph.op_types, graph.nodes_include, excluded, graph.quantize_last_matmul)
 
 
 def weight_encoding(graph: GraphOptions) -> str:

@@ -14,11 +14,14 @@ from typing import Any
 
 from quantcli.algorithms import Step
 from quantcli.data.graph_inputs import Samples
-from quantcli.errors import UsageError
+from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.speed import peak_memory
 from quantcli.graphs.activations.nodes import IntegerGraph
 from quantcli.graphs.checking.compare import NodeError
+from quantcli.graphs.model.inputs import input_specs
+from quantcli.graphs.rewrite.channel_last import turn_feed
 from quantcli.options import CalibrationOptions
+from quantcli.pipelines.graph.beside import Beside, hold_outputs
 from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
@@ -117,7 +120,6 @@ def _has_ranges(plan: GraphPlan) -> bool:
 def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
     """Runs the algorithm on the source's file; the folder is made as for every other graph."""
     begin, source, options, graph = time.perf_counter(), plan.source, plan.options, plan.options.graph
-    algorithm = plan.step.algorithm
     samples: Samples | None = None
     cache = graph.calibration_cache
     if plan.calibrates and not _has_ranges(plan):
@@ -127,23 +129,22 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
     notes: list[str] = []
     with open_graph_output(source, options, 3 * source.size_bytes) as partial, peak_memory() as watched:
         written = partial.model / source.path.name
-        excluded: tuple[str, ...] = ()
-        with TemporaryDirectory(dir=partial.root, prefix=".graph-") as name:
-            folder = Path(name)
+        with TemporaryDirectory(dir=partial.root, prefix=".graph-") as temporary:
+            folder, name = Path(temporary), plan.step.algorithm.name
             path = _transform(plan.transforms, source.path, folder, samples, notes)
-            ranges = cache if cache is not None or algorithm.calibration == "none" else folder / "ranges.json"
-            settings = plan.step.settings
-            compares = graph.debug_activations or graph.exclude_worst > 0
-            progress.note(
-                f"{algorithm.name} reads {describe_feeds(options, plan.model.graph)}" if samples else algorithm.name
+            progress.note(f"{name} reads {describe_feeds(options, plan.model.graph)}" if samples else name)
+            files = _Files(path, written, folder / "ranges.json")
+            work = _Attempts(plan, files, samples, progress)
+            excluded = work.exclude_worst()
+            held = hold_outputs(
+                work.attempt,
+                lambda: work.beside.run(written),
+                lambda made: made.nodes,
+                work.ranked,
+                graph.min_sqnr,
+                progress,
             )
-            made: IntegerGraph = algorithm.run(path, written, settings, _again(samples), ranges, compares)
-            if graph.exclude_worst:
-                assert made.comparison is not None
-                excluded = _worst(made.comparison.nodes, graph.exclude_worst)
-                settings = replace(settings, nodes_exclude=(*settings.nodes_exclude, *map(_exactly, excluded)))
-                progress.note(f"once more without {', '.join(excluded)}")
-                made = algorithm.run(path, written, settings, _again(samples), ranges, compares)
+        made = held.made
         conversion = made.prepared.conversion
         if conversion is not None:
             progress.note(str(conversion))
@@ -153,13 +154,14 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         result = IntegerResult(
             output=options.output,
             layers=[],
-            kept={name: "not asked for" for name in made.kept},
+            kept={name: "not asked for" for name in made.kept if name not in held.returned} | held.returned,
             size_bytes=0,
             parent_size_bytes=0,
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
             conversion=asdict(conversion) if conversion is not None else None,
+            outputs=held.outputs,
             quantized=made.quantized,
             excluded=excluded,
             comparison=asdict(made.comparison) if made.comparison is not None else None,
@@ -168,6 +170,73 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         committed = commit_graph(partial, written, source, options, result, progress)
         assert isinstance(committed, IntegerResult)
         return committed
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the quantizer reads and writes."""
+
+    float_graph: Path
+    """After all transforms."""
+    written: Path
+    """The graph of integers."""
+    ranges: Path
+    """Measured once, where the user names no cache."""
+
+
+class _Attempts:
+    """The quantizer, run once or again with more nodes in float, on ranges that are measured once."""
+
+    def __init__(self, plan: GraphPlan, files: _Files, samples: Samples | None, progress: Progress):
+        self._plan, self._files, self._samples = plan, files, samples
+        self._progress, self._settings = progress, plan.step.settings
+        cache = plan.options.graph.calibration_cache
+        uses_none = plan.step.algorithm.calibration == "none"
+        self._ranges = cache if cache is not None or uses_none else files.ranges
+        inputs, outputs = (tuple(getattr(plan.step.settings, name, ())) for name in _TURNED)
+        self.beside = Beside(plan, samples, progress, lambda feed: turn_feed(feed, inputs), outputs)
+
+    def attempt(self, excluded: Sequence[str], compares: bool | None = None) -> IntegerGraph:
+        """Writes the graph, with these nodes in float."""
+        graph = self._plan.options.graph
+        settings = replace(self._settings, nodes_exclude=(*self._settings.nodes_exclude, *map(_exactly, excluded)))
+        compares = graph.debug_activations if compares is None else compares
+        made: IntegerGraph = self._plan.step.algorithm.run(
+            self._files.float_graph, self._files.written, settings, self._reader(compares), self._ranges, compares
+        )
+        if excluded and not made.quantized:
+            raise InputError("no node with a weight is left to quantize")
+        return made
+
+    def exclude_worst(self) -> tuple[str, ...]:
+        """What --exclude-worst leaves float, from here on in every attempt."""
+        count = self._plan.options.graph.exclude_worst
+        if not count:
+            return ()
+        made = self.attempt((), compares=True)
+        assert made.comparison is not None
+        excluded = _worst(made.comparison.nodes, count)
+        self._settings = replace(
+            self._settings, nodes_exclude=(*self._settings.nodes_exclude, *map(_exactly, excluded))
+        )
+        self._progress.note(f"once more without {', '.join(excluded)}")
+        return excluded
+
+    def ranked(self, made: IntegerGraph, returned: Sequence[str]) -> list[str]:
+        """Nodes by what their own rounding costs, the most first; those of which that is not known at the end."""
+        try:
+            compared = made.comparison or self.attempt(returned, compares=True).comparison
+        except InputError as error:
+            self._progress.note(f"what each node loses cannot be measured: {error.message}")
+            compared = None
+        known = [node.name for node in compared.nodes] if compared is not None else []
+        return [*known, *(name for name in made.nodes if name not in known)]
+
+    def _reader(self, compares: bool) -> Samples | None:
+        if self._samples is None and compares and self.beside.feeds:
+            feeds = self.beside.feeds
+            return Samples(input_specs(self._plan.source.path), lambda: ((feed, "made-up inputs") for feed in feeds))
+        return _again(self._samples)
 
 
 def _transform(steps: Sequence[Step], path: Path, folder: Path, samples: Samples | None, notes: list[str]) -> Path:

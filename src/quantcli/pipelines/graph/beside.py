@@ -1,0 +1,199 @@
+"""Runs a written graph beside the float one, and leaves nodes float until its outputs hold.
+
+What onnxruntime cannot open or run loses the node that it names; where an output falls below the limit, the nodes that
+lose most go back to float, as few as it takes. Nothing is kept that does not hold.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from quantcli.data.graph_inputs import Samples
+from quantcli.errors import InputError, QualityError, UsageError
+from quantcli.graphs.checking.side_by_side import GraphRunError, SideBySide, Turn, run_side_by_side
+from quantcli.graphs.model.inputs import Feed
+from quantcli.graphs.model.made_inputs import sample_inputs
+from quantcli.pipelines.graph.feeds import axis_lengths
+from quantcli.pipelines.graph.plan import GraphPlan
+from quantcli.progress import Progress
+
+__all__ = ["Beside", "Held", "hold_outputs"]
+
+_SAMPLES = 8
+_ATTEMPTS = 32
+"""Of leaving fewer nodes float, once it holds."""
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Held(Generic[Made]):
+    """A graph whose outputs hold."""
+
+    made: Made
+    """What the last attempt returned."""
+    outputs: SideBySide | None
+    """How far off its outputs are; None where they could not be compared."""
+    returned: dict[str, str]
+    """Nodes that went back to float, with the reason."""
+
+
+class Beside:
+    """The float graph and samples for it."""
+
+    def __init__(
+        self,
+        plan: GraphPlan,
+        samples: Samples | None,
+        progress: Progress,
+        turn: Turn | None = None,
+        turned: Collection[str] = (),
+    ):
+        """Samples are read, or made of what the graph says of its inputs.
+
+        Args:
+            plan: Says where the float graph lies.
+            samples: Calibration inputs, of which the first are run; None where there are none.
+            progress: Told why the outputs cannot be compared.
+            turn: Makes a sample for the written graph of one for the float graph; None where both take the same.
+            turned: Outputs of the written graph with their channels at the end.
+        """
+        self._source, self._turn, self._turned, self._progress = plan.source.path, turn, turned, progress
+        self._feeds: list[Feed] = []
+        try:
+            self._feeds = (
+                list(islice(samples, _SAMPLES))
+                if samples is not None
+                else sample_inputs(plan.model, plan.source.folder, axis_lengths(plan.source), _SAMPLES)
+            )
+        except InputError as error:
+            progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
+
+    @property
+    def feeds(self) -> list[Feed]:
+        """The samples; none where nothing can be compared."""
+        return self._feeds
+
+    def run(self, written: Path) -> SideBySide | None:
+        """How far off the outputs of a written graph are; None without samples.
+
+        Raises:
+            GraphRunError: it does not load or run.
+        """
+        if not self._feeds:
+            return None
+        try:
+            return run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._turned)
+        except GraphRunError:
+            raise
+        except InputError as error:  # the float graph itself
+            self._feeds = []
+            self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
+            return None
+
+
+def hold_outputs(
+    attempt: Callable[[tuple[str, ...]], Made],
+    run: Callable[[], SideBySide | None],
+    names: Callable[[Made], Collection[str]],
+    ranked: Callable[[Made, tuple[str, ...]], Sequence[str]],
+    least_db: float,
+    progress: Progress,
+) -> Held[Made]:
+    """Makes a graph, and makes it again with more nodes in float until it runs and its outputs hold.
+
+    Args:
+        attempt: Writes the graph without the named nodes.
+        run: Runs what was written beside the float graph.
+        names: The nodes that an attempt quantized.
+        ranked: The same, those that cost most first; given what was made, and what is float already.
+        least_db: The least signal to quantization noise of every output; 0 takes what comes.
+        progress: Told of every node that goes back to float.
+
+    Raises:
+        GraphRunError: the graph does not run, and onnxruntime names no node.
+        QualityError: an output stays below the limit whatever nodes are float.
+    """
+    returned: dict[str, str] = {}
+    quantized: Collection[str] = ()
+    while True:
+        try:
+            made = attempt(tuple(returned))
+            quantized = names(made)
+            found = run()
+            break
+        except GraphRunError as error:
+            left = {*error.nodes, *quantized} - set(returned)
+            name = _named(error.message, left) if len(left) > 1 else None
+            if name is None:
+                raise
+            returned[name] = error.message
+            progress.warn(f"{name} stays float: {error.message}")
+    if found is None or not found.below(least_db):
+        return Held(made, found, returned)
+    wanting = found.below(least_db)
+    progress.note(f"below {least_db:g} dB: {'; '.join(map(str, wanting))}; nodes go back to float")
+    order = [name for name in ranked(made, tuple(returned)) if name not in returned]
+    good = _least(order, lambda some: _holds(attempt, run, (*returned, *some), least_db))
+    if good is None:
+        raise QualityError(
+            f"output {wanting[0]}, below {least_db:g} dB, whatever nodes stay float",
+            hint="use more bits or --nodes-exclude; --min-sqnr 0 keeps it as it is",
+        )
+    for name in good[0]:
+        returned[name] = f"with its like in integers, output {wanting[0]}"
+    few = ", ".join(good[0][:5]) + (f" and {len(good[0]) - 5} more" if len(good[0]) > 5 else "")
+    progress.warn(f"{few} stay float: with them {wanting[0]}, the limit is {least_db:g} dB (--min-sqnr)")
+    return Held(good[1][0], good[1][1], returned)
+
+
+Outcome = tuple[Made, SideBySide | None]
+
+
+def _holds(
+    attempt: Callable[[tuple[str, ...]], Made],
+    run: Callable[[], SideBySide | None],
+    excluded: tuple[str, ...],
+    least_db: float,
+) -> Outcome[Made] | None:
+    try:
+        made = attempt(excluded)
+        found = run()
+    except (InputError, UsageError):  # nothing is left to quantize, or it does not run either
+        return None
+    return None if found is not None and found.below(least_db) else (made, found)
+
+
+def _least(
+    order: Sequence[str], holds: Callable[[Sequence[str]], Outcome[Made] | None]
+) -> tuple[Sequence[str], Outcome[Made]] | None:
+    """A small set with which it holds, tried last: a beginning of the order, or all, without what it holds without."""
+    found: Outcome[Made] | None = None
+    count, tried = 1, list(order[:0])
+    while found is None and count < len(order):
+        tried = list(order[:count])
+        found = holds(tried)
+        count *= 2
+    some = tried if found is not None else list(order)
+    left, size = _ATTEMPTS, (len(some) + 1) // 2
+    while size and left > 0:
+        for start in range((len(some) - 1) // size * size, -1, -size):  # from the end: what is lost there is least
+            fewer = [*some[:start], *some[start + size :]]
+            if not fewer or len(fewer) == len(some) or left <= 0:
+                continue
+            left, tried = left - 1, fewer
+            better = holds(fewer)
+            if better is not None:
+                some, found = fewer, better
+        size //= 2
+    if found is not None and tried != some:  # what lies on disk is the last attempt
+        found = holds(some)
+    return None if found is None else (some, found)
+
+
+def _named(message: str, names: Collection[str]) -> str | None:
+    """The quantized node that an error of onnxruntime names, by its own name or by that of a node made of it."""
+    found = (n for n in names if n and re.search(rf"(?<![\w./]){re.escape(n)}(?:(?![\w./])|_[A-Za-z])", message))
+    return max(found, key=len, default=None)
