@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -152,3 +153,22 @@ def test_where_no_node_is_named_nothing_is_kept():
 def test_a_limit_that_nothing_meets():
     with pytest.raises(QualityError, match=r"y 1\.0 dB, below 10 dB"):
         hold_outputs(lambda e: e, lambda: difference(1.0), lambda _: ["a", "b"], lambda *_: ["a", "b"], 10.0, Silent())
+
+
+def test_faster_leaves_float_what_is_timed_slower(place, capfd):
+    """Sixteen small elementwise nodes cost conversions in integers, and nothing in float."""
+    nodes = [N("MatMul", "x a", "t0", "product")]
+    nodes += [N("Add", f"t{i} x", f"t{i + 1}", f"add{i}") for i in range(16)]
+    save_graph(graph_model([*nodes, N("Relu", "t16", "y", "last")], {"a": weights()["a"]}), place / "m.onnx")
+    assert quantize("-a", "static", *CALIBRATED["static"], "--faster") == 0
+    report = json.loads((place / "out" / "report.json").read_text())
+    slow = {name for name, why in report["kept"].items() if why == "faster in float here"}
+    assert "faster in float: " in capfd.readouterr().err
+    held = {n.name for n in onnx.load(place / "out" / "model" / "m.onnx").graph.node}
+    assert {n for n in slow if f"{n}_quant" in held} == set()
+    assert report["outputs"]["float_ms"] > 0
+
+
+@pytest.mark.parametrize("words", [("-a", "rtn", "--faster"), ("-a", "static", "--min-sqnr", "-1")])
+def test_flags_without_effect_are_refused(words, place):
+    assert quantize(*words, *(CALIBRATED["static"] if "static" in words else [])) == 2

@@ -54,6 +54,9 @@ class GraphOptions:
     """Least signal to quantization noise of every output beside the float graph, in dB; nodes that cost most go back to
     float until it holds. 0 takes the graph as it comes."""
 
+    faster: bool = False
+    """Leave kinds of nodes float with which the graph is faster on this machine, as timed; dynamic and static only."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.min_sqnr < 200:
             raise UsageError(f"--min-sqnr is 0 or more and below 200 dB, got {self.min_sqnr:g}")

@@ -84,7 +84,8 @@ def quantize(
         model = open_graph(folder / "prepared.onnx")
         chosen = integers.select_nodes(model, _ABLE, options.op_types, options.nodes_include, options.nodes_exclude)
         integers.require_float32(chosen)
-        names = {str(n.name) for n in chosen}
+        kinds = integers.kinds_of(chosen)
+        names = set(kinds)
         weighted = [str(n.name) for n in model.graph if has_weight(n)]
         if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):
             raise UsageError(
@@ -131,7 +132,7 @@ def quantize(
         prepared=prepared,
         notes=tuple(notes),
         comparison=compared,
-        nodes=tuple(sorted(names)),
+        nodes=kinds,
     )
 
 

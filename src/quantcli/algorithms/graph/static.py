@@ -270,7 +270,7 @@ def quantize(
         equalized=tuple(pairs),
         corrected=tuple(corrected),
         comparison=compared,
-        nodes=tuple(sorted(names)),
+        nodes=integers.kinds_of(chosen),
     )
 
 

@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "finish",
     "float_nodes",
     "full_int8",
+    "kinds_of",
     "require_float32",
     "select_nodes",
     "split_gemms",
@@ -56,8 +57,8 @@ class IntegerGraph:
     """Nodes whose bias was corrected."""
     comparison: Comparison | None = None
     """Errors by node, where they were asked for."""
-    nodes: tuple[str, ...] = ()
-    """All nodes that onnxruntime's quantizer was given, with weights or without."""
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    """All nodes that onnxruntime's quantizer was given, with weights or without, and the kind of each."""
 
 
 _PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
@@ -107,6 +108,20 @@ def select_nodes(
     for weight in {n.inputs[1] for n in found if has_weight(n)}:
         _require_finite(weight)
     return found
+
+
+def kinds_of(nodes: Sequence[ir.Node]) -> dict[str, str]:
+    """What kernels tell apart, by the node's name: its operator, and for Conv whether it is pointwise or depthwise."""
+    return {str(node.name): _kind(node) for node in nodes}
+
+
+def _kind(node: ir.Node) -> str:
+    weight = node.inputs[1] if node.op_type == "Conv" and len(node.inputs) > 1 else None
+    if weight is None or weight.shape is None:
+        return node.op_type
+    if node.attributes.get_int("group", 1) > 1:
+        return "Conv in groups"
+    return "Conv 1x1" if all(size == 1 for size in list(weight.shape)[2:]) else "Conv"
 
 
 def require_float32(nodes: Sequence[ir.Node]) -> None:

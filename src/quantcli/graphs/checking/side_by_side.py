@@ -21,7 +21,7 @@ from quantcli.errors import InputError, first_line
 from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.model.inputs import Feed
 
-__all__ = ["MOST_DB", "GraphRunError", "OutputDifference", "SideBySide", "decibels", "run_side_by_side"]
+__all__ = ["MOST_DB", "GraphRunError", "OutputDifference", "SideBySide", "decibels", "run_side_by_side", "timed"]
 
 MOST_DB = 200.0
 """Said where there is no difference at all; its negative where nothing of the signal is left."""
@@ -146,7 +146,7 @@ def run_side_by_side(
     found = _open(made, GraphRunError)
     for feed in feeds:
         _add(sums, _run(wanted, feed, InputError), _run(found, turn(feed), GraphRunError), turned)
-    times = _timed((wanted, found), (feeds[0], turn(feeds[0])))
+    times = timed((wanted, found), (feeds[0], turn(feeds[0])))
     return SideBySide(tuple(s.difference(n) for n, s in sums.items()), len(feeds), *times)
 
 
@@ -239,7 +239,7 @@ def _run(session: ort.InferenceSession, feed: Feed, error: type[InputError]) -> 
         raise error(f"the graph does not run: {first_line(problem)}") from problem
 
 
-def _timed(sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feed]) -> tuple[float, float]:
+def timed(sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feed]) -> tuple[float, float]:
     """Medians in ms of runs that take turns, so that whatever else the machine does meets both."""
     taken: tuple[list[float], list[float]] = ([], [])
     begin = time.perf_counter()

@@ -60,7 +60,7 @@ class Beside:
             turn: Makes a sample for the written graph of one for the float graph; None where both take the same.
             turned: Outputs of the written graph with their channels at the end.
         """
-        self._source, self._turn, self._turned, self._progress = plan.source.path, turn, turned, progress
+        self._source, self._turn, self._outputs, self._progress = plan.source.path, turn, turned, progress
         self._feeds: list[Feed] = []
         try:
             self._feeds = (
@@ -76,6 +76,10 @@ class Beside:
         """The samples; none where nothing can be compared."""
         return self._feeds
 
+    def turned(self, feed: Feed) -> Feed:
+        """A sample as the written graph takes it."""
+        return feed if self._turn is None else self._turn(feed)
+
     def run(self, written: Path) -> SideBySide | None:
         """How far off the outputs of a written graph are; None without samples.
 
@@ -85,7 +89,7 @@ class Beside:
         if not self._feeds:
             return None
         try:
-            return run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._turned)
+            return run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._outputs)
         except GraphRunError:
             raise
         except InputError as error:  # the float graph itself

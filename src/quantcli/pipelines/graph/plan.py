@@ -259,7 +259,7 @@ def weight_encoding(graph: GraphOptions) -> str:
     Raises:
         UsageError: naming the flag.
     """
-    for name in ("calibration_cache", "debug_activations", "exclude_worst"):
+    for name in ("calibration_cache", "debug_activations", "exclude_worst", "faster"):
         if getattr(graph, name):
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is for activations, only weights are quantized here", hint="use -a static")

@@ -4,7 +4,6 @@ The steps: transforms of the float graph, the quantizer, and, where nodes are to
 quantizer once more without them, on the ranges that were measured the first time.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,14 +13,11 @@ from typing import Any
 
 from quantcli.algorithms import Step
 from quantcli.data.graph_inputs import Samples
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.evaluate.speed import peak_memory
-from quantcli.graphs.activations.nodes import IntegerGraph
-from quantcli.graphs.checking.compare import NodeError
-from quantcli.graphs.model.inputs import input_specs
-from quantcli.graphs.rewrite.channel_last import turn_feed
 from quantcli.options import CalibrationOptions
-from quantcli.pipelines.graph.beside import Beside, hold_outputs
+from quantcli.pipelines.graph.attempts import Attempts, Files, again
+from quantcli.pipelines.graph.beside import hold_outputs
 from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
@@ -133,13 +129,14 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             folder, name = Path(temporary), plan.step.algorithm.name
             path = _transform(plan.transforms, source.path, folder, samples, notes)
             progress.note(f"{name} reads {describe_feeds(options, plan.model.graph)}" if samples else name)
-            files = _Files(path, written, folder / "ranges.json")
-            work = _Attempts(plan, files, samples, progress)
+            files = Files(path, written, folder / "ranges.json")
+            work = Attempts(plan, files, samples, progress)
             excluded = work.exclude_worst()
+            slow = work.leave_slow() if graph.faster else ()
             held = hold_outputs(
                 work.attempt,
                 lambda: work.beside.run(written),
-                lambda made: made.nodes,
+                lambda made: list(made.nodes),
                 work.ranked,
                 graph.min_sqnr,
                 progress,
@@ -154,7 +151,9 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         result = IntegerResult(
             output=options.output,
             layers=[],
-            kept={name: "not asked for" for name in made.kept if name not in held.returned} | held.returned,
+            kept={name: "not asked for" for name in made.kept if name not in held.returned}
+            | dict.fromkeys(slow, "faster in float here")
+            | held.returned,
             size_bytes=0,
             parent_size_bytes=0,
             seconds=time.perf_counter() - begin,
@@ -172,95 +171,10 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         return committed
 
 
-@dataclass(frozen=True)
-class _Files:
-    """What the quantizer reads and writes."""
-
-    float_graph: Path
-    """After all transforms."""
-    written: Path
-    """The graph of integers."""
-    ranges: Path
-    """Measured once, where the user names no cache."""
-
-
-class _Attempts:
-    """The quantizer, run once or again with more nodes in float, on ranges that are measured once."""
-
-    def __init__(self, plan: GraphPlan, files: _Files, samples: Samples | None, progress: Progress):
-        self._plan, self._files, self._samples = plan, files, samples
-        self._progress, self._settings = progress, plan.step.settings
-        cache = plan.options.graph.calibration_cache
-        uses_none = plan.step.algorithm.calibration == "none"
-        self._ranges = cache if cache is not None or uses_none else files.ranges
-        inputs, outputs = (tuple(getattr(plan.step.settings, name, ())) for name in _TURNED)
-        self.beside = Beside(plan, samples, progress, lambda feed: turn_feed(feed, inputs), outputs)
-
-    def attempt(self, excluded: Sequence[str], compares: bool | None = None) -> IntegerGraph:
-        """Writes the graph, with these nodes in float."""
-        graph = self._plan.options.graph
-        settings = replace(self._settings, nodes_exclude=(*self._settings.nodes_exclude, *map(_exactly, excluded)))
-        compares = graph.debug_activations if compares is None else compares
-        made: IntegerGraph = self._plan.step.algorithm.run(
-            self._files.float_graph, self._files.written, settings, self._reader(compares), self._ranges, compares
-        )
-        if excluded and not made.quantized:
-            raise InputError("no node with a weight is left to quantize")
-        return made
-
-    def exclude_worst(self) -> tuple[str, ...]:
-        """What --exclude-worst leaves float, from here on in every attempt."""
-        count = self._plan.options.graph.exclude_worst
-        if not count:
-            return ()
-        made = self.attempt((), compares=True)
-        assert made.comparison is not None
-        excluded = _worst(made.comparison.nodes, count)
-        self._settings = replace(
-            self._settings, nodes_exclude=(*self._settings.nodes_exclude, *map(_exactly, excluded))
-        )
-        self._progress.note(f"once more without {', '.join(excluded)}")
-        return excluded
-
-    def ranked(self, made: IntegerGraph, returned: Sequence[str]) -> list[str]:
-        """Nodes by what their own rounding costs, the most first; those of which that is not known at the end."""
-        try:
-            compared = made.comparison or self.attempt(returned, compares=True).comparison
-        except InputError as error:
-            self._progress.note(f"what each node loses cannot be measured: {error.message}")
-            compared = None
-        known = [node.name for node in compared.nodes] if compared is not None else []
-        return [*known, *(name for name in made.nodes if name not in known)]
-
-    def _reader(self, compares: bool) -> Samples | None:
-        if self._samples is None and compares and self.beside.feeds:
-            feeds = self.beside.feeds
-            return Samples(input_specs(self._plan.source.path), lambda: ((feed, "made-up inputs") for feed in feeds))
-        return _again(self._samples)
-
-
 def _transform(steps: Sequence[Step], path: Path, folder: Path, samples: Samples | None, notes: list[str]) -> Path:
     """The float graph after all transforms; the source itself where there is none."""
     for step in steps:
         target = folder / f"{step.algorithm.name}.onnx"
-        notes += step.algorithm.run(path, target, step.settings, _again(samples)).notes
+        notes += step.algorithm.run(path, target, step.settings, again(samples)).notes
         path = target
     return path
-
-
-def _again(samples: Samples | None) -> Samples | None:
-    if samples is not None:
-        samples.rewind()
-    return samples
-
-
-def _worst(nodes: Sequence[NodeError], count: int) -> tuple[str, ...]:
-    if count >= len(nodes):
-        raise UsageError(
-            f"--exclude-worst {count} leaves nothing of {len(nodes)} quantized nodes", hint="give a smaller number"
-        )
-    return tuple(node.name for node in nodes[:count])
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}$"
