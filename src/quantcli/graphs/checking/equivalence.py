@@ -35,8 +35,8 @@ def largest_difference(one: ir.Model, other: ir.Model, folder: Path, axes: Mappi
         return error.message
     try:
         found = graph_session(other, folder).run([str(v.name) for v in one.graph.outputs], feed)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"the other graph does not run: {error.message}") from error
     except Exception as error:  # onnxruntime raises types of its own
         raise InputError(f"the other graph does not run: {first_line(error)}") from error
     return max(map(_difference, wanted, found), default=0.0)

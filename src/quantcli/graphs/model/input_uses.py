@@ -1,7 +1,7 @@
 """What a graph does with an input, as far as its nodes say it: tables that it indexes, numbers it is compared with.
 
-A value is followed from node to node, into bodies of If, Loop and Scan and into functions, as long as it stays what it
-is: cast, reshaped, shifted by a constant.
+A value is followed from node to node and into bodies of If, Loop and Scan, as long as it stays what it is: cast,
+reshaped, shifted by a constant.
 """
 
 import math
@@ -92,12 +92,11 @@ class _Place:
     """Which axis of the input each of its axes is; None where that is lost."""
 
 
-def use_of(model: ir.Model, value: ir.Value) -> InputUse:
+def use_of(value: ir.Value) -> InputUse:
     """Follows an input through the graph.
 
     Args:
-        model: The graph; functions are looked into.
-        value: One of its inputs.
+        value: An input of a graph without functions.
     """
     found = InputUse()
     rank = len(value.shape) if value.shape is not None else None
@@ -113,7 +112,7 @@ def use_of(model: ir.Model, value: ir.Value) -> InputUse:
         seen.add(key)
         for node, index in place.value.uses():
             _note(node, index, place, found)
-            waiting += _behind(model, node, index, place)
+            waiting += _behind(node, index, place)
     return found
 
 
@@ -129,8 +128,6 @@ def _note(node: ir.Node, index: int, place: _Place, found: InputUse) -> None:
             constants = _constant(node.inputs[1 - index])
             found.compared += [int(c - place.shift) for c in constants or () if float(c).is_integer()]
         found.size = found.size or _SIZES.get((node.op_type, index), "")
-    if place.axes is None and place.value.shape is not None:
-        return
     for axis, length in _asked_axes(node, index, found, place):
         if place.axes is not None and -len(place.axes) <= axis < len(place.axes):
             found.axes.setdefault(place.axes[axis], length)
@@ -184,9 +181,9 @@ def _asked_axes(node: ir.Node, index: int, found: InputUse, place: _Place) -> It
                 yield from ((axis - len(shape), n) for axis, n in enumerate(shape) if n != 1)
 
 
-def _behind(model: ir.Model, node: ir.Node, index: int, place: _Place) -> Iterator[_Place]:
+def _behind(node: ir.Node, index: int, place: _Place) -> Iterator[_Place]:
     """Where a value goes from a node that reads it."""
-    yield from (replace(place, value=v) for v in _inside(model, node, index))
+    yield from (replace(place, value=v) for v in _inside(node, index))
     op = node.op_type
     axes = place.axes if op in _SAME_SHAPE or op in _TWO_SIDED else None
     if op == "Transpose" and place.axes is not None:
@@ -206,21 +203,17 @@ def _behind(model: ir.Model, node: ir.Node, index: int, place: _Place) -> Iterat
         yield from (_Place(v, scale, shift, exact, axes) for v in node.outputs)
 
 
-def _inside(model: ir.Model, node: ir.Node, index: int) -> Iterator[ir.Value]:
-    """What a node's input is called in its bodies, or in the function that it calls."""
-    function = model.functions.get(node.op_identifier())
-    if function is not None and index < len(function.inputs):
-        yield function.inputs[index]
+def _inside(node: ir.Node, index: int) -> Iterator[ir.Value]:
+    """What a node's input is called in its body."""
     body = node.attributes.get("body")
     if body is not None and body.type is ir.AttributeType.GRAPH and index < len(body.as_graph().inputs):
         yield body.as_graph().inputs[index]  # what a Loop or Scan carries stands in the same place
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
-    """An attribute; its default where it is no number, or left to whoever calls a function."""
+    """An attribute; its default where it is no number."""
     given = node.attributes.get(name)
-    known = given is not None and not given.is_ref() and given.type is ir.AttributeType.INT
-    return int(given.as_int()) if known and given is not None else default
+    return int(given.as_int()) if given is not None and given.type is ir.AttributeType.INT else default
 
 
 def _shape(value: ir.Value | None) -> list[int | None] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.calibration.token_inputs import INPUT_IDS, TokenFeeds
@@ -98,7 +99,7 @@ def run_samples(model: ir.Model, folder: Path, axes: Mapping[str, int], samples:
             if finite:
                 break
         if ran is None:
-            raise InputError(f"no inputs could be made up for the graph: {why}")
+            raise InputError(f"no inputs could be made up for it: {why}")
         found.append(ran[:2])
         recipes = [ran[2], *(r for r in recipes if r is not ran[2])]
     return found
@@ -144,8 +145,11 @@ class _Maker:
     """Makes feeds for one graph."""
 
     def __init__(self, model: ir.Model, axes: Mapping[str, int]):
+        if model.functions:  # what they do with an input stands in their nodes
+            model = model.clone()
+            InlinePass()(model)
         self._model, self._axes = model, axes
-        self._inputs = [_read(model, v) for v in model.graph.inputs if not v.is_initializer()]
+        self._inputs = [_read(v) for v in model.graph.inputs if not v.is_initializer()]
         weights = [v.const_value for v in model.graph.initializers.values()]
         sizes = [int(n) for w in weights if w is not None and len(w.shape) > 1 for n in w.shape.numpy() if n]
         self._lengths = list(dict.fromkeys([*_LENGTHS, *sizes]))[:_MOST_LENGTHS]
@@ -194,7 +198,8 @@ class _Maker:
                 if isinstance(axis, str) and _names(axis) == [axis] and place in wanted.use.axes:
                     known.setdefault(axis, wanted.use.axes[place])
         free = [name for name in places if name not in known]
-        first = {name for name in free if places[name] == {0}}  # rows of a batch: one
+        leading = {w.axes[0] for w in self._inputs if len(w.axes) > 1}
+        first = {name for name in free if places[name] == {0} and name in leading}  # rows of a batch: one
         if not free:
             yield known
             return
@@ -214,12 +219,12 @@ class _Maker:
         return sum(math.prod(_length(axis, lengths) for axis in wanted.axes) for wanted in self._inputs)
 
 
-def _read(model: ir.Model, value: ir.Value) -> _Input:
+def _read(value: ir.Value) -> _Input:
     kind, name = value.type, str(value.name)
     if isinstance(kind, ir.OptionalType):
         kind = kind.elem_type
     sequence = isinstance(kind, ir.SequenceType)
-    use = use_of(model, value)
+    use = use_of(value)
     axes: Iterable[int | ir.SymbolicDim | None] | None = value.shape
     if axes is None and use.rank is not None:
         axes = [use.axes.get(axis) for axis in range(use.rank)]
