@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx_ir.passes import common as passes
 
-from quantcli.errors import InputError, UsageError, first_line, nearest
+from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.checking.compare import Comparison
 from quantcli.graphs.checking.side_by_side import GraphRunError
-from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
+from quantcli.graphs.model.session import open_session
 from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
 
@@ -262,19 +262,13 @@ def finish(made: Path, target: Path, names: Collection[str]) -> None:
     model = open_graph(made)
     passes.RemoveUnusedNodesPass()(model)
     save_graph(model, target)
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
     try:
-        ort.InferenceSession(target, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own types
-        reason = first_line(error)
+        open_session(target, what="the quantized graph")
+    except InputError as error:
         target.unlink()
-        target.with_name(target.name + ".data").unlink(missing_ok=True)
-        raise GraphRunError(
-            f"onnxruntime cannot run the quantized graph: {reason}",
-            hint="choose other types, or exclude the node with nodes_exclude",
-            nodes=names,
-        ) from error
+        target.with_name(target.name + DATA_SUFFIX).unlink(missing_ok=True)
+        hint = "choose other types, or exclude the node with nodes_exclude"
+        raise GraphRunError(error.message, hint=hint, nodes=names) from error
 
 
 def full_int8(target: Path, reduced: bool) -> list[str]:

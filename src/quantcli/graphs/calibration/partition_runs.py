@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from quantcli.errors import InputError, first_line
+from quantcli.graphs.model.session import open_session
 from quantcli.graphs.walk.matrices import GraphTarget
 from quantcli.graphs.walk.partition import Part, parts_of, reads_of
 from quantcli.progress import Progress, Silent
@@ -134,23 +135,16 @@ class Stream:
 
     def _session(self, part: Part, outputs: Sequence[str], example: Feed):  # type: ignore[no-untyped-def]
         """A session of the part's nodes; weights stay in the files they are in, onnxruntime reads them from there."""
-        import onnxruntime
         import torch
 
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = torch.get_num_threads()
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # between runs, others compute
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        proto = self._proto(part, outputs, example)
         try:
-            proto = self._proto(part, outputs, example)
             content = proto.SerializeToString()
-            del proto
-            return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-        except InputError:
-            raise
-        except Exception as error:  # onnxruntime raises types of its own
-            raise InputError(f"onnxruntime cannot open the graph: {first_line(error)}") from error
+        except Exception as error:  # protobuf raises types of its own
+            raise InputError(f"the graph cannot be run: {first_line(error)}") from error
+        del proto
+        # between runs, others compute
+        return open_session(content, folder=self._folder, threads=torch.get_num_threads(), spinning=False)
 
     def _proto(self, part: Part, outputs: Sequence[str], example: Feed) -> onnx.ModelProto:
         graph = self._model.graph

@@ -22,6 +22,7 @@ from quantcli.errors import InputError, UsageError, first_line
 from quantcli.folder import fingerprint
 from quantcli.graphs.model.files import DATA_SUFFIX
 from quantcli.graphs.model.inputs import CalibrationReader
+from quantcli.graphs.model.session import open_session
 from quantcli.graphs.walk.channels import has_weight
 from quantcli.tensors.histogram import StreamedHistogram, entropy_range, percentile_range
 
@@ -151,15 +152,8 @@ def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort
     # beside the graph, so that its weights are found
     with NamedTemporaryFile(dir=path.parent, prefix=".calibrate-", suffix=".onnx") as file:
         ir.save(model, file.name, format="protobuf")
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
         # fused nodes would compute other tensors than those that are quantized
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            return ort.InferenceSession(file.name, settings, providers=["CPUExecutionProvider"]), outputs
-        except Exception as error:  # onnxruntime raises its own types
-            reason = first_line(error)
-            raise InputError(f"onnxruntime cannot run the graph: {reason}") from error
+        return open_session(Path(file.name), optimized=False), outputs
 
 
 def masked_nodes(model: ir.Model, nodes: Sequence[ir.Node], ranges: Ranges) -> tuple[set[str], list[str]]:

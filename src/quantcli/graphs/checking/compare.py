@@ -16,9 +16,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.graphs.checking.node_errors import Grids, measure_twins, plain_session, run_sample
+from quantcli.graphs.checking.node_errors import Grids, measure_twins
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader, rewound
+from quantcli.graphs.model.session import open_session, run_sample
 from quantcli.graphs.walk.channels import constant_of
 
 __all__ = ["Comparison", "NodeError", "compare"]
@@ -82,8 +83,8 @@ def compare(ready: Path, made: Path, names: Collection[str], reader: Calibration
         _expose(told, [name for name, _ in shown.values()])
         save_graph(model, Path(folder) / "float.onnx")
         save_graph(told, Path(folder) / "integers.onnx")
-        sessions = [plain_session(Path(folder) / name) for name in ("float.onnx", "integers.onnx")]
-        fused = plain_session(made, optimized=True)
+        sessions = [open_session(Path(folder) / n, optimized=False) for n in ("float.onnx", "integers.onnx")]
+        fused = open_session(made)
         reader = rewound(reader, "a comparison")
         while feed := reader.get_next():
             float_values, values, final = (

@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
-from quantcli.errors import InputError, first_line
+from quantcli.errors import InputError
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader
+from quantcli.graphs.model.session import open_session, run_sample
 from quantcli.graphs.walk.channels import constant_of, has_weight, new_constant, weight_rows
 
-__all__ = ["Grids", "TwinError", "correct_biases", "measure_twins", "plain_session", "run_sample"]
+__all__ = ["Grids", "TwinError", "correct_biases", "measure_twins"]
 
 _REDUCE_AXES_AS_INPUT = 18
 _DYNAMIC = {"MatMul": (0, 1), "Conv": (0,), "Attention": (0,), "LSTM": (0,)}
@@ -125,7 +125,7 @@ def measure_twins(
     sums: list[np.ndarray] = []
     with TemporaryDirectory(dir=ready.parent, prefix=".twins-") as folder:
         save_graph(model, Path(folder) / "twins.onnx")
-        session = plain_session(Path(folder) / "twins.onnx")
+        session = open_session(Path(folder) / "twins.onnx", optimized=False)
         samples = 0
         while feed := reader.get_next():
             found = [a.astype(np.float64) for a in run_sample(session, feed, samples)]
@@ -283,31 +283,3 @@ def _channel_mean(model: ir.Model, node: ir.Node, difference: ir.Value) -> ir.Va
     model.graph.append(mean)
     mean.outputs[0].name, mean.outputs[0].dtype = f"{node.name}.twin.mean", ir.DataType.FLOAT
     return mean.outputs[0]
-
-
-def plain_session(path: Path, *, optimized: bool = False) -> ort.InferenceSession:
-    """A session on the CPU; without fused nodes unless `optimized`.
-
-    Raises:
-        InputError: onnxruntime cannot run the graph.
-    """
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    if not optimized:
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own types
-        raise InputError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
-
-
-def run_sample(session: ort.InferenceSession, feed: dict[str, np.ndarray], number: int) -> list[np.ndarray]:
-    """All outputs for one sample.
-
-    Raises:
-        InputError: the sample does not run.
-    """
-    try:
-        return list(session.run(None, feed))
-    except Exception as error:  # onnxruntime raises its own types
-        raise InputError(f"sample {number} does not run through the graph: {first_line(error)}") from error

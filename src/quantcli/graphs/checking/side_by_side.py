@@ -20,6 +20,7 @@ import onnxruntime as ort
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.model.inputs import Feed
+from quantcli.graphs.model.session import open_session
 
 __all__ = ["MOST_DB", "GraphRunError", "OutputDifference", "SideBySide", "decibels", "run_side_by_side", "timed"]
 
@@ -221,14 +222,9 @@ def _arrays(value: Any) -> Iterator[np.ndarray]:
 
 
 def _open(path: Path, error: type[InputError]) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    if path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(path.name + ".*")) > _TOGETHER_BYTES:
-        settings.add_session_config_entry("session.disable_prepacking", "1")  # else weights are held twice
-    try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except Exception as problem:  # onnxruntime raises types of its own
-        raise error(f"onnxruntime cannot open {path.name}: {first_line(problem)}") from problem
+    size = path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(path.name + ".*"))
+    # else weights are held twice
+    return open_session(path, prepacked=size <= _TOGETHER_BYTES, what=path.name, error=error)
 
 
 def _run(session: ort.InferenceSession, feed: Feed, error: type[InputError]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from quantcli.errors import InputError, first_line
+from quantcli.graphs.model.session import open_session
 from quantcli.graphs.model.validate import refuse_broken
 
 __all__ = [
@@ -104,15 +105,8 @@ def refuse_unusable(path: Path) -> None:
     Raises:
         InputError: onnxruntime cannot open it.
     """
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    try:
-        # not onnx.checker: GenAI's graphs have onnxruntime's own operators in the standard's domain, which it refuses
-        onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises types of its own
-        raise InputError(f"the quantized graph cannot be opened: {_line(error)}") from error
+    # not onnx.checker: GenAI's graphs have onnxruntime's own operators in the standard's domain, which it refuses
+    open_session(path, what="the quantized graph")
 
 
 def _line(error: BaseException) -> str:

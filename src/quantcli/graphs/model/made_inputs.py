@@ -19,6 +19,7 @@ from quantcli.errors import InputError, first_line
 from quantcli.graphs.calibration.token_inputs import INPUT_IDS, TokenFeeds
 from quantcli.graphs.model.input_uses import InputUse, use_of
 from quantcli.graphs.model.inputs import Feed
+from quantcli.graphs.model.session import open_session
 
 __all__ = ["graph_session", "made_up_inputs", "run_samples", "sample_inputs"]
 
@@ -126,19 +127,12 @@ def graph_session(model: ir.Model, folder: Path) -> Any:
     Raises:
         InputError: onnxruntime cannot open it.
     """
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    # as it is written, and weights only mapped: onnxruntime would keep a copy in another order
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings.add_session_config_entry("session.disable_prepacking", "1")
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         content = ir.to_proto(model).SerializeToString()
-        return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime and protobuf raise types of their own
+    except Exception as error:  # protobuf raises types of its own
         raise InputError(f"onnxruntime cannot open the graph: {first_line(error)}") from error
+    # as it is written, and weights only mapped: onnxruntime would keep a copy in another order
+    return open_session(content, optimized=False, prepacked=False, folder=folder)
 
 
 class _Maker:

@@ -17,9 +17,9 @@ import onnx
 import onnx_ir as ir
 
 from quantcli.errors import InputError, UsageError, nearest
-from quantcli.graphs.checking.node_errors import plain_session, run_sample
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader, Feed, check_feed, input_specs, rewound
+from quantcli.graphs.model.session import open_session, run_sample
 from quantcli.graphs.rewrite.channel_last import make_channel_last, turn_feed
 from quantcli.graphs.rewrite.fusions import fuse_operators
 from quantcli.graphs.rewrite.prepare import infer_types, name_nodes
@@ -217,5 +217,5 @@ class QnnReader:
 
 
 def _outputs(path: Path, feed: Feed) -> dict[str, np.ndarray]:
-    session = plain_session(path)
+    session = open_session(path, optimized=False)
     return dict(zip([o.name for o in session.get_outputs()], run_sample(session, feed, 0), strict=True))

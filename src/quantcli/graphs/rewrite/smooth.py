@@ -18,9 +18,9 @@ from torch import Tensor
 
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.activations.nodes import select_nodes
-from quantcli.graphs.checking.node_errors import plain_session, run_sample
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader
+from quantcli.graphs.model.session import open_session, run_sample
 from quantcli.graphs.rewrite.prepare import prepare
 from quantcli.graphs.walk.channels import constant_of, find_maker, has_weight, scale_columns, weight_columns
 from quantcli.tensors.channels import Channels
@@ -156,7 +156,7 @@ def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -
     samples = 0
     with TemporaryDirectory(dir=ready.parent, prefix=".look-") as folder:
         save_graph(model, Path(folder) / "look.onnx")
-        session = plain_session(Path(folder) / "look.onnx") if len(model.graph.outputs) else None
+        session = open_session(Path(folder) / "look.onnx", optimized=False) if len(model.graph.outputs) else None
         while feed := reader.get_next():
             values = {n: feed[n] for n in names if n in known}
             if session is not None:
