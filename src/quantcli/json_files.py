@@ -43,7 +43,7 @@ def parse_json(data: bytes | str, expected: type[T], refusal: str, hint: str | N
     except RecursionError as error:
         raise InputError(f"{refusal}: it is nested too deeply", hint) from error
     except ValueError as error:
-        raise InputError(f"{refusal}: {error}", hint) from error
+        raise InputError(f"{refusal}: not valid JSON: {error}", hint) from error
     return as_type(values, expected, refusal, hint)
 
 

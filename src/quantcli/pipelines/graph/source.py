@@ -76,7 +76,10 @@ class GraphSource:
         size = path.stat().st_size + sum((path.parent / name).stat().st_size for name in data)
         own = [glob.escape(name) for name in (path.name, *data)]
         digest = fingerprint(path.parent, own) if alone else fingerprint(path.parent)
-        return cls(path, alone, data, size, digest), graph
+        found = cls(path, alone, data, size, digest)
+        if not alone:
+            _ = found.genai_config  # it travels along: a broken one is refused before the work
+        return found, graph
 
     @property
     def folder(self) -> Path:
