@@ -1,4 +1,4 @@
-"""500 damaged checkpoints, and other files by kind: each is refused by one of our errors or taken, and leaves nothing."""
+"""500 damaged checkpoints, and other files by kind: each is refused by an error of ours or taken; nothing is left."""
 
 import contextlib
 import io
