@@ -20,6 +20,7 @@ HEAVY = [
     "numba",
     "rich",
     "pydantic",
+    "msgspec",
 ]
 COMMANDS = [
     "quantize",

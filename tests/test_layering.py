@@ -10,7 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "quantcli"
 # what stands further right may import what stands further left; names on one line stand side by side
 LAYERS = [
     {"errors"},
-    {"scheme", "progress"},
+    {"scheme", "progress", "json_files"},
     {"options", "folder", "tensors"},
     {"formats", "models", "graphs", "data"},
     {"algorithms", "backends", "export", "finetune", "adapters", "evaluate", "report"},

@@ -14,14 +14,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
 from quantcli.errors import InputError, InterruptedRunError, ResourceError, UsageError
+from quantcli.json_files import read_json
 
 __all__ = [
     "MANIFEST",
+    "FileFacts",
     "Manifest",
     "PartialFolder",
     "create_output",
@@ -32,6 +34,7 @@ __all__ = [
     "package_versions",
     "public_options",
     "read_manifest",
+    "read_state",
     "require_free_bytes",
     "resolve_model_folder",
     "write_json",
@@ -39,8 +42,17 @@ __all__ = [
 
 MANIFEST = "quantcli.json"
 SCHEMA_VERSION = 1
+T = TypeVar("T")
+
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 64
+
+
+class FileFacts(TypedDict):
+    """What a manifest says of a file."""
+
+    size_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -53,19 +65,19 @@ class Manifest:
     """The subcommand that wrote it."""
     options: dict[str, Any]
     """Its options with every default resolved."""
-    parent: dict[str, Any]
+    parent: dict[str, str]
     """Name and fingerprint of the folder it was made from."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures measured while it was made."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that took part."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Relative path to size_bytes and sha256 of every file."""
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    """Every file by its path inside the folder."""
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
 
 
-def describe_parent(folder: Path, digest: str) -> dict[str, Any]:
+def describe_parent(folder: Path, digest: str) -> dict[str, str]:
     """What a manifest says of the model folder that something was made from: a name to look for, never a place."""
     inside = folder.name == "model" and (folder.resolve().parent / MANIFEST).is_file()
     return {"name": folder.resolve().parent.name if inside else folder.name, "fingerprint": digest}
@@ -89,14 +101,14 @@ def resolve_model_folder(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of an output folder X, given X or X/model; None where we did not make the folder."""
+    """The manifest of an output folder X, given X or X/model; None where we did not make the folder.
+
+    Raises:
+        InputError: it is damaged.
+    """
     for candidate in (path / MANIFEST, path.resolve().parent / MANIFEST if path.name == "model" else None):
         if candidate is not None and candidate.is_file():
-            try:
-                values = json.loads(candidate.read_text())
-                return Manifest(**values)
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{candidate} is not a manifest of ours: {error}") from error
+            return read_json(candidate, Manifest, "a manifest of ours", hint="it has been changed: remove it")
     return None
 
 
@@ -145,6 +157,15 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def read_state(path: Path, expected: type[T]) -> T:
+    """What an interrupted run has left in a file of its `state`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return read_json(path, expected, "what a run leaves", hint="add --force to start anew")
 
 
 @dataclass
@@ -310,10 +331,9 @@ def _open_partial(root: Path, plan: Mapping[str, Any], force: bool) -> bool:
     wanted = json.loads(json.dumps(plan, default=str))
     if (root / "state").is_dir():
         try:
-            found = json.loads((root / "plan.json").read_text())
-        except (OSError, ValueError):
+            found = read_json(root / "plan.json", dict[str, Any], "a plan")
+        except InputError:  # a run that was killed as it began or ended: there is nothing to continue
             found = None
-        found = found if isinstance(found, dict) else None
         if found == wanted:
             return True
         if found is not None and not force:

@@ -60,7 +60,7 @@ def test_the_update_is_that_of_peft(base, tmp_path, values):
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"r": 8}, r"lora_A .* and lora_B \[64, 4\], adapter_config.json says rank 8"),
-        ({"r": "four"}, "r is 'four'"),
+        ({"r": "four"}, "r: expected int, got str"),
     ],
 )
 def test_configurations_that_do_not_fit(base, tmp_path, values, message):

@@ -337,15 +337,21 @@ def test_shard_that_is_named_but_missing(refused, model):
     assert end.error == f"shard {shard} is named in {INDEX} but missing from {model}"
 
 
-@pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "model.bin", 7, "", "."]
-)
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "model.bin", "", "."])
 def test_shard_names_with_paths(refused, model, shard):
     names = sharded(model)
     tiny.edit_json(model / INDEX, weight_map=names | {Q: shard})
     end = refused(model)
     assert end.code == INPUT
     assert f"names the shard {shard!r}" in end.error
+
+
+def test_shard_name_that_is_no_text(refused, model):
+    names = sharded(model)
+    tiny.edit_json(model / INDEX, weight_map=names | {Q: 7})
+    end = refused(model)
+    assert end.code == INPUT
+    assert end.error == f"{model / INDEX} is not a safetensors index: weight_map[...]: expected str, got int"
 
 
 def test_index_that_places_a_tensor_in_the_wrong_shard(refused, model):

@@ -1,22 +1,25 @@
 """LoRA adapters as peft saves them: adapter_config.json and adapter_model.safetensors."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from msgspec import Meta
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.json_files import as_type, read_json
 from quantcli.models.checkpoint import Checkpoint, read_header
 from quantcli.tensors.finite import all_finite
 
 __all__ = ["LoraLayer", "read_peft", "refuse_adapter"]
 
+_Rank = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Number = TypeVar("Number", int, float)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 # what changes the function beyond y + scaling * B A x, each with the value that leaves it alone
@@ -37,6 +40,18 @@ _NOT_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "arrow_config": ({}, None),
     "kasa_config": ({}, None),
 }
+
+
+@dataclass(frozen=True)
+class _LoraConfig:
+    """What we read of `adapter_config.json`; peft's names."""
+
+    r: _Rank
+    lora_alpha: float
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    base_model_name_or_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ def read_peft(folder: Path) -> list[LoraLayer]:
     if not path.is_file():
         other = "; adapter_model.bin is a pickle, which is not read" if (folder / "adapter_model.bin").is_file() else ""
         raise InputError(f"{folder} has no {WEIGHTS}{other}", hint="save the adapter with safetensors")
-    file = Checkpoint(folder, config, read_header(path))
+    file = Checkpoint(folder, {}, read_header(path))
     parts: dict[str, dict[str, Tensor]] = {}
     for name in file.entries:
         match = _TENSOR.fullmatch(name)
@@ -91,7 +106,7 @@ def refuse_adapter(folder: Path) -> None:
     """
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return
-    named = str(_read_config(folder).get("base_model_name_or_path") or "")
+    named = _read_config(folder).base_model_name_or_path or ""
     base = folder / named if named.startswith(".") else Path(named)
     found = bool(named) and base.is_dir()
     moved = "" if found or not named else f"; its base was {named}, which is not there"
@@ -101,21 +116,21 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def _layer(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]) -> LoraLayer:
+def _layer(path: Path, config: _LoraConfig, module: str, parts: Mapping[str, Tensor]) -> LoraLayer:
     for part in "AB":
         if part not in parts:
             raise InputError(f"{path}: {module}.lora_{part}.weight is missing")
     a, b = parts["A"], parts["B"]
-    rank = int(_for_module(config.get("rank_pattern"), module, config["r"]))
+    rank = _for_module(config.rank_pattern, module, config.r)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise InputError(
             f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, {CONFIG} says rank {rank}"
         )
-    alpha = float(_for_module(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    return LoraLayer(module, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    alpha = float(_for_module(config.alpha_pattern, module, config.lora_alpha))
+    return LoraLayer(module, a, b, alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
-def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _for_module(patterns: Mapping[str, Number] | None, module: str, default: Number) -> Number:
     """The rule of peft: the first pattern that matches the end of the name, behind a dot or from its beginning."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -123,23 +138,23 @@ def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> _LoraConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not an adapter folder: no {CONFIG}", hint="give a folder that peft saved")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        kind, rank = config.get("peft_type"), config.get("r")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not an adapter configuration: {error}") from error
-    if kind != "LORA":
-        raise InputError(f"{path}: adapters of type {kind!r} are not supported, LORA is")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(config.get("lora_alpha"), int | float):
-        raise InputError(f"{path}: r is {rank!r} and lora_alpha {config.get('lora_alpha')!r}, expected numbers")
+    config = read_json(path, dict[str, Any], what := "an adapter configuration")
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported, LORA is")
+    found = as_type(config, _LoraConfig, f"{path} is not {what}")
+    for pattern in (*(found.rank_pattern or {}), *(found.alpha_pattern or {})):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{path}: {pattern!r} is no regular expression: {error}") from error
     for key, plain in _NOT_PLAIN_LORA.items():
         if config.get(key) not in plain:
             raise InputError(
                 f"{path}: {key} is {config[key]!r}, which ONNX Runtime adapters cannot hold: they add B A x, no more",
                 hint="train a plain LoRA adapter, or merge this one into the model",
             )
-    return config
+    return found

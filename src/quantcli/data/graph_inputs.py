@@ -4,17 +4,16 @@ Every source is a `Samples`: read one at a time, again from the start after `rew
 takes a `CalibrationDataReader`.
 """
 
-import importlib.util
-import inspect
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.data.array_files import read_npz
+from quantcli.data.user_script import explained, load_function, takes_by_name
+from quantcli.errors import InputError
 from quantcli.graphs.model.inputs import Feed, InputSpec, check_feed
 
 __all__ = ["Samples", "npz_samples", "script_samples"]
@@ -69,26 +68,18 @@ def npz_samples(path: Path, specs: Specs, *, batch_size: int = 1, limit: int | N
     if not files or not all(f.is_file() for f in files):
         raise InputError(f"{path} has no .npz files", hint="write them with numpy.savez(FILE, input_name=array, …)")
     fixed = {s.shape[0] for s in specs if s.shape and isinstance(s.shape[0], int)}
-    rows = int(fixed.pop()) if len(fixed) == 1 else batch_size
+    rows = max(1, int(fixed.pop())) if len(fixed) == 1 else batch_size
 
     def read() -> Iterator[tuple[Feed, str]]:
         count = 0
         for file in files:
-            for feed in _batches(_read_npz(file), specs, rows):
+            for feed in _batches(read_npz(file), specs, rows):
                 if count == limit:
                     return
                 count += 1
                 yield feed, str(file)
 
     return Samples(specs, read)
-
-
-def _read_npz(file: Path) -> Feed:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{file} is not an .npz file of plain arrays: {error}") from error
 
 
 def _batches(arrays: Feed, specs: Specs, rows: int) -> Iterator[Feed]:
@@ -114,42 +105,19 @@ def script_samples(
         UsageError: no such function in the file.
         InputError: the file or the function fails, or it returns something else.
     """
-    make = _load_function(script, function)
-    accepted = inspect.signature(make).parameters
-    arguments = {k: v for k, v in {"data_dir": None, "batch_size": batch_size}.items() if k in accepted}
+    make = load_function(script, function)
+    arguments = takes_by_name(make, {"data_dir": None, "batch_size": batch_size})
 
     def read() -> Iterator[tuple[Feed, str]]:
         origin = f"{script}:{function}"
-        try:
+        with explained(origin):
             for item in islice(_items(make(**arguments), origin), limit):
                 feed = item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
                 if not isinstance(feed, Mapping):
                     raise InputError(f"{origin} gave {type(feed).__name__}, expected a dictionary by input name")
                 yield {str(name): np.asarray(value) for name, value in feed.items()}, origin
-        except InputError:
-            raise
-        except Exception as error:  # whatever the user's code raises
-            raise InputError(f"{origin} failed: {type(error).__name__}: {error}") from error
 
     return Samples(specs, read)
-
-
-def _load_function(script: Path, function: str) -> Callable[..., Any]:
-    if not script.is_file():
-        raise UsageError(f"user script {script} does not exist")
-    spec = importlib.util.spec_from_file_location(f"user_script_{script.stem}", script)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"user script {script} is no Python file", hint="its name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
-        raise InputError(f"{script} failed: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        names: Sequence[str] = [n for n, v in vars(module).items() if inspect.isroutine(v) or inspect.isclass(v)]
-        raise UsageError(f"{script} has no function {function!r}, {nearest(function, names)}")
-    return found  # type: ignore[no-any-return]
 
 
 def _items(source: Any, origin: str) -> Iterable[Any]:

@@ -118,7 +118,7 @@ def load_image(file: Path, image: ImageSpec) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             picture = opened.convert("L" if image.order == "gray" else "RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders raise a dozen types for damaged files
         raise InputError(f"{file} cannot be read as an image: {error}") from error
     resized = picture.resize((image.width, image.height), Image.Resampling.BILINEAR)
     pixels = np.asarray(resized, np.float32).reshape(image.height, image.width, -1)

@@ -1,7 +1,6 @@
 """An ONNX Runtime GenAI folder as a language model."""
 
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch import Tensor
 from quantcli.adapters.files import require_fit
 from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.evaluate.sampling import Sampling
+from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.finite import name_not_finite
+from quantcli.graphs.model.genai_config import GENAI_CONFIG, read_genai_config
 
 __all__ = ["GenaiModel"]
 
@@ -32,14 +34,13 @@ class GenaiModel:
         import onnxruntime_genai as og
 
         self.folder = folder
-        try:
-            config = json.loads((folder / "genai_config.json").read_text())
-            self.max_positions: int = int(config["model"]["context_length"])
-            graph = folder / str(config["model"]["decoder"]["filename"])
-            ends = config["model"].get("eos_token_id")
-            self.end_tokens = frozenset(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / 'genai_config.json'} is not a GenAI configuration: {error}") from error
+        config = read_genai_config(folder).model
+        if config.context_length is None:
+            raise InputError(f"{folder / GENAI_CONFIG} is not a GenAI configuration: it has no model.context_length")
+        self.max_positions: int = config.context_length
+        self._graph = folder / config.decoder.filename
+        ends = config.eos_token_id
+        self.end_tokens = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
         try:
             self._model = og.Model(str(folder))
         except Exception as error:  # the package raises RuntimeError and its own types
@@ -47,7 +48,7 @@ class GenaiModel:
         self._adapters: Any = None
         if adapter is not None:
             file = _adapter_file(folder, adapter)
-            require_fit(file, graph)
+            require_fit(file, self._graph)
             try:
                 self._adapters = og.Adapters(self._model)
                 self._adapters.load(str(file), _ACTIVE)
@@ -65,6 +66,11 @@ class GenaiModel:
                 f"{self.folder} gives logits for {out.shape[1]} of {len(tokens)} positions: its head was pruned",
                 hint="capture it again without prune_lm_head",
             )
+        # -inf rules a token out; an adapter's own numbers are whoever's who made it
+        if self._adapters is None and not np.isfinite(out.max()):
+            named = name_not_finite(open_graph(self._graph))
+            why = "" if named is None else f": initializer {named} holds NaN or infinite values"
+            raise InputError(f"{self.folder} gives logits that are not finite{why}", hint="capture it again")
         return torch.from_numpy(out[0].astype(np.float32))
 
     def start(self, tokens: Tensor, room: int, sampling: Sampling | None = None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantcli.data.array_files import read_npy
 from quantcli.errors import InputError
 from quantcli.evaluate.language_model import LanguageModel
 
@@ -71,13 +72,14 @@ class KeptLogits:
 
 
 def _read(path: Path, rows: int) -> Tensor:
+    hint = "delete it, it is made again"
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} holds no logits: {error}", hint="delete it, it is made again") from error
+        found = read_npy(path)
+    except InputError as error:
+        raise InputError(f"{path} holds no logits: {error.message}", hint) from error
     if found.dtype != np.float32 or found.ndim != 2 or len(found) != rows:
         raise InputError(
             f"{path} holds {found.dtype}{list(found.shape)}, not the logits of {rows} tokens",
-            hint="delete it, it is made again",
+            hint,
         )
     return torch.from_numpy(found)

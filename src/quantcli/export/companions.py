@@ -1,6 +1,5 @@
 """What stands beside a captured graph: tokenizer, chat template, generation config; and the tokens it is tried on."""
 
-import json
 import pydoc_data.topics
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from quantcli.errors import InputError, first_line
+from quantcli.graphs.model.genai_config import read_genai_config
 
 __all__ = ["context_length", "copy_tokenizer", "probe_tokens", "read_tokenizer"]
 
@@ -66,5 +66,7 @@ def probe_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def context_length(folder: Path) -> int:
-    """Positions that a GenAI folder has."""
-    return int(json.loads((folder / "genai_config.json").read_text())["model"]["context_length"])
+    """Positions that a GenAI folder has, as the exporter has just written it."""
+    length = read_genai_config(folder).model.context_length
+    assert length is not None
+    return length

@@ -22,6 +22,7 @@ from quantcli.graphs.model.files import save_graph
 from quantcli.graphs.weights.blocks import BlockLayout, plan_blocks
 from quantcli.graphs.weights.checkpoint_rows import RowRange
 from quantcli.graphs.weights.matmul_nbits import Placement
+from quantcli.json_files import read_json
 from quantcli.models.linear import PackedEmbedding
 from quantcli.tensors.quantized import QuantizedTensor
 
@@ -258,7 +259,7 @@ def _genai_config(folder: Path, model: Any, shape: tuple[int, int, int]) -> dict
     config = model.config.get_text_config()
     layers, heads, size = shape
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
+    generation = read_json(path, dict[str, Any], "a generation configuration") if path.is_file() else {}
 
     def token(name: str, default: int | None = None) -> Any:
         found = generation.get(name)

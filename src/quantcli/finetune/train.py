@@ -1,6 +1,5 @@
 """The training loop, transformers' Trainer, with checkpoints that a killed run continues from."""
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from quantcli.errors import InputError
 from quantcli.finetune.lora import quiet_peft
 from quantcli.finetune.score import keep_no_cache, measure
 from quantcli.finetune.settings import Rhythm, trainer_arguments
-from quantcli.folder import write_json
+from quantcli.folder import read_state, write_json
 from quantcli.options import FinetuneOptions
 from quantcli.progress import Progress, Silent, Task
 
@@ -81,7 +80,7 @@ def train(
     arguments = trainer_arguments(options, rhythm, scratch, cpu=cpu)
     checkpoint = _newest_whole(scratch)
     with quiet_peft():
-        if checkpoint is not None and json.loads((checkpoint / _WHOLE).read_text())["finished"]:
+        if checkpoint is not None and read_state(checkpoint / _WHOLE, dict[str, bool])["finished"]:
             progress.note("training had come to its end, its adapter is taken")
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             best = Path(state.best_model_checkpoint) if keeps_best and state.best_model_checkpoint else checkpoint

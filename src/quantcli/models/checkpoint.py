@@ -22,7 +22,9 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.folder import write_json
+from quantcli.json_files import as_type, read_json
 from quantcli.models.online import restored_config
+from quantcli.tensors.finite import require_finite
 
 __all__ = [
     "Checkpoint",
@@ -46,6 +48,23 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _NOT_COMPANIONS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|pkl|h5|msgpack|gguf|onnx|onnx\.data|data)$|.*\.index\.json$|\..*"
 )
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What of `config.json` is not left to transformers."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,12 +94,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = sorted(p.name for p in folder.iterdir())[:5]
         what = f"found {', '.join(found)}" if found else "it is empty"
         raise InputError(f"{folder} is not a model folder: no config.json ({what})", hint="give a checkpoint folder")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a {type(config).__name__}, expected an object")
+    config = read_json(path, dict[str, Any], what := "a model configuration")
+    as_type(config, _Config, f"{path} is not {what}")
     return restored_config(config)
 
 
@@ -132,6 +147,16 @@ class Checkpoint:
             if entry.size_bytes
             else torch.empty(entry.shape, dtype=entry.dtype)
         )
+
+    def require_finite(self) -> None:
+        """Reads every tensor once, one at a time.
+
+        Raises:
+            InputError: one holds NaN or infinity; the message names it.
+        """
+        for name, entry in self.entries.items():
+            if entry.dtype.is_floating_point:
+                require_finite(self.read(name), name)
 
     @property
     def size_bytes(self) -> int:
@@ -185,14 +210,10 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The files to read, each with the tensors that the index places there; None is all of them."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            pairs = [(str(n), f) for n, f in weight_map.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index ({type(error).__name__})") from error
+        weight_map = read_json(index, _Index, "a safetensors index").weight_map
         files: dict[Path, list[str] | None] = {}
-        for name, file in pairs:
-            if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+        for name, file in weight_map.items():
+            if file != os.path.basename(file) or not file.endswith(".safetensors"):
                 raise InputError(f"{index} names the shard {file!r}: a plain *.safetensors file name is allowed")
             path = folder / file
             if not path.is_file():

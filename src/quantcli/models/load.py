@@ -60,11 +60,12 @@ def load(
         A transformers model in evaluation mode, usable with `generate`.
 
     Raises:
-        InputError: the folder is no model that we can read, or damaged.
+        InputError: the folder is no model that we can read, or damaged, or a tensor holds NaN or infinity.
         UsageError: there is no such device or dtype, or the simulation does not fit the model.
     """
     path = resolve_model_folder(Path(folder))
     checkpoint = Checkpoint.open(path)
+    checkpoint.require_finite()
     place = pick_device(None if device is None else str(device))
     kind = _choose_dtype(dtype, checkpoint.config, place)
     online = OnlineRotations.of(checkpoint.config)

@@ -111,6 +111,7 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     require_free_bytes(options.output.absolute().parent, checkpoint.size_bytes)
     with create_output(options.output, plan=resolved, inputs=[folder], force=options.force) as partial:
         if options.precision == "fp16":
+            checkpoint.require_finite()
             builder.build_half_precision(folder, partial.model, options.trust_remote_code)
             check_external_data(partial.model / builder.GRAPH)
             progress.warn("float16 graphs need CUDA: this one was written but not opened, nothing here can run it")

@@ -107,10 +107,11 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
 
 
 def _note_what_it_was_made_for(folder: Path, progress: Progress) -> None:
-    """Says which numbers a folder was made for that its weights do not show; a manifest that is none says nothing."""
+    """Says which numbers a folder was made for that its weights do not show."""
     try:
         manifest = read_manifest(folder)
-    except InputError:
+    except InputError as error:
+        progress.warn(f"{error.message}; how the folder was made is not known")
         return
     made = manifest.options.get("simulation") if manifest is not None and manifest.command == "quantize" else None
     if not isinstance(made, dict):

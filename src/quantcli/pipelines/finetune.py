@@ -1,6 +1,5 @@
 """`quantcli finetune`: an adapter trained beside a model, float or quantized, in a folder that holds both."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from quantcli.folder import (
     fingerprint,
     folder_size_bytes,
     public_options,
+    read_state,
     require_free_bytes,
     write_json,
 )
@@ -239,7 +239,7 @@ def _identity(options: FinetuneOptions, digest: str, source: Checkpoint | None) 
 def _measured_once(path: Path, measured: Callable[[], Score]) -> Score:
     """A score that a run which continues finds."""
     if path.is_file():
-        return Score(**json.loads(path.read_text()))
+        return read_state(path, Score)
     score = measured()
     write_json(path, asdict(score))
     return score

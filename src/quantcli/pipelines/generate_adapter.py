@@ -1,6 +1,5 @@
 """`quantcli generate-adapter`: an ONNX base whose linears take LoRA as optional inputs, and adapter files for it."""
 
-import json
 import os
 import shutil
 import time
@@ -33,6 +32,7 @@ from quantcli.folder import (
     write_json,
 )
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
+from quantcli.json_files import as_type, read_json
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.readers import reader_of
 from quantcli.models.skeleton import has_experts
@@ -165,7 +165,11 @@ def _adapter_folders(options: GenerateAdapterOptions) -> dict[str, Path]:
 def _warn_of_other_base(name: str, adapter: Path, folder: Path, digest: str, progress: Progress) -> None:
     """Says so where finetune trained the adapter beside another model than this, or than this graph was captured of."""
     home = adapter if (adapter / MANIFEST).is_file() else adapter.resolve().parent
-    trained, made = read_manifest(home), read_manifest(folder)
+    try:
+        trained, made = read_manifest(home), read_manifest(folder)
+    except InputError as error:
+        progress.warn(f"{error.message}; whether adapter {name!r} belongs to {folder} is not checked")
+        return
     if trained is None or trained.command != "finetune" or (made is not None and made.command == "generate-adapter"):
         return
     beside = home / "model"
@@ -248,8 +252,10 @@ def _write_one(
 
 def _quieten(path: Path) -> None:
     """ONNX Runtime warns of every input that has a default, on stderr, each time that the folder is opened."""
-    config = json.loads(path.read_text())
-    config["model"]["decoder"].setdefault("session_options", {})["log_severity_level"] = 3
+    config = read_json(path, dict[str, dict[str, Any]], "a GenAI configuration")
+    decoder = as_type(config.get("model", {}).get("decoder"), dict[str, Any], f"{path}: model.decoder cannot be read")
+    settings = as_type(decoder.get("session_options") or {}, dict[str, Any], f"{path}: session_options cannot be read")
+    config["model"]["decoder"] = decoder | {"session_options": settings | {"log_severity_level": 3}}
     write_json(path, config)
 
 

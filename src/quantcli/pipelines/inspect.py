@@ -1,13 +1,14 @@
 """`quantcli inspect`: what a folder or graph is, how it came to be, and whether its files are as they were written."""
 
-import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
 from quantcli.folder import MANIFEST, Manifest, file_digest, fingerprint, read_manifest, resolve_model_folder
+from quantcli.json_files import read_json
 from quantcli.tensors.inventory import (
     BitsRow,
     WeightRecord,
@@ -191,17 +192,14 @@ def _describe(model: Path, graphs: list["GraphContents"]) -> tuple[str, str]:
 
 def _model_type(model: Path) -> str | None:
     model = model.parent if model.is_file() else model
-    for file, keys in (("config.json", ("model_type",)), ("genai_config.json", ("model", "type"))):
-        if not (model / file).is_file():
-            continue
-        try:
-            value: Any = json.loads((model / file).read_text())
-        except ValueError as error:
-            raise InputError(f"{model / file} is not valid JSON: {error}") from error
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, str):
-            return value
+    if (model / "config.json").is_file():
+        found = read_json(model / "config.json", dict[str, Any], "a model configuration").get("model_type")
+        if isinstance(found, str):
+            return found
+    if (model / "genai_config.json").is_file():
+        from quantcli.graphs.model.genai_config import read_genai_config
+
+        return read_genai_config(model).model.type
     return None
 
 
@@ -227,7 +225,7 @@ def _find_parent(root: Path, manifest: Manifest) -> Path | None:
     wanted = manifest.parent.get("fingerprint")
     name = Path(str(manifest.parent.get("name", ""))).name
     for candidate in (root.resolve().parent / name, Path(name)) if name else ():
-        if candidate.is_dir() and fingerprint(resolve_model_folder(candidate)) == wanted:
+        if os.path.isdir(candidate) and fingerprint(resolve_model_folder(candidate)) == wanted:
             return candidate
     return None
 
@@ -236,7 +234,7 @@ def _check_files(root: Path, manifest: Manifest) -> list[FileCheck]:
     checks = []
     for name, facts in manifest.files.items():
         path = root / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name may be one that no system takes
             state = "missing"
         elif path.stat().st_size != facts["size_bytes"] or file_digest(path) != facts["sha256"]:
             state = "changed"

@@ -12,6 +12,8 @@ def all_finite(tensor: Tensor) -> bool:
     """True where no value is NaN or infinite; one pass without temporaries, NaN propagates through both ends."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
+    if tensor.itemsize == 1:  # torch compares no float8
+        tensor = tensor.float()
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 

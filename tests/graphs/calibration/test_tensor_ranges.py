@@ -93,7 +93,7 @@ def test_the_cache_serves_the_same_graph_and_options_only(graph, tmp_path):
     with pytest.raises(InputError, match="measured with another graph"):
         read_ranges(file, graph, names, options)
     file.write_text(json.dumps({"data": {}}))
-    with pytest.raises(InputError, match="no calibration cache of ours"):
+    with pytest.raises(InputError, match="not a calibration cache of ours"):
         read_ranges(file, graph, names, options)
 
 

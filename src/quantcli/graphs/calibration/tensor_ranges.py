@@ -24,6 +24,7 @@ from quantcli.graphs.model.files import DATA_SUFFIX
 from quantcli.graphs.model.inputs import CalibrationReader
 from quantcli.graphs.model.session import open_session
 from quantcli.graphs.walk.channels import has_weight
+from quantcli.json_files import as_type, read_json
 from quantcli.tensors.histogram import StreamedHistogram, entropy_range, percentile_range
 
 __all__ = ["RangeOptions", "Ranges", "masked_nodes", "measure_ranges", "read_ranges", "tensors_of", "write_ranges"]
@@ -189,6 +190,22 @@ def _origin(path: Path, options: RangeOptions) -> dict[str, Any]:
     return {"graph": graph, **asdict(options)}
 
 
+@dataclass(frozen=True)
+class _Range:
+    """One tensor's in the file."""
+
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The file, as far as it is read."""
+
+    data: dict[str, _Range]
+    quantcli: dict[str, Any]
+
+
 def write_ranges(file: Path, ranges: Ranges, path: Path, options: RangeOptions) -> None:
     """Writes ranges as onnxruntime reads them, with what they were measured on."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData, save_tensors_data
@@ -210,13 +227,12 @@ def read_ranges(file: Path, path: Path, names: Sequence[str], options: RangeOpti
     Raises:
         InputError: no file of ours, or one of another graph or other options.
     """
-    try:
-        plain = json.loads(file.read_text())
-        origin = plain["quantcli"]
-        samples = int(origin.pop("samples"))
-        values = {name: (float(d["lowest"]), float(d["highest"])) for name, d in plain["data"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is no calibration cache of ours: {error!r}", hint="delete it") from error
+    found = read_json(file, _Cache, "a calibration cache of ours", hint="delete it")
+    origin, values = found.quantcli, {name: (d.lowest, d.highest) for name, d in found.data.items()}
+    samples = as_type(origin.pop("samples", None), int, f"{file}: the number of samples cannot be read", "delete it")
+    odd = [name for name, (low, high) in values.items() if not -math.inf < low <= high < math.inf]
+    if odd:
+        raise InputError(f"{file}: the range of {odd[0]} is {values[odd[0]]}, which is none", hint="delete it")
     wanted = _origin(path, options)
     different = [key for key, value in wanted.items() if origin.get(key) != value]
     if different:

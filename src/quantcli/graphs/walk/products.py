@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from quantcli.graphs.weights.checkpoint_rows import RowRange
 from quantcli.graphs.weights.matmul_nbits import Placement
+from quantcli.json_files import parse_json
 
 __all__ = ["Product", "read_products", "record_products", "write_products"]
 
@@ -34,6 +35,15 @@ class Product:
         return sum(r.stop - r.start for r in self.ranges)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A product as it is written."""
+
+    weight: str
+    width: int
+    rows: list[tuple[str, int, int]]
+
+
 def record_products(model: ir.Model, placements: Sequence[Placement], outside: Iterable[str]) -> None:
     """Writes down where the linears are, except those `outside` of the blocks (embedding and head)."""
     left_out = set(outside)
@@ -50,6 +60,11 @@ def write_products(model: ir.Model, products: Iterable[Product]) -> None:
 
 
 def read_products(model: ir.Model) -> list[Product]:
-    """What `write_products` wrote; nothing for graphs of others."""
-    entries = json.loads(model.metadata_props.get(_KEY, "[]"))
-    return [Product(e["weight"], tuple(RowRange(*r) for r in e["rows"]), e["width"]) for e in entries]
+    """What `write_products` wrote; nothing for graphs of others.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    text = model.metadata_props.get(_KEY, "[]")
+    entries = parse_json(text, list[_Entry], f"the graph's metadata {_KEY} are not ours", hint="capture it again")
+    return [Product(e.weight, tuple(RowRange(*r) for r in e.rows), e.width) for e in entries]

@@ -1,15 +1,24 @@
 """What a run has finished, noted after every block, so that a run that was interrupted goes on from there."""
 
-import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
-from quantcli.folder import PartialFolder, write_json
+from quantcli.folder import PartialFolder, read_state, write_json
 from quantcli.pipelines.blockwise.scaling import ScaleReport
 from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.blockwise.streams import Streams
 
 __all__ = ["Journal"]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The file."""
+
+    done: int
+    seconds: float
+    layers: list[LayerReport]
+    scales: list[ScaleReport] = field(default_factory=list)
 
 
 class Journal:
@@ -27,18 +36,14 @@ class Journal:
         self._file = partial.state / "progress.json"
         self._started = time.perf_counter()
         if partial.resumed and self._file.is_file():
-            values = json.loads(self._file.read_text())
-            self.done = values["done"]
-            self.seconds_before = values["seconds"]
-            self.reports = [LayerReport(**layer) for layer in values["layers"]]
-            self.scales = [ScaleReport(**scale) for scale in values.get("scales", [])]
+            found = read_state(self._file, _Finished)
+            self.done, self.seconds_before = found.done, found.seconds
+            self.reports, self.scales = found.layers, found.scales
 
     def remember(self, done: int, streams: Streams) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
         streams.save(self._state, done)
         seconds = self.seconds_before + time.perf_counter() - self._started
-        layers = [asdict(layer) for layer in self.reports]
-        scales = [asdict(scale) for scale in self.scales]
-        write_json(self._file, {"done": done, "seconds": seconds, "layers": layers, "scales": scales})
+        write_json(self._file, asdict(_Finished(done, seconds, self.reports, self.scales)))
         streams.forget(self._state, done - 1)
         self.done = done

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from quantcli.errors import QuantcliError, UsageError
+from quantcli.errors import InputError, QuantcliError, UsageError
 from quantcli.finetune.loftq import require_same_model
 from quantcli.folder import PartialFolder, read_manifest, write_json
 from quantcli.models.checkpoint import Checkpoint, copy_companions
@@ -36,7 +36,10 @@ def find_float_source(options: FinetuneOptions, base: Checkpoint, quantizes: boo
             "--init-lora loftq makes up for rounding, and the base is float", hint="add --method qlora, or leave it out"
         )
     if options.float_model is None:
-        manifest = read_manifest(base.folder)
+        try:
+            manifest = read_manifest(base.folder)
+        except InputError:  # it would only have helped to name them
+            manifest = None
         made_from = f", made from {manifest.parent.get('name')!r}" if manifest is not None else ""
         raise UsageError(
             f"--init-lora loftq needs the float weights of {options.model}{made_from}", hint="add --float-model FOLDER"

@@ -106,19 +106,15 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
 
 def axis_lengths(source: GraphSource) -> dict[str, int]:
     """Lengths of axes that a language model's graph only names, as far as its folder says them."""
-    heads, size = _decoder(source, "num_key_value_heads"), _decoder(source, "head_size")
+    config = source.genai_config
+    if config is None:
+        return {}
+    heads, size = config.model.decoder.num_key_value_heads, config.model.decoder.head_size
     axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
     return {name: length for name, length in axes.items() if length is not None}
 
 
 def context_length(source: GraphSource) -> int | None:
     """Tokens that a language model's graph takes; None where its folder does not say."""
-    return _decoder(source, "context_length", under=())
-
-
-def _decoder(source: GraphSource, key: str, under: tuple[str, ...] = ("decoder",)) -> int | None:
-    """A number of genai_config.json."""
-    found: Any = source.genai_config
-    for name in ("model", *under, key):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, int) else None
+    config = source.genai_config
+    return None if config is None else config.model.context_length

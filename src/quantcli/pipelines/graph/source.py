@@ -1,7 +1,6 @@
 """Where an ONNX graph comes from: a file, or a folder with one graph and what belongs to it."""
 
 import glob
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from quantcli.errors import InputError
 from quantcli.folder import describe_parent, fingerprint, resolve_model_folder
 from quantcli.graphs.model.files import Model, data_files, open_graph
+from quantcli.graphs.model.genai_config import GENAI_CONFIG, GenaiConfig, read_genai_config
 from quantcli.progress import Progress
 
 __all__ = ["GraphSource", "is_graph", "locate_graph"]
@@ -76,7 +76,10 @@ class GraphSource:
         size = path.stat().st_size + sum((path.parent / name).stat().st_size for name in data)
         own = [glob.escape(name) for name in (path.name, *data)]
         digest = fingerprint(path.parent, own) if alone else fingerprint(path.parent)
-        return cls(path, alone, data, size, digest), graph
+        found = cls(path, alone, data, size, digest)
+        if not alone:
+            _ = found.genai_config  # it travels along: a broken one is refused before the work
+        return found, graph
 
     @property
     def folder(self) -> Path:
@@ -84,20 +87,13 @@ class GraphSource:
         return self.path.parent
 
     @property
-    def genai_config(self) -> dict[str, Any] | None:
+    def genai_config(self) -> GenaiConfig | None:
         """`genai_config.json` of a folder that ONNX Runtime GenAI runs.
 
         Raises:
-            InputError: it is not JSON.
+            InputError: it is not what that runs.
         """
-        file = self.folder / "genai_config.json"
-        if not file.is_file():
-            return None
-        try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file} is not valid JSON: {error}") from error
-        return found if isinstance(found, dict) else None
+        return read_genai_config(self.folder) if (self.folder / GENAI_CONFIG).is_file() else None
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""

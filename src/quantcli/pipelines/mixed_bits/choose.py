@@ -4,16 +4,15 @@ What was measured and chosen is kept beside the run's other state, so that a run
 same choice.
 """
 
-import json
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from quantcli.errors import UsageError
-from quantcli.folder import write_json
+from quantcli.folder import read_state, write_json
 from quantcli.pipelines.blockwise.tokens import measured_tokens
 from quantcli.pipelines.mixed_bits.allocation import choose_bits
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
@@ -39,7 +38,7 @@ def mix_bits(plan: Plan, state: Path, progress: Progress) -> Plan:
     assert plan.budget is not None
     file = state / "bits.json"
     if file.is_file():
-        choice = _read(json.loads(file.read_text()), plan)
+        choice = _read(read_state(file, _Written), plan)
     else:
         choice = _choose(plan, plan.budget, measured_tokens(plan, state, progress), progress)
         write_json(file, _written(choice))
@@ -68,16 +67,21 @@ def _counts(plan: Plan) -> dict[str, int]:
     return {name: target.rows * target.columns for name, target in plan.targets.items()}
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A choice as it is kept; JSON has texts for keys."""
+
+    bits: dict[str, int]
+    costs: dict[str, dict[str, float]]
+    groups: list[list[str]]
+    tokens: int
+    seconds: float
+
+
 def _written(choice: Choice) -> dict[str, Any]:
-    return {
-        "bits": choice.bits,
-        "costs": choice.costs,
-        "groups": choice.groups,
-        "tokens": choice.tokens,
-        "seconds": choice.seconds,
-    }
+    return {name: getattr(choice, name) for name in _Written.__dataclass_fields__}
 
 
-def _read(values: Mapping[str, Any], plan: Plan) -> Choice:
-    costs = {name: {int(bits): cost for bits, cost in found.items()} for name, found in values["costs"].items()}
-    return Choice(values["bits"], costs, values["groups"], _counts(plan), values["tokens"], values["seconds"])
+def _read(values: _Written, plan: Plan) -> Choice:
+    costs = {name: {int(bits): cost for bits, cost in found.items()} for name, found in values.costs.items()}
+    return Choice(values.bits, costs, values.groups, _counts(plan), values.tokens, values.seconds)

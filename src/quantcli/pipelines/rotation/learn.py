@@ -3,13 +3,12 @@
 They are kept beside the run's other state, so that a run that was interrupted goes on with the same rotations.
 """
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from quantcli.folder import write_json
+from quantcli.folder import read_state, write_json
 from quantcli.models.checkpoint import write_tensors
 from quantcli.models.rotate import RotatedCheckpoint
 from quantcli.pipelines.blockwise.journal import Journal
@@ -36,7 +35,7 @@ def learn_rotations(plan: Plan, state: Path, journal: Journal, progress: Progres
     if file.is_file():
         saved = load_file(file)
         matrices = [saved[str(i)] for i in range(len(saved))]
-        report = RotationReport(**json.loads(log.read_text()))
+        report = read_state(log, RotationReport)
         if not journal.done:
             progress.note("continuing with the rotations that the interrupted run has trained")
             journal.seconds_before = report.seconds
