@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, UsageError
@@ -17,6 +18,9 @@ from quantcli.graphs.rewrite.channel_last import turn_feed
 from quantcli.pipelines.graph.beside import Beside
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.progress import Progress
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 __all__ = ["Attempts", "Files", "again"]
 
@@ -84,19 +88,26 @@ class Attempts:
         slow: list[str] = []
         said: list[str] = []
         best = open_session(self._files.written)
-        for kind, names in kinds.items():
-            try:
-                self.attempt((*slow, *names))
-            except (InputError, UsageError):  # nothing is left that could be integers
-                continue
-            other = open_session(self._files.written)
-            before, after = timed((best, other), (feed, feed))
-            if after < _FASTER * before:
-                best, slow = other, [*slow, *names]
-                said.append(f"{len(names)} {kind} ({before:.3g} to {after:.3g} ms)")
+        with self._progress.track("Timing without", len(kinds)) as task:
+            for kind, names in kinds.items():
+                other = self._session((*slow, *names))
+                if other is not None:
+                    before, after = timed((best, other), (feed, feed))
+                    if after < _FASTER * before:
+                        best, slow = other, [*slow, *names]
+                        said.append(f"{len(names)} {kind} ({before:.3g} to {after:.3g} ms)")
+                task.advance(detail=kind)
         self._progress.note(f"faster in float: {', '.join(said) or 'no kind of node'}")
         self._exclude(slow)
         return tuple(slow)
+
+    def _session(self, excluded: Sequence[str]) -> "InferenceSession | None":
+        """The graph with these nodes in float, opened; None where nothing is left that could be integers."""
+        try:
+            self.attempt(excluded)
+        except (InputError, UsageError):
+            return None
+        return open_session(self._files.written)
 
     def ranked(self, made: IntegerGraph, returned: Sequence[str]) -> list[str]:
         """Nodes by what their own rounding costs, the most first; those of which that is not known at the end."""

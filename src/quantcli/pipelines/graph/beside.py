@@ -140,7 +140,13 @@ def hold_outputs(
     wanting = found.below(least_db)
     progress.note(f"below {least_db:g} dB: {'; '.join(map(str, wanting))}; nodes go back to float")
     order = [name for name in ranked(made, tuple(returned)) if name not in returned]
-    good = _least(order, lambda some: _holds(attempt, run, (*returned, *some), least_db))
+    with progress.track("Nodes back to float", _ATTEMPTS) as task:
+
+        def holds(some: Sequence[str]) -> Outcome[Made] | None:
+            task.advance(detail=f"{len(some)} of {len(order)}")
+            return _holds(attempt, run, (*returned, *some), least_db)
+
+        good = _least(order, holds)
     if good is None:
         raise QualityError(
             f"output {wanting[0]}, below {least_db:g} dB, whatever nodes stay float",
