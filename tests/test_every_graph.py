@@ -1,0 +1,41 @@
+"""Graphs of every kind by every method: what comes out is right, or is refused with a name. Nothing else, ever."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, settings
+
+from every_method import METHODS, judge
+from graph_strategy import Case, graphs
+
+FEW, MANY = 60, 1000
+SAME_EACH_TIME = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def check(case: Case) -> None:
+    for name, method in METHODS.items():
+        note(name)
+        with tempfile.TemporaryDirectory() as folder:
+            verdict = judge(case, method, Path(folder))
+        assert not verdict.faults, (name, verdict)
+
+
+@settings(SAME_EACH_TIME, max_examples=FEW)
+@given(graphs())
+def test_some_graphs(case):
+    check(case)
+
+
+@pytest.mark.large
+@pytest.mark.timeout(7200)
+@settings(SAME_EACH_TIME, max_examples=MANY)
+@given(graphs())
+def test_a_thousand_graphs(case):
+    check(case)
