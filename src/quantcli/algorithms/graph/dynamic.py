@@ -7,6 +7,7 @@ takes per tensor without a word.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -71,10 +72,12 @@ def quantize(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations.bodies import quantize_bodies
     from quantcli.graphs.activations.weight_extremes import with_stand_ins
     from quantcli.graphs.checking import compare
     from quantcli.graphs.model.files import open_graph, save_graph
     from quantcli.graphs.model.inputs import rewound
+    from quantcli.graphs.rewrite.gemms import split_gemms
     from quantcli.graphs.rewrite.prepare import prepare
     from quantcli.graphs.walk.channels import has_weight
 
@@ -86,15 +89,15 @@ def quantize(
         integers.require_float32(chosen)
         kinds = integers.kinds_of(chosen)
         names = set(kinds)
-        weighted = [str(n.name) for n in model.graph if has_weight(n)]
+        weighted = [str(n.name) for n in model.graph.all_nodes() if has_weight(n)]
         if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):
             raise UsageError(
                 f"dynamic Conv has one scale per weight, per_channel would have no effect on {convs[0]}",
                 hint="use -a static, or op_types=MatMul,Gemm",
             )
-        integers.split_gemms(model, names)
+        split_gemms(model, names)
         save_graph(model, folder / "ready.onnx")
-        asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
+        asked = {(str(n.name), n.op_type) for n in model.graph.all_nodes() if n.name in names and has_weight(n)}
         if not asked:
             raise InputError(
                 f"{source} has no weight to quantize: what its products multiply is computed",
@@ -102,7 +105,7 @@ def quantize(
             )
         extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
 
-        def run(source: Path, made: Path) -> None:
+        def run(source: Path, made: Path, some: Collection[str]) -> None:
             quantize_dynamic(
                 source,
                 made,
@@ -110,13 +113,16 @@ def quantize(
                 per_channel=options.per_channel,
                 reduce_range=options.reduce_range,
                 weight_type=QuantType.QInt8 if options.weight_type == "int8" else QuantType.QUInt8,
-                nodes_to_quantize=sorted(names),
+                nodes_to_quantize=sorted(some),
                 use_external_data_format=True,
                 extra_options=extra,
             )
 
+        def part(source: Path, made: Path, some: Collection[str]) -> None:
+            with_stand_ins(source, made, some, lambda bare, small: run(bare, small, some))
+
         with integers.captured_warnings() as notes:
-            with_stand_ins(folder / "ready.onnx", folder / "made.onnx", names, run)
+            quantize_bodies(folder / "ready.onnx", folder / "made.onnx", names, part)
         left = integers.float_nodes(folder / "made.onnx", asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")

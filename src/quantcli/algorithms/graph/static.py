@@ -9,7 +9,7 @@ scale per channel (relative error 0.03 where int16 has 0.0007, onnxruntime 1.31)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from quantcli.graphs.activations.nodes import IntegerGraph
@@ -124,6 +125,13 @@ class StaticOptions:
         return {name: int(size) for name, _, size in (text.partition("=") for text in self.fixed_dims)}
 
     @property
+    def grid(self) -> tuple[int, int, bool, bool, bool]:
+        """The same for `graphs.activations.unfit.Grid`."""
+        bits = [int(t.strip("uint")) for t in (self.activation_type, self.weight_type)]
+        operators = self.encoding == "qoperator"
+        return bits[0], bits[1] - self.reduce_range, self.per_channel, operators, self.activation_symmetric
+
+    @property
     def opset(self) -> int:
         """The lowest opset that has these types and operators."""
         if not (self.activation_type.endswith("int8") and self.weight_type.endswith("int8")) or self.nodes_16bit:
@@ -140,7 +148,8 @@ _OF_QNN = (
     "keep_removable_activations",
 )
 
-
+_QDQ_ONLY = {"ConvTranspose"}
+"""No operator on integers: with encoding=qoperator, these stand between QuantizeLinear and DequantizeLinear too."""
 _ORT_TYPES = {
     "uint8": "QUInt8",
     "int8": "QInt8",
@@ -180,6 +189,7 @@ def quantize(
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations import unfit
     from quantcli.graphs.calibration import tensor_ranges as ranges
     from quantcli.graphs.checking import compare
     from quantcli.graphs.checking import node_errors as twins
@@ -193,7 +203,7 @@ def quantize(
     assert options.calibrate_method != "distribution"
     if reader is None and (cache is None or not cache.is_file()):
         raise UsageError("static quantization measures ranges on samples, there are none", hint="give calibration data")
-    able = set(QLinearOpsRegistry) | (set(QDQRegistry) if options.encoding == "qdq" else set())
+    able = set(QLinearOpsRegistry) | (set(QDQRegistry) if options.encoding == "qdq" else _QDQ_ONLY)
     with TemporaryDirectory(dir=target.parent, prefix=".static-") as name:
         folder = Path(name)
         ready, made, file = folder / "ready.onnx", folder / "made.onnx", folder / "ranges.json"
@@ -223,10 +233,9 @@ def quantize(
             wide = {str(n.name) for n in integers.select_nodes(model, able, include=options.nodes_16bit)}
             if left := sorted(wide - {str(n.name) for n in chosen}):
                 raise UsageError(f"{left[0]} stays float, it has no 16 bits", hint="leave it out of nodes_16bit")
-        weighted = [str(n.name) for n in model.graph if has_weight(n)]
-        asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
-        # every tensor that a chosen node touches, and no other
-        tensors = ranges.tensors_of(model, {n.op_type for n in chosen})
+        weighted = [str(n.name) for n in model.graph.all_nodes() if has_weight(n)]
+        # every tensor that a chosen node touches, and those that are put together or taken apart on the way
+        tensors = ranges.tensors_of(model, {n.op_type for n in chosen} | unfit.MIXING_TYPES)
         how = ranges.RangeOptions(options.calibrate_method, options.percentile, options.activation_symmetric)
         if cache is not None and cache.is_file():
             found = ranges.read_ranges(cache, ready, tensors, how)
@@ -236,9 +245,13 @@ def quantize(
         ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
-        masked, said_of_masks = (set(), []) if whole else ranges.masked_nodes(model, chosen, found)
-        chosen = [n for n in chosen if n.name not in masked]
-        notes = [*said, *said_of_masks, *_write(ready, made, options, chosen, wide, file)]
+        odd = unfit.find_unfit(model, chosen, found, unfit.Grid(*options.grid)) if not whole else unfit.Unfit({}, {})
+        chosen = [n for n in chosen if n.name not in odd.reasons]
+        if not chosen:
+            raise InputError(f"no node is left to quantize: {next(iter(unfit.list_float(model, odd.reasons)))}")
+        asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
+        notes = [*said, *unfit.list_float(model, odd.reasons)]
+        notes += _write(ready, made, options, chosen, wide, file, odd.spans)
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -251,7 +264,7 @@ def quantize(
                 notes.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
             save_graph(model, folder / "corrected.onnx")
             # the ranges are still right: corrected layers give what float layers gave
-            notes += [n for n in _write(folder / "corrected.onnx", made, options, chosen, wide, file) if n not in notes]
+            notes += [n for n in _write(folder / "corrected.onnx", made, options, chosen, wide, file, odd.spans) if n not in notes]
         left = integers.float_nodes(made, asked)
         if left:
             raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
@@ -271,16 +284,24 @@ def quantize(
         corrected=tuple(corrected),
         comparison=compared,
         nodes=integers.kinds_of(chosen),
+        reasons=odd.reasons,
     )
 
 
 def _write(
-    ready: Path, made: Path, options: StaticOptions, chosen: Sequence[ir.Node], wide: Collection[str], ranges: Path
+    ready: Path,
+    made: Path,
+    options: StaticOptions,
+    chosen: Sequence[ir.Node],
+    wide: Collection[str],
+    ranges: Path,
+    spans: Mapping[str, np.ndarray],
 ) -> list[str]:
     """Lets onnxruntime place the integer nodes; what it had to say."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations.bodies import quantize_bodies
     from quantcli.graphs.activations.weight_extremes import with_stand_ins
     from quantcli.graphs.rewrite import qnn
 
@@ -296,23 +317,34 @@ def _write(
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
 
-    def run(source: Path, target: Path) -> None:
+    def place(source: Path, target: Path, encoding: str, some: Collection[str]) -> None:
         quantize_static(
             source,
             target,
             None,
-            quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
-            op_types_to_quantize=sorted({n.op_type for n in chosen}),
+            quant_format=QuantFormat.QDQ if encoding == "qdq" else QuantFormat.QOperator,
+            op_types_to_quantize=sorted({n.op_type for n in chosen if n.name in some}),
             per_channel=options.per_channel,
             reduce_range=options.reduce_range,
             activation_type=activations,
             weight_type=weights,
-            nodes_to_quantize=names,
+            nodes_to_quantize=sorted(some),
             use_external_data_format=True,
             calibrate_method=CalibrationMethod[method],
             extra_options=extra,
             calibration_cache_path=ranges,
         )
+
+    def run(source: Path, target: Path, some: Collection[str]) -> None:
+        apart = {str(n.name) for n in chosen if n.op_type in _QDQ_ONLY and n.name in some}
+        if options.encoding == "qdq" or not apart:
+            place(source, target, options.encoding, some)
+        elif apart == set(some):
+            place(source, target, "qdq", some)
+        else:
+            between = target.with_name(f"between-{target.name}")
+            place(source, between, options.encoding, set(some) - apart)
+            place(between, target, "qdq", apart)
 
     with integers.captured_warnings() as notes:
         if options.preprocess == "qnn":
@@ -326,7 +358,11 @@ def _write(
                 "keep_removable_activations": options.keep_removable_activations,
             }
             extra = qnn.qnn_extra_options(ready, names, wide, arguments)
-        with_stand_ins(ready, made, names, run)
+
+        def part(source: Path, target: Path, some: Collection[str]) -> None:
+            with_stand_ins(source, target, some, lambda bare, small: run(bare, small, some), spans)
+
+        quantize_bodies(ready, made, names, part)
     return notes
 
 
