@@ -32,6 +32,7 @@ __all__ = [
     "select_nodes",
 ]
 
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FULL_INT8 = (
     "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
 )
@@ -101,7 +102,7 @@ def select_nodes(
         if op_type not in able:
             raise UsageError(f"{op_type} nodes cannot be quantized, {nearest(op_type, able)}")
     nodes = list(model.graph.all_nodes())
-    chosen = [n for n in nodes if n.domain in ("", "com.microsoft") and n.op_type in types]
+    chosen = [n for n in nodes if n.domain in ("", "com.microsoft") and n.op_type in types and _reads_floats(n)]
     names = [str(n.name) for n in chosen]
     wanted = _matching(include, names) if include else set(names)
     wanted -= _matching(exclude, [str(n.name) for n in nodes])
@@ -125,6 +126,11 @@ def _kind(node: ir.Node) -> str:
     if node.attributes.get_int("group", 1) > 1:
         return "Conv in groups"
     return "Conv 1x1" if all(size == 1 for size in list(weight.shape)[2:]) else "Conv"
+
+
+def _reads_floats(node: ir.Node) -> bool:
+    """Whether a node works on floats: Gather, Slice and the like work on the sizes of tensors too."""
+    return any(v is not None and (v.dtype is None or v.dtype in _FLOATS) for v in node.inputs)
 
 
 def require_float32(nodes: Sequence[ir.Node]) -> None:
