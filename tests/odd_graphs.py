@@ -28,7 +28,9 @@ def weight(seed, *shape):
 
 
 def graph(name, nodes, inputs, outputs, constants):
-    return helper.make_graph(nodes, name, inputs, outputs, [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    return helper.make_graph(
+        nodes, name, inputs, outputs, [numpy_helper.from_array(v, k) for k, v in constants.items()]
+    )
 
 
 def model(nodes, inputs, outputs, constants, functions=(), opset=17, **extra):
@@ -39,7 +41,9 @@ def model(nodes, inputs, outputs, constants, functions=(), opset=17, **extra):
 
 def node(op_type, inputs, output, name=None, **attributes):
     outputs = [output] if isinstance(output, str) else output
-    return helper.make_node(op_type, inputs.split(",") if inputs else [], outputs, name or f"n_{outputs[0]}", **attributes)
+    return helper.make_node(
+        op_type, inputs.split(",") if inputs else [], outputs, name or f"n_{outputs[0]}", **attributes
+    )
 
 
 def rows(seed, count=4, width=64):
@@ -88,7 +92,11 @@ def _gemm(alpha, beta, turn_a, turn_b, bias):
         if bias is not None:
             constants["b"], inputs = floats(2, *bias), "x,w,b"
         attributes = {"alpha": alpha, "beta": beta, "transA": turn_a, "transB": turn_b}
-        nodes = [node("Gemm", inputs, "h", "g1", **attributes), node("Relu", "h", "r"), node("MatMul", "r,v", "y", "last")]
+        nodes = [
+            node("Gemm", inputs, "h", "g1", **attributes),
+            node("Relu", "h", "r"),
+            node("MatMul", "r,v", "y", "last"),
+        ]
         constants["v"] = weight(3, 48, 16)
         made = model(nodes, [info("x", [64, 4] if turn_a else [4, 64])], [info("y", [4, 16])], constants)
         return made, lambda seed: {"x": floats(seed, 64, 4) if turn_a else floats(seed, 4, 64)}
@@ -130,12 +138,6 @@ def gemms_that_share_weight_and_bias():
         node("MatMul", "k,w", "y"),
     ]
     return one_input(nodes, {"w": weight(0, 64, 64), "b": floats(1, 64), "big": np.float32(50)}, (4, 64))
-
-
-@kind
-def weight_of_gather_and_matmul():
-    nodes = [node("Gather", "w,at", "e"), node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x,e", "h"), node("MatMul", "h,w", "y")]
-    return one_input(nodes, {"w": weight(0, 64, 48), "at": np.arange(64) % 48}, None)
 
 
 KINDS["weight_of_gather_and_matmul"] = lambda: one_input(
@@ -225,6 +227,7 @@ def _small_channels(op_type, factor, bias):
 for _op in ("Conv", "ConvTranspose"):
     KINDS[f"bias_beyond_int32_{_op}"] = _small_channels(_op, 1e-7, 20.0)
     KINDS[f"dead_channel_{_op}"] = _small_channels(_op, 0.0, 0.05)
+KINDS["bias_far_beyond_int32"] = _small_channels("Conv", 1.0, 1e4)
 
 
 @kind
@@ -260,7 +263,9 @@ def vector():
 
 @kind
 def constant_on_the_left():
-    return one_input([node("MatMul", "w,x", "h"), node("MatMul", "h,v", "y")], {"w": weight(0, 32, 4), "v": weight(1, 64, 8)}, None)
+    return one_input(
+        [node("MatMul", "w,x", "h"), node("MatMul", "h,v", "y")], {"w": weight(0, 32, 4), "v": weight(1, 64, 8)}, None
+    )
 
 
 def _attention(op_type, mask):
@@ -276,7 +281,9 @@ def _attention(op_type, mask):
             constants |= {"allowed": ~triangle, "mask": np.float32(mask)}
             nodes.append(node("Where", "allowed,s1,mask", "s"))
         nodes += [node("Softmax", "s", "p", axis=-1), node("MatMul", "p,v", "y")]
-        return model(nodes, [info("x", [2, 8, 64])], [info("y", None)], constants), lambda seed: {"x": floats(seed, 2, 8, 64)}
+        return model(nodes, [info("x", [2, 8, 64])], [info("y", None)], constants), lambda seed: {
+            "x": floats(seed, 2, 8, 64)
+        }
 
     return build
 
@@ -353,7 +360,9 @@ def input_as_output():
 
 @kind
 def constants_as_inputs_and_outputs():
-    made, feed = one_input([node("MatMul", "x,w", "a"), node("Add", "a,b", "y")], {"w": weight(0, 64, 48), "b": floats(1, 48)})
+    made, feed = one_input(
+        [node("MatMul", "x,w", "a"), node("Add", "a,b", "y")], {"w": weight(0, 64, 48), "b": floats(1, 48)}
+    )
     made.graph.input.extend([info("w", [64, 48]), info("b", [48])])
     made.graph.output.append(info("b", [48]))
     return made, feed
@@ -389,7 +398,9 @@ def _with_branches(then, other, constants):
 
 @kind
 def branches():
-    return _with_branches(_branch("p", "Tanh", {"w": weight(2, 48, 48)}), _branch("q", "Sigmoid", {"w": weight(3, 48, 48)}), {})
+    return _with_branches(
+        _branch("p", "Tanh", {"w": weight(2, 48, 48)}), _branch("q", "Sigmoid", {"w": weight(3, 48, 48)}), {}
+    )
 
 
 @kind
@@ -409,7 +420,9 @@ def branches_in_branches():
         node("Relu", "a0", "r0"),
         node("ReduceMax", "r0", "most", keepdims=0),
         node("Greater", "most,two", "c2"),
-        node("If", "c2", "t9", "if2", then_branch=_branch("p", "Tanh", value="r0"), else_branch=_branch("q", "Sigmoid")),
+        node(
+            "If", "c2", "t9", "if2", then_branch=_branch("p", "Tanh", value="r0"), else_branch=_branch("q", "Sigmoid")
+        ),
     ]
     return _with_branches(graph("t", nodes, [], [info("t9", None)], {}), _branch("e", "Tanh"), {"w": weight(2, 48, 48)})
 
@@ -456,10 +469,12 @@ def loop_with_a_branch_and_a_list():
 
 @kind
 def scan():
-    nodes = [node("MatMul", "st,w", "m0"), node("Add", "m0,row", "a0"), node("Tanh", "a0", "st1"), node("MatMul", "st1,u", "o")]
-    body = graph("body", nodes, [info("st", [32]), info("row", [32])], [info("st1", [32]), info("o", [16])],
-                 {"w": weight(0, 32, 32), "u": weight(1, 32, 16)})  # fmt: skip
-    nodes = [node("Add", "st,row", "a0"), node("Tanh", "a0", "st1"), node("Unsqueeze", "st1,ax", "r"), node("MatMul", "r,u", "o")]
+    nodes = [
+        node("Add", "st,row", "a0"),
+        node("Tanh", "a0", "st1"),
+        node("Unsqueeze", "st1,ax", "r"),
+        node("MatMul", "r,u", "o"),
+    ]
     body = graph("body", nodes, [info("st", [32]), info("row", [32])], [info("st1", [32]), info("o", [1, 16])],
                  {"u": weight(1, 32, 16), "ax": np.array([0])})  # fmt: skip
     nodes = [node("MatMul", "x,v", "h"), node("Scan", "first,h", ["last", "y"], "scan", body=body, num_scan_inputs=1)]
@@ -486,8 +501,13 @@ def _recurrent(op_type, gates, **attributes):
             "B": floats(2, directions, 2 * gates * 16, scale=0.1),
             "u": weight(3, 16, 8),
         }
-        nodes = [node(op_type, "x,W,R,B", ["h"], "rnn", hidden_size=16, **attributes), node("MatMul", "h,u", "y", "out")]
-        return model(nodes, [info("x", [5, 2, 32])], [info("y", None)], constants), lambda seed: {"x": floats(seed, 5, 2, 32)}
+        nodes = [
+            node(op_type, "x,W,R,B", ["h"], "rnn", hidden_size=16, **attributes),
+            node("MatMul", "h,u", "y", "out"),
+        ]
+        return model(nodes, [info("x", [5, 2, 32])], [info("y", None)], constants), lambda seed: {
+            "x": floats(seed, 5, 2, 32)
+        }
 
     return build
 

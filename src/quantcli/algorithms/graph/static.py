@@ -148,6 +148,8 @@ _OF_QNN = (
     "keep_removable_activations",
 )
 
+_LOST_FLOATS = {"Where"}
+"""onnxruntime forgets to give these floats, where they stay float between operators on integers (1.31)."""
 _QDQ_ONLY = {"ConvTranspose"}
 """No operator on integers: with encoding=qoperator, these stand between QuantizeLinear and DequantizeLinear too."""
 _ORT_TYPES = {
@@ -203,7 +205,8 @@ def quantize(
     assert options.calibrate_method != "distribution"
     if reader is None and (cache is None or not cache.is_file()):
         raise UsageError("static quantization measures ranges on samples, there are none", hint="give calibration data")
-    able = set(QLinearOpsRegistry) | (set(QDQRegistry) if options.encoding == "qdq" else _QDQ_ONLY)
+    able = set(QLinearOpsRegistry)
+    able = able | set(QDQRegistry) if options.encoding == "qdq" else (able | _QDQ_ONLY) - _LOST_FLOATS
     with TemporaryDirectory(dir=target.parent, prefix=".static-") as name:
         folder = Path(name)
         ready, made, file = folder / "ready.onnx", folder / "made.onnx", folder / "ranges.json"
@@ -250,8 +253,8 @@ def quantize(
         if not chosen:
             raise InputError(f"no node is left to quantize: {next(iter(unfit.list_float(model, odd.reasons)))}")
         asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
-        notes = [*said, *unfit.list_float(model, odd.reasons)]
-        notes += _write(ready, made, options, chosen, wide, file, odd.spans)
+        told, failing = _write(ready, made, options, chosen, wide, file, odd.spans)
+        chosen = [n for n in chosen if n.name not in failing]
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -261,22 +264,25 @@ def quantize(
             if not corrected:
                 raise UsageError("no quantized node has a bias to correct", hint="leave bias_correction out")
             if without:
-                notes.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
+                told.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
             save_graph(model, folder / "corrected.onnx")
             # the ranges are still right: corrected layers give what float layers gave
-            notes += [n for n in _write(folder / "corrected.onnx", made, options, chosen, wide, file, odd.spans) if n not in notes]
-        left = integers.float_nodes(made, asked)
-        if left:
-            raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
+            more, _ = _write(folder / "corrected.onnx", made, options, chosen, wide, file, odd.spans)
+            told += [n for n in more if n not in told]
+        reasons = odd.reasons | unfit.recurrent_without_integers(model, able) | failing
+        reasons |= dict.fromkeys(integers.float_nodes(made, asked), integers.NOT_QUANTIZED)
+        left = {name for name, _ in asked} - set(reasons)
+        if asked and not left:
+            raise InputError(f"no node with a weight is left to quantize: {unfit.list_float(model, reasons)[0]}")
         names = {str(n.name) for n in chosen}
         integers.finish(made, target, names)
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
+    notes = [*said, *unfit.list_float(model, reasons), *told]
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
-    done = {name for name, _ in asked}
     return integers.IntegerGraph(
-        quantized=tuple(n for n in weighted if n in done),
-        kept=tuple(n for n in weighted if n not in done),
+        quantized=tuple(n for n in weighted if n in left),
+        kept=tuple(n for n in weighted if n not in left),
         prepared=prepared,
         notes=tuple(notes),
         samples=found.samples,
@@ -284,7 +290,7 @@ def quantize(
         corrected=tuple(corrected),
         comparison=compared,
         nodes=integers.kinds_of(chosen),
-        reasons=odd.reasons,
+        reasons=reasons,
     )
 
 
@@ -296,8 +302,8 @@ def _write(
     wide: Collection[str],
     ranges: Path,
     spans: Mapping[str, np.ndarray],
-) -> list[str]:
-    """Lets onnxruntime place the integer nodes; what it had to say."""
+) -> tuple[list[str], dict[str, str]]:
+    """Lets onnxruntime place the integer nodes; what it had to say, and why nodes stay float."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     from quantcli.graphs.activations import nodes as integers
@@ -359,11 +365,16 @@ def _write(
             }
             extra = qnn.qnn_extra_options(ready, names, wide, arguments)
 
-        def part(source: Path, target: Path, some: Collection[str]) -> None:
-            with_stand_ins(source, target, some, lambda bare, small: run(bare, small, some), spans)
+        def stand_in(source: Path, target: Path, some: Collection[str]) -> None:
+            alike = options.encoding == "qdq"
+            with_stand_ins(source, target, some, lambda a, b: run(a, b, some), spans, batches_alike=alike)
 
-        quantize_bodies(ready, made, names, part)
-    return notes
+        def part(source: Path, target: Path, some: Collection[str]) -> None:
+            failing.update(integers.quantize_what_goes(stand_in, source, target, some))
+
+        failing: dict[str, str] = {}
+        quantize_bodies(ready, made, names, part, () if options.encoding == "qdq" else _LOST_FLOATS)
+    return notes, failing
 
 
 ALGORITHM = Algorithm(

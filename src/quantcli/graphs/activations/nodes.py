@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.checking.compare import Comparison
 from quantcli.graphs.checking.side_by_side import GraphRunError
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
@@ -20,6 +20,7 @@ from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
 
 __all__ = [
+    "NOT_QUANTIZED",
     "IntegerGraph",
     "captured_warnings",
     "default_types",
@@ -32,6 +33,7 @@ __all__ = [
     "select_nodes",
 ]
 
+NOT_QUANTIZED = "onnxruntime did not quantize it"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FULL_INT8 = (
     "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"

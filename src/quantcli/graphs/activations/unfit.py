@@ -14,7 +14,16 @@ import onnx_ir as ir
 from quantcli.graphs.calibration.tensor_ranges import Ranges
 from quantcli.graphs.walk.channels import constant_of, has_weight, weight_rows
 
-__all__ = ["MIXING_TYPES", "Grid", "Unfit", "find_unfit", "list_float"]
+__all__ = [
+    "MIXING_TYPES",
+    "RECURRENT",
+    "Grid",
+    "Unfit",
+    "find_unfit",
+    "find_unfit_constants",
+    "list_float",
+    "recurrent_without_integers",
+]
 
 _ENDLESS = 1e9
 """A range that reaches beyond is no range of values: masks are -1e9 to -3.4e38."""
@@ -27,6 +36,7 @@ _INT32_ROOM = 2.0**30
 _LEAST_PRODUCT = 1e-35
 """A bias' scale, the product of two, that is still a normal float32."""
 
+RECURRENT = ("LSTM", "GRU", "RNN")
 _JOINS: Mapping[str, tuple[int, ...] | None] = {
     "Concat": None,
     "Where": (1, 2),
@@ -103,6 +113,33 @@ def find_unfit(model: ir.Model, nodes: Sequence[ir.Node], ranges: Ranges, grid: 
     return Unfit(reasons, spans)
 
 
+def find_unfit_constants(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[str, str]:
+    """Why nodes stay float whose activations are rounded as they come; no ranges are known."""
+    known = _Known(model, nodes, Ranges({}, 0))
+    found = constants_without_values(known) | endless_tensors(known) | odd_products(known, Grid(operators=True))
+    for node in nodes:
+        if node.op_type in ("Conv", *RECURRENT) and any(
+            constant_of(v) is None for v in node.inputs[1 : _weights(node)]
+        ):
+            found[str(node.name)] = "its weights are computed"
+        elif node.op_type in RECURRENT and node.attributes.get_int("layout", 0):
+            found[str(node.name)] = "onnxruntime has no integers for its layout"
+    return found
+
+
+def _weights(node: ir.Node) -> int:
+    return 2 if node.op_type == "Conv" else 3
+
+
+def recurrent_without_integers(model: ir.Model, able: Collection[str]) -> dict[str, str]:
+    """LSTM, GRU and RNN that onnxruntime has no integers for: they stay float, though most of a model may be theirs."""
+    return {
+        str(n.name): "onnxruntime has no integers for it"
+        for n in model.graph.all_nodes()
+        if n.op_type in RECURRENT and n.domain == "" and n.op_type not in able
+    }
+
+
 def list_float(model: ir.Model, reasons: Mapping[str, str], most: int = 8) -> list[str]:
     """One line for each reason, with the names of its nodes."""
     kinds = {str(n.name): n.op_type for n in model.graph.all_nodes()}
@@ -167,7 +204,10 @@ def tensors_without_range(known: _Known) -> dict[str, str]:
 def constants_without_values(known: _Known) -> dict[str, str]:
     """Nodes that read a constant of size 0."""
     values = {
-        v for n in known.nodes for v in n.inputs if v is not None and v.const_value is not None and not v.const_value.size
+        v
+        for n in known.nodes
+        for v in n.inputs
+        if v is not None and v.const_value is not None and not v.const_value.size
     }
     return known.touching({v for v in values if v.dtype is ir.DataType.FLOAT}, "a constant of it is empty")
 
@@ -291,9 +331,16 @@ def odd_products(known: _Known, grid: Grid) -> dict[str, str]:
     """Products in forms that onnxruntime's operators on integers do not take."""
     found = {}
     for node in known.nodes:
-        if node.op_type == "MatMul" and any(v is not None and v.shape is not None and len(v.shape) == 1 for v in node.inputs):
+        if node.op_type == "MatMul" and any(
+            v is not None and v.shape is not None and len(v.shape) == 1 for v in node.inputs
+        ):
             found[str(node.name)] = "it multiplies by a vector"
-        elif node.op_type == "MatMul" and grid.per_channel and not grid.operators and constant_of(node.inputs[0]) is not None:
+        elif (
+            node.op_type == "MatMul"
+            and grid.per_channel
+            and not grid.operators
+            and constant_of(node.inputs[0]) is not None
+        ):
             found[str(node.name)] = "its constant on the left would have scales that no product takes"
         elif node.op_type == "ConvTranspose" and grid.per_channel and node.attributes.get_int("group", 1) > 1:
             found[str(node.name)] = "in groups it has no scales per channel"

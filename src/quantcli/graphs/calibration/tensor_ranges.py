@@ -205,7 +205,9 @@ def write_ranges(file: Path, ranges: Ranges, path: Path, options: RangeOptions) 
     }
     part = file.with_name(file.name + ".part")
     save_tensors_data(TensorsData(CalibrationMethod[_ORT_NAMES[options.method]], data), part)
-    plain = json.loads(part.read_text()) | {"quantcli": _origin(path, options) | {"samples": ranges.samples, "without": dict(ranges.without)}}
+    plain = json.loads(part.read_text()) | {
+        "quantcli": _origin(path, options) | {"samples": ranges.samples, "without": dict(ranges.without)}
+    }
     part.write_text(json.dumps(plain))
     os.replace(part, file)
 
@@ -237,5 +239,7 @@ def read_ranges(file: Path, path: Path, names: Sequence[str], options: RangeOpti
             hint="delete it, or name another --calibration-cache",
         )
     return Ranges(
-        {name: values[name] for name in names if name in values}, samples, {n: without[n] for n in names if n in without}
+        {name: values[name] for name in names if name in values},
+        samples,
+        {n: without[n] for n in names if n in without},
     )
