@@ -4,10 +4,10 @@ import pytest
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import small_graphs
-from quantcli.graphs.activations.nodes import split_gemms
 from quantcli.graphs.activations.weight_extremes import with_stand_ins
 from quantcli.graphs.calibration.tensor_ranges import RangeOptions, measure_ranges, tensors_of, write_ranges
 from quantcli.graphs.model.files import open_graph, save_graph
+from quantcli.graphs.rewrite.gemms import split_gemms
 from quantcli.graphs.rewrite.prepare import prepare
 
 

@@ -136,5 +136,5 @@ def test_an_empty_cache_has_the_range_of_what_it_will_hold(op_type, tmp_path):
         found = measure_ranges(tmp_path / "m.onnx", ["x", "past", "y"], reader, RangeOptions())
         assert found.values["past"] == (-2, 4)
     else:
-        with pytest.raises(InputError, match="past was empty in every sample"):
-            measure_ranges(tmp_path / "m.onnx", ["past"], reader, RangeOptions())
+        found = measure_ranges(tmp_path / "m.onnx", ["past"], reader, RangeOptions())
+        assert not found.values and "empty in every sample" in found.without["past"]

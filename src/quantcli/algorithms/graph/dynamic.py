@@ -7,6 +7,7 @@ takes per tensor without a word.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,8 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from quantcli.graphs.activations.nodes import IntegerGraph
     from quantcli.graphs.model.inputs import CalibrationReader
 
@@ -71,12 +74,14 @@ def quantize(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations import unfit
+    from quantcli.graphs.activations.bodies import quantize_bodies
     from quantcli.graphs.activations.weight_extremes import with_stand_ins
     from quantcli.graphs.checking import compare
     from quantcli.graphs.model.files import open_graph, save_graph
     from quantcli.graphs.model.inputs import rewound
+    from quantcli.graphs.rewrite.gemms import split_gemms
     from quantcli.graphs.rewrite.prepare import prepare
-    from quantcli.graphs.walk.channels import has_weight
 
     with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
         folder = Path(name)
@@ -84,25 +89,29 @@ def quantize(
         model = open_graph(folder / "prepared.onnx")
         chosen = integers.select_nodes(model, _ABLE, options.op_types, options.nodes_include, options.nodes_exclude)
         integers.require_float32(chosen)
+        reasons = unfit.find_unfit_constants(model, chosen)
+        chosen = [n for n in chosen if n.name not in reasons]
         kinds = integers.kinds_of(chosen)
         names = set(kinds)
-        weighted = [str(n.name) for n in model.graph if has_weight(n)]
+        reasons |= unfit.recurrent_without_integers(model, _ABLE)
+        weighted = [str(n.name) for n in model.graph.all_nodes() if _holds_weights(n)]
         if options.per_channel and (convs := [n.name for n in chosen if n.op_type == "Conv"]):
             raise UsageError(
                 f"dynamic Conv has one scale per weight, per_channel would have no effect on {convs[0]}",
                 hint="use -a static, or op_types=MatMul,Gemm",
             )
-        integers.split_gemms(model, names)
+        split_gemms(model, names)
         save_graph(model, folder / "ready.onnx")
-        asked = {(str(n.name), n.op_type) for n in model.graph if n.name in names and has_weight(n)}
+        asked = {(str(n.name), n.op_type) for n in model.graph.all_nodes() if n.name in names and _holds_weights(n)}
         if not asked:
+            why = unfit.list_float(model, reasons) or ["what its products multiply is computed"]
             raise InputError(
-                f"{source} has no weight to quantize: what its products multiply is computed",
+                f"{source} has no weight to quantize: {why[0]}",
                 hint="give a graph with constant weights, or use -a static",
             )
         extra = {} if options.weight_grid == "auto" else {"WeightSymmetric": options.weight_grid == "sym"}
 
-        def run(source: Path, made: Path) -> None:
+        def run(source: Path, made: Path, some: Collection[str]) -> None:
             quantize_dynamic(
                 source,
                 made,
@@ -110,30 +119,48 @@ def quantize(
                 per_channel=options.per_channel,
                 reduce_range=options.reduce_range,
                 weight_type=QuantType.QInt8 if options.weight_type == "int8" else QuantType.QUInt8,
-                nodes_to_quantize=sorted(names),
+                nodes_to_quantize=sorted(some),
                 use_external_data_format=True,
                 extra_options=extra,
             )
 
+        def stand_in(source: Path, made: Path, some: Collection[str]) -> None:
+            with_stand_ins(source, made, some, lambda bare, small: run(bare, small, some))
+
+        def part(source: Path, made: Path, some: Collection[str]) -> None:
+            reasons.update(integers.quantize_what_goes(stand_in, source, made, some))
+
         with integers.captured_warnings() as notes:
-            with_stand_ins(folder / "ready.onnx", folder / "made.onnx", names, run)
-        left = integers.float_nodes(folder / "made.onnx", asked)
-        if left:
-            raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
+            quantize_bodies(folder / "ready.onnx", folder / "made.onnx", names, part)
+        for float_name in integers.float_nodes(folder / "made.onnx", asked):
+            reasons.setdefault(float_name, integers.NOT_QUANTIZED)
+        done = {name for name, _ in asked} - set(reasons)
+        told = unfit.list_float(model, reasons)
+        if not done:
+            raise InputError(f"no node with a weight is left to quantize: {told[0]}")
+        names -= set(reasons)
         integers.finish(folder / "made.onnx", target, names)
         compared = None
         if debug:
             compared = compare.compare(folder / "ready.onnx", target, names, rewound(reader, "a comparison"))
-    notes += integers.full_int8(target, options.reduce_range)
-    done = {name for name, _ in asked}
+    notes = [*told, *notes, *integers.full_int8(target, options.reduce_range)]
     return integers.IntegerGraph(
         quantized=tuple(n for n in weighted if n in done),
         kept=tuple(n for n in weighted if n not in done),
         prepared=prepared,
         notes=tuple(notes),
         comparison=compared,
-        nodes=kinds,
+        reasons=reasons,
+        nodes={name: kind for name, kind in kinds.items() if name not in reasons},
     )
+
+
+def _holds_weights(node: ir.Node) -> bool:
+    """Whether a node has a constant matrix or kernel, or those of a recurrent layer."""
+    from quantcli.graphs.activations.unfit import RECURRENT
+    from quantcli.graphs.walk.channels import constant_of, has_weight
+
+    return has_weight(node) or (node.op_type in RECURRENT and constant_of(node.inputs[1]) is not None)
 
 
 ALGORITHM = Algorithm(

@@ -9,7 +9,7 @@ scale per channel (relative error 0.03 where int16 has 0.0007, onnxruntime 1.31)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from quantcli.graphs.activations.nodes import IntegerGraph
@@ -124,6 +125,13 @@ class StaticOptions:
         return {name: int(size) for name, _, size in (text.partition("=") for text in self.fixed_dims)}
 
     @property
+    def grid(self) -> tuple[int, int, bool, bool, bool]:
+        """The same for `graphs.activations.unfit.Grid`."""
+        bits = [int(t.strip("uint")) for t in (self.activation_type, self.weight_type)]
+        operators = self.encoding == "qoperator"
+        return bits[0], bits[1] - self.reduce_range, self.per_channel, operators, self.activation_symmetric
+
+    @property
     def opset(self) -> int:
         """The lowest opset that has these types and operators."""
         if not (self.activation_type.endswith("int8") and self.weight_type.endswith("int8")) or self.nodes_16bit:
@@ -140,7 +148,10 @@ _OF_QNN = (
     "keep_removable_activations",
 )
 
-
+_LOST_FLOATS = {"Where"}
+"""onnxruntime forgets to give these floats, where they stay float between operators on integers (1.31)."""
+_QDQ_ONLY = {"ConvTranspose"}
+"""No operator on integers: with encoding=qoperator, these stand between QuantizeLinear and DequantizeLinear too."""
 _ORT_TYPES = {
     "uint8": "QUInt8",
     "int8": "QInt8",
@@ -180,6 +191,7 @@ def quantize(
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations import unfit
     from quantcli.graphs.calibration import tensor_ranges as ranges
     from quantcli.graphs.checking import compare
     from quantcli.graphs.checking import node_errors as twins
@@ -193,7 +205,8 @@ def quantize(
     assert options.calibrate_method != "distribution"
     if reader is None and (cache is None or not cache.is_file()):
         raise UsageError("static quantization measures ranges on samples, there are none", hint="give calibration data")
-    able = set(QLinearOpsRegistry) | (set(QDQRegistry) if options.encoding == "qdq" else set())
+    able = set(QLinearOpsRegistry)
+    able = able | set(QDQRegistry) if options.encoding == "qdq" else (able | _QDQ_ONLY) - _LOST_FLOATS
     with TemporaryDirectory(dir=target.parent, prefix=".static-") as name:
         folder = Path(name)
         ready, made, file = folder / "ready.onnx", folder / "made.onnx", folder / "ranges.json"
@@ -223,10 +236,9 @@ def quantize(
             wide = {str(n.name) for n in integers.select_nodes(model, able, include=options.nodes_16bit)}
             if left := sorted(wide - {str(n.name) for n in chosen}):
                 raise UsageError(f"{left[0]} stays float, it has no 16 bits", hint="leave it out of nodes_16bit")
-        weighted = [str(n.name) for n in model.graph if has_weight(n)]
-        asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
-        # every tensor that a chosen node touches, and no other
-        tensors = ranges.tensors_of(model, {n.op_type for n in chosen})
+        weighted = [str(n.name) for n in model.graph.all_nodes() if has_weight(n)]
+        # every tensor that a chosen node touches, and those that are put together or taken apart on the way
+        tensors = ranges.tensors_of(model, {n.op_type for n in chosen} | unfit.MIXING_TYPES)
         how = ranges.RangeOptions(options.calibrate_method, options.percentile, options.activation_symmetric)
         if cache is not None and cache.is_file():
             found = ranges.read_ranges(cache, ready, tensors, how)
@@ -236,9 +248,13 @@ def quantize(
         ranges.write_ranges(file, found, ready, how)
         if cache is not None and not cache.is_file():
             cache.write_bytes(file.read_bytes())
-        masked, said_of_masks = (set(), []) if whole else ranges.masked_nodes(model, chosen, found)
-        chosen = [n for n in chosen if n.name not in masked]
-        notes = [*said, *said_of_masks, *_write(ready, made, options, chosen, wide, file)]
+        odd = unfit.find_unfit(model, chosen, found, unfit.Grid(*options.grid)) if not whole else unfit.Unfit({}, {})
+        chosen = [n for n in chosen if n.name not in odd.reasons]
+        if not chosen:
+            raise InputError(f"no node is left to quantize: {next(iter(unfit.list_float(model, odd.reasons)))}")
+        asked = {(str(n.name), n.op_type) for n in chosen if has_weight(n)}
+        told, failing = _write(ready, made, options, chosen, wide, file, odd.spans)
+        chosen = [n for n in chosen if n.name not in failing]
         corrected: list[str] = []
         if options.bias_correction:
             again = rewound(reader, "bias_correction")
@@ -248,22 +264,25 @@ def quantize(
             if not corrected:
                 raise UsageError("no quantized node has a bias to correct", hint="leave bias_correction out")
             if without:
-                notes.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
+                told.append(f"{without[0]} and {len(without) - 1} more have no bias to correct")
             save_graph(model, folder / "corrected.onnx")
             # the ranges are still right: corrected layers give what float layers gave
-            notes += [n for n in _write(folder / "corrected.onnx", made, options, chosen, wide, file) if n not in notes]
-        left = integers.float_nodes(made, asked)
-        if left:
-            raise InputError(f"{left[0]} and {len(left) - 1} more stay float: onnxruntime did not quantize them")
+            more, _ = _write(folder / "corrected.onnx", made, options, chosen, wide, file, odd.spans)
+            told += [n for n in more if n not in told]
+        reasons = odd.reasons | unfit.recurrent_without_integers(model, able) | failing
+        reasons |= dict.fromkeys(integers.float_nodes(made, asked), integers.NOT_QUANTIZED)
+        left = {name for name, _ in asked} - set(reasons)
+        if asked and not left:
+            raise InputError(f"no node with a weight is left to quantize: {unfit.list_float(model, reasons)[0]}")
         names = {str(n.name) for n in chosen}
         integers.finish(made, target, names)
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
+    notes = [*said, *unfit.list_float(model, reasons), *told]
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
-    done = {name for name, _ in asked}
     return integers.IntegerGraph(
-        quantized=tuple(n for n in weighted if n in done),
-        kept=tuple(n for n in weighted if n not in done),
+        quantized=tuple(n for n in weighted if n in left),
+        kept=tuple(n for n in weighted if n not in left),
         prepared=prepared,
         notes=tuple(notes),
         samples=found.samples,
@@ -271,16 +290,24 @@ def quantize(
         corrected=tuple(corrected),
         comparison=compared,
         nodes=integers.kinds_of(chosen),
+        reasons=reasons,
     )
 
 
 def _write(
-    ready: Path, made: Path, options: StaticOptions, chosen: Sequence[ir.Node], wide: Collection[str], ranges: Path
-) -> list[str]:
-    """Lets onnxruntime place the integer nodes; what it had to say."""
+    ready: Path,
+    made: Path,
+    options: StaticOptions,
+    chosen: Sequence[ir.Node],
+    wide: Collection[str],
+    ranges: Path,
+    spans: Mapping[str, np.ndarray],
+) -> tuple[list[str], dict[str, str]]:
+    """Lets onnxruntime place the integer nodes; what it had to say, and why nodes stay float."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     from quantcli.graphs.activations import nodes as integers
+    from quantcli.graphs.activations.bodies import quantize_bodies
     from quantcli.graphs.activations.weight_extremes import with_stand_ins
     from quantcli.graphs.rewrite import qnn
 
@@ -296,23 +323,34 @@ def _write(
     if options.weight_grid != "auto":
         extra["WeightSymmetric"] = options.weight_grid == "sym"
 
-    def run(source: Path, target: Path) -> None:
+    def place(source: Path, target: Path, encoding: str, some: Collection[str]) -> None:
         quantize_static(
             source,
             target,
             None,
-            quant_format=QuantFormat.QDQ if options.encoding == "qdq" else QuantFormat.QOperator,
-            op_types_to_quantize=sorted({n.op_type for n in chosen}),
+            quant_format=QuantFormat.QDQ if encoding == "qdq" else QuantFormat.QOperator,
+            op_types_to_quantize=sorted({n.op_type for n in chosen if n.name in some}),
             per_channel=options.per_channel,
             reduce_range=options.reduce_range,
             activation_type=activations,
             weight_type=weights,
-            nodes_to_quantize=names,
+            nodes_to_quantize=sorted(some),
             use_external_data_format=True,
             calibrate_method=CalibrationMethod[method],
             extra_options=extra,
             calibration_cache_path=ranges,
         )
+
+    def run(source: Path, target: Path, some: Collection[str]) -> None:
+        apart = {str(n.name) for n in chosen if n.op_type in _QDQ_ONLY and n.name in some}
+        if options.encoding == "qdq" or not apart:
+            place(source, target, options.encoding, some)
+        elif apart == set(some):
+            place(source, target, "qdq", some)
+        else:
+            between = target.with_name(f"between-{target.name}")
+            place(source, between, options.encoding, set(some) - apart)
+            place(between, target, "qdq", apart)
 
     with integers.captured_warnings() as notes:
         if options.preprocess == "qnn":
@@ -326,8 +364,17 @@ def _write(
                 "keep_removable_activations": options.keep_removable_activations,
             }
             extra = qnn.qnn_extra_options(ready, names, wide, arguments)
-        with_stand_ins(ready, made, names, run)
-    return notes
+
+        def stand_in(source: Path, target: Path, some: Collection[str]) -> None:
+            alike = options.encoding == "qdq"
+            with_stand_ins(source, target, some, lambda a, b: run(a, b, some), spans, batches_alike=alike)
+
+        def part(source: Path, target: Path, some: Collection[str]) -> None:
+            failing.update(integers.quantize_what_goes(stand_in, source, target, some))
+
+        failing: dict[str, str] = {}
+        quantize_bodies(ready, made, names, part, () if options.encoding == "qdq" else _LOST_FLOATS)
+    return notes, failing
 
 
 ALGORITHM = Algorithm(

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from quantcli.errors import InputError, UsageError, nearest
+from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.checking.compare import Comparison
 from quantcli.graphs.checking.side_by_side import GraphRunError
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
@@ -20,18 +20,21 @@ from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
 
 __all__ = [
+    "NOT_QUANTIZED",
     "IntegerGraph",
     "captured_warnings",
     "default_types",
     "finish",
     "float_nodes",
     "full_int8",
+    "quantize_what_goes",
     "kinds_of",
     "require_float32",
     "select_nodes",
-    "split_gemms",
 ]
 
+NOT_QUANTIZED = "onnxruntime did not quantize it"
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FULL_INT8 = (
     "int8 weights of full range overflow on x86 processors without VNNI: measure there, or use reduce_range or uint8"
 )
@@ -59,6 +62,8 @@ class IntegerGraph:
     """Errors by node, where they were asked for."""
     nodes: Mapping[str, str] = field(default_factory=dict)
     """All nodes that onnxruntime's quantizer was given, with weights or without, and the kind of each."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why nodes that were asked for stay float; `notes` say it too."""
 
 
 _PRODUCTS = ("MatMul", "Gemm", "Gather", "Conv")
@@ -70,7 +75,7 @@ def default_types(model: ir.Model, able: Collection[str]) -> tuple[str, ...]:
     A few channels of the sums between a transformer's layers are a hundred times as large as the others; one scale for
     all of them leaves nothing of those (https://arxiv.org/abs/2109.12948).
     """
-    transformer = any(n.op_type in NORMS for n in model.graph)
+    transformer = any(n.op_type in NORMS for n in model.graph.all_nodes())
     return tuple(t for t in able if t in _PRODUCTS or not transformer)
 
 
@@ -98,10 +103,11 @@ def select_nodes(
     for op_type in types:
         if op_type not in able:
             raise UsageError(f"{op_type} nodes cannot be quantized, {nearest(op_type, able)}")
-    chosen = [n for n in model.graph if n.domain in ("", "com.microsoft") and n.op_type in types]
+    nodes = list(model.graph.all_nodes())
+    chosen = [n for n in nodes if n.domain in ("", "com.microsoft") and n.op_type in types and _reads_floats(n)]
     names = [str(n.name) for n in chosen]
     wanted = _matching(include, names) if include else set(names)
-    wanted -= _matching(exclude, [str(n.name) for n in model.graph])
+    wanted -= _matching(exclude, [str(n.name) for n in nodes])
     if not wanted:
         raise UsageError("no node is left to quantize", hint="`quantcli inspect FILE.onnx --nodes` lists them")
     found = [n for n in chosen if n.name in wanted]
@@ -122,6 +128,11 @@ def _kind(node: ir.Node) -> str:
     if node.attributes.get_int("group", 1) > 1:
         return "Conv in groups"
     return "Conv 1x1" if all(size == 1 for size in list(weight.shape)[2:]) else "Conv"
+
+
+def _reads_floats(node: ir.Node) -> bool:
+    """Whether a node works on floats: Gather, Slice and the like work on the sizes of tensors too."""
+    return any(v is not None and (v.dtype is None or v.dtype in _FLOATS) for v in node.inputs)
 
 
 def require_float32(nodes: Sequence[ir.Node]) -> None:
@@ -178,59 +189,6 @@ def _few(pattern: str, names: Sequence[str]) -> str:
     )
 
 
-def split_gemms(model: ir.Model, names: Collection[str]) -> int:
-    """Makes MatMul, of the same name, and Add of Gemm nodes with constant weights, in place; the function stays.
-
-    onnxruntime does this itself, transposing a weight in place even where two nodes share it.
-    """
-    turned: dict[tuple[str, bool, float], ir.Value] = {}
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "Gemm" or node.name not in names or not has_weight(node):
-            continue
-        alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if node.attributes.get_int("transA", 0) or (bias is not None and beta != 1.0):
-            continue
-        weight = node.inputs[1]
-        assert weight is not None and weight.const_value is not None
-        turn = bool(node.attributes.get_int("transB", 0))
-        if turn or alpha != 1.0:
-            key = (str(weight.name), turn, alpha)
-            if key not in turned:
-                array = weight.const_value.numpy()
-                array = (array.T if turn else array) * array.dtype.type(alpha)
-                turned[key] = _new_weight(model.graph, f"{node.name}.weight", array)
-            weight = turned[key]
-        output = node.outputs[0]
-        product = ir.node("MatMul", [node.inputs[0], weight], name=node.name)
-        made = [product]
-        if bias is not None:
-            made.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}_bias"))
-            product.outputs[0].name = f"{output.name}.product"
-        last = made[-1].outputs[0]
-        for value in (product.outputs[0], last):
-            value.type, value.shape = output.type, output.shape
-        model.graph.insert_before(node, made)
-        output.replace_all_uses_with(last, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-        last.name = output.name
-        count += 1
-    passes.RemoveUnusedNodesPass()(model)
-    return count
-
-
-def _new_weight(graph: ir.Graph, stem: str, array: np.ndarray) -> ir.Value:
-    array = np.ascontiguousarray(array)
-    name, count = stem, 0
-    while name in graph.initializers:
-        name, count = f"{stem}.{count}", count + 1
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
-
-
 def float_nodes(path: Path, asked: Collection[tuple[str, str]]) -> list[str]:
     """Of (name, operator) those that still multiply floats in a quantized graph file.
 
@@ -238,7 +196,7 @@ def float_nodes(path: Path, asked: Collection[tuple[str, str]]) -> list[str]:
     """
     return [
         str(node.name)
-        for node in ir.load(path).graph
+        for node in ir.load(path).graph.all_nodes()
         if (str(node.name), node.op_type) in asked and not all(_from_integers(v) for v in node.inputs[:2])
     ]
 
@@ -280,6 +238,43 @@ def full_int8(target: Path, reduced: bool) -> list[str]:
     """
     kernels = [v for v in ir.load(target).graph.initializers.values() if v.dtype is ir.DataType.INT8]
     return [_FULL_INT8] if not reduced and any(v.shape is not None and len(v.shape) > 1 for v in kernels) else []
+
+
+def quantize_what_goes(
+    run: Callable[[Path, Path, Collection[str]], None], source: Path, made: Path, names: Collection[str]
+) -> dict[str, str]:
+    """Quantizes a graph file but for nodes at which onnxruntime's quantizer fails; why those stay float, by name.
+
+    Raises:
+        InputError: it fails although it does at no single node.
+    """
+    failing: dict[str, str] = {}
+    try:
+        run(source, made, names)
+        return failing
+    except (InputError, UsageError):
+        raise
+    except Exception as error:  # onnxruntime's quantizers raise what Python does
+        reason = first_line(error)
+    waiting = [sorted(names)] if len(names) == 1 else _halves(sorted(names))
+    while waiting:
+        some = waiting.pop()
+        try:
+            run(source, made, some)
+        except Exception as error:
+            if len(some) > 1:
+                waiting += _halves(some)
+            else:
+                failing[some[0]] = f"onnxruntime's quantizer fails: {first_line(error)}"
+    left = [name for name in names if name not in failing]
+    if not failing or not left:
+        raise InputError(f"onnxruntime's quantizer fails at {', '.join(sorted(names)[:3])}: {reason}",
+                         hint="exclude nodes with nodes_exclude")  # fmt: skip
+    return failing | quantize_what_goes(run, source, made, left)
+
+
+def _halves(names: list[str]) -> list[list[str]]:
+    return [names[: len(names) // 2], names[len(names) // 2 :]]
 
 
 @contextmanager

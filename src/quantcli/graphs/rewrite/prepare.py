@@ -18,6 +18,7 @@ from onnx_ir.passes import common as passes
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.opset import Conversion, convert_opset, prove_conversion, raise_ir_version
+from quantcli.graphs.rewrite.gemms import normalize_gemms
 
 __all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
 
@@ -61,11 +62,12 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
         raise InputError(
             f"{source} has opset {before}, {_OLDEST_OPSET} and later can be quantized", hint="export it once more"
         )
-    constants = sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
+    passes.InlinePass()(model)
+    constants = _count_constants(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lifted = constants - sum(n.op_type == "Constant" and n.domain == "" for n in model.graph)
+    lifted = constants - _count_constants(model)
     passes.RemoveInitializersFromInputsPass()(model)
-    passes.IdentityEliminationPass()(model)
+    drop_identities(model)
     passes.DeduplicateInitializersPass()(model)
     conversion = None
     if before < opset:
@@ -74,8 +76,11 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
         # axes and shapes that were attributes before
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     raise_ir_version(model)
+    name_nodes(model)
+    normalize_gemms(model)
     folded, left = fold_batch_norms(model)
     name_nodes(model)
+    name_values(model)
     passes.RemoveUnusedNodesPass()(model)
     model.metadata_props[_MARK[0]] = _MARK[1]
     save_graph(model, target)
@@ -97,13 +102,52 @@ def infer_types(path: Path) -> list[str]:
     inferred.graph.value_info.extend(kept)
     onnx.save(inferred, str(path))
     model = ir.load(path)
-    return [v.name or "" for n in model.graph for v in n.outputs if v.name and v.dtype is None]
+    return [v.name for n in model.graph.all_nodes() for v in n.outputs if v.name and v.dtype is None]
+
+
+def _count_constants(model: ir.Model) -> int:
+    return sum(n.op_type == "Constant" and n.domain == "" for n in model.graph.all_nodes())
+
+
+def drop_identities(model: ir.Model) -> None:
+    """Removes Identity nodes, in place, but those that make an input, a constant or an outer value an output."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        if y.is_graph_output():
+            if x.producer() is None or x.graph is not node.graph or x.is_graph_output():
+                continue
+            y.replace_all_uses_with(x, replace_graph_outputs=True)
+            name, x.name = y.name, None
+            x.name = name
+        else:
+            y.replace_all_uses_with(x)
+        x.type, x.shape = x.type or y.type, x.shape or y.shape
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.remove(node, safe=True)
+
+
+def name_values(model: ir.Model) -> None:
+    """Gives values of bodies names that no other graph of the model has."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    taken: set[str] = set()
+    for graph in graphs:
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+            stem, count = value.name, 0
+            if not stem or (value.is_initializer() and value.is_graph_input() and stem in taken):
+                continue
+            while value.name in taken:
+                count += 1
+                value.name = f"{stem}.{count}"
+            taken.add(str(value.name))
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Gives every node a name of its own: quantizers choose nodes by name."""
-    taken = Counter(n.name for n in model.graph if n.name)
-    for index, node in enumerate(model.graph):
+    """Gives every node a name of its own, in bodies too: quantizers choose nodes by name."""
+    nodes = [*model.graph, *(n for graph in model.graph.subgraphs() for n in graph)]
+    taken = Counter(n.name for n in nodes if n.name)
+    for index, node in enumerate(nodes):
         if node.name and taken[node.name] == 1:
             continue
         base = node.name or node.op_type
@@ -126,14 +170,15 @@ def fold_batch_norms(model: ir.Model) -> tuple[int, list[str]]:
         How many were folded, and those that stay with the reason.
     """
     folded, left = 0, []
-    for norm in list(model.graph):
+    for norm in list(model.graph.all_nodes()):
         if norm.op_type != "BatchNormalization" or norm.domain:
             continue
         reason = _why_not(norm)
         if reason:
             left.append(f"{norm.name or norm.outputs[0].name}: {reason}")
             continue
-        _fold(model.graph, norm)
+        assert isinstance(norm.graph, ir.Graph)
+        _fold(norm.graph, norm)
         folded += 1
     return folded, left
 
@@ -150,7 +195,7 @@ def _why_not(norm: ir.Node) -> str | None:
     before = x.producer() if x is not None else None
     if before is None or before.domain or before.op_type not in ("Conv", "ConvTranspose", "Gemm"):
         return f"follows {'an input' if before is None else before.op_type}, not Conv, ConvTranspose or Gemm"
-    if x is None or len(x.uses()) != 1 or x.is_graph_output():
+    if x is None or len(x.uses()) != 1 or x.is_graph_output() or before.graph is not norm.graph:
         return f"other nodes use the output of {before.name or before.op_type} too"
     if norm.attributes.get_int("training_mode", 0) or sum(bool(o.uses()) for o in norm.outputs) > 1:
         return "it is in training mode"
@@ -160,8 +205,6 @@ def _why_not(norm: ir.Node) -> str | None:
         return f"the weights of {before.name or before.op_type} are not constant"
     if before.op_type == "ConvTranspose" and before.attributes.get_int("group", 1) != 1:
         return "ConvTranspose in groups"
-    if before.op_type == "Gemm" and before.attributes.get_float("beta", 1.0) != 1.0:
-        return "Gemm with beta"
     return None
 
 

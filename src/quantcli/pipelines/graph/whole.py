@@ -151,7 +151,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         result = IntegerResult(
             output=options.output,
             layers=[],
-            kept={name: "not asked for" for name in made.kept if name not in held.returned}
+            kept={n: made.reasons.get(n, "not asked for") for n in made.kept if n not in held.returned}
             | dict.fromkeys(slow, "faster in float here")
             | held.returned,
             size_bytes=0,
