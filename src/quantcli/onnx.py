@@ -30,11 +30,11 @@ from quantcli.graphs.model.opset import convert_opset, prove_conversion
 from quantcli.graphs.walk.matrices import Selection, find_targets, prepare
 from quantcli.graphs.weights.replace import needed_opset, replace_matrices
 from quantcli.options import GraphOptions, Override, QuantizeOptions
-from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.graph.plan import lacks_codebook_blocks, scheme_target, weight_encoding
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.planning.steps import check_ranges
 from quantcli.progress import Progress, Silent
+from quantcli.report.layer import LayerReport
 
 __all__ = [
     "AWQWeightOnlyQuantConfig",

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from quantcli.evaluate.speed import measure_speed, peak_memory
+from quantcli.evaluate.memory import peak_memory
+from quantcli.evaluate.speed import measure_speed
 
 
 class Clockwork:

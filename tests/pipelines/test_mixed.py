@@ -14,7 +14,7 @@ from quantcli.data.calibration import calibration_rows
 from quantcli.errors import InterruptedRunError, UsageError
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import quantize
+from quantcli.pipelines import quantize, quantize_checkpoint
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.mixed_bits import choose as mixed
 from quantcli.pipelines.mixed_bits.sensitivity import REFERENCE_BITS, measure
@@ -274,7 +274,7 @@ def test_an_interrupted_run_keeps_its_choice(stop, uneven, text, tmp_path, monke
 
     with monkeypatch.context() as patch:
         if stop == "chosen":
-            patch.setattr(quantize, "begin_streams", interrupted_early)
+            patch.setattr(quantize_checkpoint, "begin_streams", interrupted_early)
         else:
             patch.setattr(Journal, "remember", interrupted)
         with pytest.raises(InterruptedRunError):

@@ -17,7 +17,7 @@ from quantcli.formats import gptq
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.linear import PackedLinear
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
-from quantcli.pipelines import quantize
+from quantcli.pipelines import quantize, quantize_checkpoint
 from quantcli.pipelines.blockwise import solve as solve_module
 from quantcli.pipelines.blockwise import stages
 from quantcli.pipelines.blockwise.journal import Journal
@@ -246,7 +246,7 @@ def test_forwards_run_again_give_the_same_codes(models, text, tmp_path, monkeypa
     def sparing(given):
         return dataclasses.replace(made(given), keep_paused=False)
 
-    monkeypatch.setattr(quantize, "make_plan", sparing)
+    monkeypatch.setattr(quantize_checkpoint, "make_plan", sparing)
     quantize.run(options(models("llama"), tmp_path / "b", text))
     assert digests(tmp_path / "a/model") == digests(tmp_path / "b/model")
 

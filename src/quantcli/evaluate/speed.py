@@ -1,24 +1,18 @@
-"""How fast a model reads and writes, and how much memory that takes."""
+"""How fast a model reads and writes."""
 
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
-import torch
 from torch import Tensor
 
 from quantcli.evaluate.language_model import LanguageModel
 
-__all__ = ["PeakMemory", "Speed", "measure_speed", "peak_memory"]
+__all__ = ["Speed", "measure_speed"]
 
 _PROMPT_TOKENS = 32
 _NEW_TOKENS = 32
 _REPEATS = 3
-_SAMPLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -55,46 +49,3 @@ def measure_speed(model: LanguageModel, tokens: Tensor) -> Speed:
             model.step()
         writing.append((room - 1) / (time.perf_counter() - begin))
     return Speed(statistics.median(reading), statistics.median(writing))
-
-
-class PeakMemory:
-    """The most memory that the process has taken since the watch began; may be read while it goes on."""
-
-    def __init__(self) -> None:
-        """Starts from what the process holds now."""
-        self._process = psutil.Process()
-        self._start = self._highest = self._process.memory_info().rss
-        self._on_cuda = torch.cuda.is_available()
-        self._cuda_start = torch.cuda.memory_allocated() if self._on_cuda else 0
-        if self._on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-    def look(self) -> None:
-        """Takes a reading."""
-        self._highest = max(self._highest, self._process.memory_info().rss)
-
-    @property
-    def above_start_bytes(self) -> int:
-        """Highest resident memory less that at the start; on CUDA plus what torch allocated there."""
-        self.look()
-        on_gpu = torch.cuda.max_memory_allocated() - self._cuda_start if self._on_cuda else 0
-        return int(self._highest - self._start + on_gpu)
-
-
-@contextmanager
-def peak_memory() -> Iterator[PeakMemory]:
-    """Watches the process's memory from a thread while the body runs."""
-    result, stop = PeakMemory(), threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(_SAMPLE_SECONDS):
-            result.look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield result
-    finally:
-        stop.set()
-        thread.join()
-        result.look()

@@ -11,8 +11,9 @@ from quantcli.errors import InputError, UsageError
 from quantcli.evaluate.divergence import Scores, score_window
 from quantcli.evaluate.kept_logits import KeptLogits, Scorer
 from quantcli.evaluate.language_model import LanguageModel, open_language_model
+from quantcli.evaluate.memory import peak_memory
 from quantcli.evaluate.result import EvaluationResult
-from quantcli.evaluate.speed import measure_speed, peak_memory
+from quantcli.evaluate.speed import measure_speed
 from quantcli.evaluate.text import open_tokenizer, read_windows, require_same_tokens
 from quantcli.folder import fingerprint, read_manifest
 from quantcli.models.checkpoint import read_config

@@ -10,7 +10,7 @@ from quantcli.data.calibration import load_tokenizer
 from quantcli.data.examples import ExampleSets, local_files, read_examples
 from quantcli.data.labels import find_labels, read_questions
 from quantcli.errors import UsageError
-from quantcli.evaluate.speed import peak_memory
+from quantcli.evaluate.memory import peak_memory
 from quantcli.finetune.loftq import begin_with_residuals
 from quantcli.finetune.lora import add_lora, save_lora
 from quantcli.finetune.score import Score, measure, refuse_leaking_packs, tell_labels

@@ -1,77 +1,20 @@
-"""`quantcli quantize`: read a block, quantize it, write its shard, forget it; then the next."""
+"""`quantcli quantize`: a checkpoint or a graph; what only checkpoints need, torch first of all, stays out else."""
 
-import re
-import time
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from quantcli.errors import InputError
-from quantcli.evaluate.speed import peak_memory
-from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
-from quantcli.models.checkpoint import copy_companions
-from quantcli.models.machine import Heap, settled_heap
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines import quantize_graph
-from quantcli.pipelines.blockwise.blocks import CalibratedBlocks
-from quantcli.pipelines.blockwise.config import result_config
-from quantcli.pipelines.blockwise.journal import Journal
-from quantcli.pipelines.blockwise.scaling import ScaleReport, Scaling
-from quantcli.pipelines.blockwise.shards import ShardWriter
-from quantcli.pipelines.blockwise.solve import LayerReport
-from quantcli.pipelines.blockwise.stages import StageSolver
-from quantcli.pipelines.blockwise.streams import Streams, begin_streams
-from quantcli.pipelines.blockwise.tokens import saved_tokens
-from quantcli.pipelines.graph.output import GraphResult
-from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.pipelines.graph.source import is_graph
-from quantcli.pipelines.mixed_bits.choose import mix_bits
-from quantcli.pipelines.planning.decide import make_plan
-from quantcli.pipelines.planning.plan import Plan, Target
-from quantcli.pipelines.rotation.learn import learn_rotations
-from quantcli.pipelines.rotation.train import RotationReport
-from quantcli.progress import Progress, Silent
-from quantcli.tensors.quantized import QuantizedTensor
+from quantcli.progress import Progress
 
-__all__ = ["QuantizeResult", "run"]
+if TYPE_CHECKING:
+    from quantcli.pipelines.graph.output import GraphResult
+    from quantcli.pipelines.graph.plan import GraphPlan
+    from quantcli.pipelines.planning.plan import Plan
+    from quantcli.pipelines.quantize_checkpoint import QuantizeResult
 
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a run wrote and what it cost."""
-
-    output: Path
-    layers: list[LayerReport]
-    seconds: float
-    """Time of this run and of the interrupted ones that it continued."""
-    peak_bytes: int
-    """Memory above what the process held when the run began."""
-    size_bytes: int
-    """Bytes of the written weights."""
-    parent_size_bytes: int
-    bits_per_weight: float
-    """Stored bits per quantized weight, scales and zeros included."""
-    plan: dict[str, Any]
-    scales: list[ScaleReport] = field(default_factory=list)
-    """What became of each input that smoothquant looked at."""
-    training: RotationReport | None = None
-    """How rotations were trained, where they were."""
-    evaluation: Any = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        apart = ("layers", "evaluation", "output", "training", "scales")
-        values = {k: v for k, v in self.__dict__.items() if k not in apart}
-        return {
-            "output": str(self.output),
-            **values,
-            "layers": [asdict(layer) for layer in self.layers],
-            "scales": [asdict(scale) for scale in self.scales],
-            "training": asdict(self.training) if self.training is not None else None,
-            "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
-        }
+__all__ = ["run"]
 
 
 def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeResult | Plan | GraphResult | GraphPlan:
@@ -80,183 +23,10 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
     Raises:
         QuantcliError: see `errors`; nothing half-written stays behind.
     """
-    progress = progress or Silent()
     if is_graph(options.model):
+        from quantcli.pipelines import quantize_graph
+
         return quantize_graph.run(options, progress)
-    started = time.perf_counter()
-    plan = make_plan(options)
-    options = plan.options
-    if options.dry_run:
-        return plan
-    if not plan.layout.known:
-        progress.note(f"{plan.skeleton.config.model_type} is not in our table; its blocks were found by looking")
-    with (
-        create_output(
-            options.output, plan=plan.identity(), inputs=[plan.folder], force=options.force, resumable=True
-        ) as partial,
-        peak_memory() as watched,
-        settled_heap(),
-        torch.inference_mode(),
-    ):
-        progress.plan("Plan", plan.rows())
-        heap, journal, training = Heap(), Journal(partial), None
-        if journal.done:
-            progress.note(f"continuing after {journal.done} finished blocks")
-        if plan.trained is not None:
-            plan, training = learn_rotations(plan, partial.state, journal, progress)
-            heap.settle()
-        if plan.budget is not None:
-            plan = mix_bits(plan, partial.state, progress)
-            heap.settle()
-        work = _Run(plan, partial, journal, heap, progress)
-        work.blocks()
-        _check_scales(plan, work, progress)
-        work.outside()
-        companions = copy_companions(plan.folder, partial.model)
-        if not any(name.startswith("tokenizer") for name in companions):
-            progress.warn(f"{plan.folder} has no tokenizer; the output has none either")
-        write_json(partial.model / "config.json", result_config(plan))
-        work.shards.finish()
-        size = sum(p.stat().st_size for p in partial.model.glob("*.safetensors"))
-        if size >= plan.checkpoint.size_bytes and plan.codec.unpack is not None:
-            raise InputError(
-                f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
-                hint="use fewer bits or larger groups",
-            )
-        bits = _bits_per_weight(plan)
-        result = QuantizeResult(
-            output=options.output,
-            layers=journal.reports,
-            seconds=journal.seconds_before + time.perf_counter() - started,
-            peak_bytes=watched.above_start_bytes,
-            size_bytes=size,
-            parent_size_bytes=plan.checkpoint.size_bytes,
-            bits_per_weight=bits,
-            plan=plan.to_dict(),
-            scales=journal.scales,
-            training=training,
-        )
-        write_json(partial.root / "report.json", result.to_dict())
-        metrics = {
-            "seconds": round(result.seconds, 1),
-            "peak_bytes": result.peak_bytes,
-            "size_bytes": size,
-            "bits_per_weight": round(bits, 4),
-            "mean_relative_error": sum(r.relative_error for r in journal.reports) / max(len(journal.reports), 1),
-        }
-        parent = describe_parent(plan.folder, plan.model_digest)
-        chosen = {k: v for k, v in public_options(asdict(options)).items() if k != "graph"}
-        partial.commit(Manifest("checkpoint", "quantize", chosen, parent, metrics))
-    return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
+    from quantcli.pipelines import quantize_checkpoint
 
-
-def _evaluate(plan: Plan, progress: Progress) -> Any:
-    from quantcli.options import EvaluateOptions
-    from quantcli.pipelines import evaluate
-
-    options = plan.options
-    longest = getattr(plan.skeleton.config.get_text_config(), "max_position_embeddings", None)
-    return evaluate.run(
-        EvaluateOptions(
-            str(options.output),
-            options.model,
-            seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            simulation=options.simulation,
-        ),
-        progress,
-    )
-
-
-def _check_scales(plan: Plan, work: "_Run", progress: Progress) -> None:
-    """Tells of a transform that had nothing to scale; one that does nothing else is refused."""
-    step, scales = plan.scaling, work.journal.scales
-    if step is None:
-        return
-    if step.algorithm.sees != "channels":
-        if work.scales_nothing:
-            progress.warn(f"{step.algorithm.name} had no effect: nothing in front of these linears takes a division")
-        return
-    if not scales:
-        raise InputError(
-            f"{step.algorithm.name} can scale no input of {plan.folder}: nothing in front of a linear takes a division",
-            hint=f"leave {step.algorithm.name} out",
-        )
-    for pattern in step.settings.patterns:
-        if not any(re.search(pattern, name) for scale in scales for name in scale.linears):
-            progress.warn(f"no input of {pattern!r} can be scaled, its alpha had no effect")
-
-
-def _bits_per_weight(plan: Plan) -> float:
-    weights = [*plan.targets.values(), *([plan.embedding] if plan.embedding else [])]
-    if not weights:
-        return 8.0 * plan.dtype.itemsize
-    count = sum(t.rows * t.columns for t in weights)
-    return sum(t.rows * t.columns * t.scheme.bits_per_weight(t.columns) for t in weights) / count
-
-
-class _Run:
-    """The loops of one run: its blocks, then what stands outside them."""
-
-    def __init__(self, plan: Plan, partial: PartialFolder, journal: Journal, heap: Heap, progress: Progress):
-        self.plan = plan
-        self.partial = partial
-        self.journal = journal
-        self.heap = heap
-        self.progress = progress
-        self.scaling = Scaling(plan, journal.scales)
-        self.solver = StageSolver(plan, self.scaling, journal.reports, progress)
-        self.shards = ShardWriter(plan, partial.model)
-        self.streams = Streams()
-        self.scales_nothing = False
-
-    def blocks(self) -> None:
-        """Quantizes and writes every block that an earlier run has not finished."""
-        plan, journal, count = self.plan, self.journal, len(self.plan.layout.blocks)
-        head_follows = plan.layout.head in plan.targets
-        if plan.calibrates and (journal.done < count or head_follows):
-            saved = saved_tokens(plan, self.partial.state, self.progress)
-            self.streams = begin_streams(plan, saved, self.partial.state, journal.done)
-        self.heap.settle()  # tokenizer and embedding
-        calibrated = CalibratedBlocks(plan, self.streams, self.solver, self.heap) if plan.calibrates else None
-        what = "quantizing" if plan.targets else "scaling" if plan.scaled else "writing"
-        with self.progress.track(what, count, start=journal.done) as task:
-            for number in range(journal.done, count):
-                begun = len(journal.reports)
-                if calibrated is not None:
-                    results = calibrated.quantize(number)
-                else:
-                    results = self.solver.solve_without_data(plan.block_targets(number))
-                self.shards.write(number, results, self.scaling.edited)
-                journal.remember(number + 1, self.streams)
-                del results
-                self.heap.settle()
-                errors = [r.relative_error for r in journal.reports[begun:]]
-                task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
-        self.scales_nothing = calibrated is not None and calibrated.scales_nothing
-        del calibrated
-        self.streams.finish_blocks(keep_hidden=head_follows)
-        self.heap.settle()
-
-    def outside(self) -> None:
-        """Writes embedding, norms and head, quantized where asked."""
-        plan = self.plan
-        results: dict[str, QuantizedTensor] = {}
-        head = plan.targets.get(plan.layout.head or "")
-        if head is not None:
-            results |= self._solve_head(head)
-        if plan.embedding is not None:
-            results |= self.solver.solve_embedding(plan.embedding)
-        self.shards.write(len(plan.layout.blocks), results, self.scaling.edited)
-
-    def _solve_head(self, head: Target) -> dict[str, QuantizedTensor]:
-        plan = self.plan
-        moments = self.streams.head_moments(head.columns, plan.device) if plan.calibrates else None
-        if moments is None:
-            if plan.calibrates:
-                self.progress.warn(
-                    "the norm before the head is not known; the head is quantized by kquant, without data"
-                )
-            return self.solver.solve_without_data([head])
-        return self.solver.solve([head], moments)[0]
+    return quantize_checkpoint.run(options, progress)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from quantcli.evaluate.speed import peak_memory
+from quantcli.evaluate.memory import peak_memory
 from quantcli.graphs.checking.read_back import verify_weights
 from quantcli.graphs.model.files import Model, open_graph, save_graph
 from quantcli.graphs.model.opset import prove_conversion
@@ -27,7 +27,7 @@ from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, pla
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
 from quantcli.pipelines.graph.stages import Room
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
-from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
+from quantcli.pipelines.planning.target import HELD_OUT_SHARE
 from quantcli.progress import Progress, Silent
 from quantcli.tensors.quantized import QuantizedTensor
 

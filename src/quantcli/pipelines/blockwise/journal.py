@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 
 from quantcli.folder import PartialFolder, read_state, write_json
 from quantcli.pipelines.blockwise.scaling import ScaleReport
-from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.blockwise.streams import Streams
+from quantcli.report.layer import LayerReport
 
 __all__ = ["Journal"]
 

@@ -10,7 +10,8 @@ from quantcli.algorithms.transforms.smoothquant import Factors
 from quantcli.models.folds import Fold, divide_rows, folded_norm
 from quantcli.models.layout import is_transposed
 from quantcli.models.skeleton import disk_name
-from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.target import Target
 from quantcli.tensors import grids
 from quantcli.tensors.channels import Channels
 from quantcli.tensors.hessian import Statistics

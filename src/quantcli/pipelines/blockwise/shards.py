@@ -13,7 +13,8 @@ from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
 from quantcli.models.checkpoint import CheckpointWriter
 from quantcli.models.skeleton import disk_name
-from quantcli.pipelines.planning.plan import DTYPES, Plan, Target
+from quantcli.pipelines.planning.plan import DTYPES, Plan
+from quantcli.pipelines.planning.target import Target
 from quantcli.tensors.finite import all_finite, require_finite
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor
 

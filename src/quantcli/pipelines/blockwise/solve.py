@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,41 +12,17 @@ from torch import Tensor
 from quantcli.algorithms import Algorithm
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.pipelines.planning.plan import Target
+from quantcli.pipelines.planning.target import Target
+from quantcli.report.layer import LayerReport
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import LARGEST_SCALE, minmax_grid, round_to_grid
 from quantcli.tensors.finite import require_finite
 from quantcli.tensors.hessian import Statistics, output_error
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["LayerReport", "read_weight", "solve_linears"]
+__all__ = ["read_weight", "solve_linears"]
 
 _RTN_ROWS = 128
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear."""
-
-    name: str
-    kind: str
-    """Last part of the name."""
-    algorithm: str
-    bits: int
-    group_size: int
-    symmetric: bool
-    parameters: int
-    size_bytes: int
-    """Packed, scales and zeros included."""
-    relative_error: float
-    """Squared error of the output over the output's square under the calibration inputs; of the weight without data."""
-    rtn_relative_error: float
-    """The same for round-to-nearest, on a sample of rows."""
-    tokens: int
-    """Calibration tokens that reached it."""
-    seconds: float
-    scaled: bool = False
-    """Whether a transform scaled its inputs."""
 
 
 def read_weight(checkpoint: Checkpoint, target: Target, disk: str) -> Tensor:

@@ -7,9 +7,11 @@ from torch import Tensor
 from quantcli.algorithms import find
 from quantcli.models.gathering import StageMoments
 from quantcli.pipelines.blockwise.scaling import Place, Scaling, Seen
-from quantcli.pipelines.blockwise.solve import LayerReport, read_weight, solve_linears
-from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.blockwise.solve import read_weight, solve_linears
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.target import Target
 from quantcli.progress import Progress
+from quantcli.report.layer import LayerReport
 from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.quantized import QuantizedTensor
 

@@ -13,7 +13,8 @@ from quantcli.models.checkpoint import write_tensors
 from quantcli.models.gathering import StageMoments
 from quantcli.models.walk import embed_tokens
 from quantcli.pipelines.blockwise.loading import outside_loaded
-from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Plan
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.target import HELD_OUT_SHARE
 from quantcli.tensors.hessian import Moments
 
 __all__ = ["Streams", "begin_streams"]

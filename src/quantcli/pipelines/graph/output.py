@@ -19,9 +19,9 @@ from quantcli.folder import (
 from quantcli.graphs.checking.side_by_side import SideBySide
 from quantcli.graphs.model.files import refuse_unusable
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.blockwise.solve import LayerReport
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
+from quantcli.report.layer import LayerReport
 
 __all__ = ["GraphResult", "commit_graph", "open_graph_output"]
 

@@ -15,8 +15,8 @@ from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, Q
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.pipelines.graph.stages import Room, Stages, plan_stages
-from quantcli.pipelines.planning.plan import Target
 from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
+from quantcli.pipelines.planning.target import Target
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import group_index
 

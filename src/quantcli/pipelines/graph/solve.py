@@ -16,12 +16,13 @@ from quantcli.graphs.model.files import LazyTensor, Model
 from quantcli.graphs.walk.folds import find_graph_folds
 from quantcli.graphs.walk.matrices import GraphTarget, other_matrix, read_matrix
 from quantcli.models.machine import Heap
-from quantcli.pipelines.blockwise.solve import LayerReport, solve_linears
+from quantcli.pipelines.blockwise.solve import solve_linears
 from quantcli.pipelines.graph.feeds import Feeds
 from quantcli.pipelines.graph.scaling import GraphScaling
 from quantcli.pipelines.graph.stages import Room, plan_stages
-from quantcli.pipelines.planning.plan import Target
+from quantcli.pipelines.planning.target import Target
 from quantcli.progress import Progress
+from quantcli.report.layer import LayerReport
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["GraphWork", "solve_graph"]

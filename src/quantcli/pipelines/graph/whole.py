@@ -14,7 +14,7 @@ from typing import Any
 from quantcli.algorithms import Step
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import UsageError
-from quantcli.evaluate.speed import peak_memory
+from quantcli.evaluate.memory import peak_memory
 from quantcli.options import CalibrationOptions
 from quantcli.pipelines.graph.attempts import Attempts, Files, again
 from quantcli.pipelines.graph.beside import hold_outputs

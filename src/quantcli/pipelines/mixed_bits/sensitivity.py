@@ -26,7 +26,8 @@ from quantcli.models.layout import is_transposed
 from quantcli.models.tail import tail_logits
 from quantcli.models.walk import embed_tokens
 from quantcli.pipelines.blockwise.loading import load_block, outside_loaded
-from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.target import Target
 from quantcli.progress import Progress
 from quantcli.tensors.affine import round_to_grid, searched_grid
 

@@ -9,7 +9,8 @@ from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Held
 from quantcli.options import MIXED_BITS
 from quantcli.pipelines.mixed_bits.budget import TOLERANCE, Budget
-from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.planning.targets import held_as, is_expert
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid

@@ -14,8 +14,9 @@ from quantcli.models.machine import free_bytes, matmul_flops
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions
 from quantcli.pipelines.mixed_bits.widths import make_budget
-from quantcli.pipelines.planning.plan import HELD_OUT_SHARE, Plan
+from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import with_bits, written_bytes
+from quantcli.pipelines.planning.target import HELD_OUT_SHARE
 from quantcli.pipelines.rotation.train import training_cost
 
 __all__ = ["with_budget", "with_memory", "with_source", "with_training"]

@@ -16,42 +16,17 @@ from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.rotation.train import TrainingCost
 from quantcli.scheme import PER_CHANNEL, Scheme
 
-__all__ = ["DTYPES", "HELD_OUT_SHARE", "MEASURED_TOKENS", "Plan", "Target", "is_trained"]
+__all__ = ["DTYPES", "MEASURED_TOKENS", "Plan", "is_trained"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-HELD_OUT_SHARE = 8
-"""One row in so many is held out where candidates compete."""
 MEASURED_TOKENS = 1024
 """On so many the sensitivity of the linears is measured where bits are mixed."""
 _PIECE = 128
 """Tokens that the model writes in one go where its text only judges."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One matrix that will be quantized."""
-
-    name: str
-    """Module path."""
-    disk: str
-    """Name of its weight in the files."""
-    rows: int
-    columns: int
-    transposed: bool
-    """Whether the file holds [K, N] (GPT-2's Conv1D)."""
-    scheme: Scheme
-    stored_bytes: int
-    """What it takes on disk."""
-    clip_ratio: float | None = None
-    """Of rtn, where an override says it."""
-
-    @property
-    def stem(self) -> str:
-        """The disk name without `.weight`."""
-        return self.disk.removesuffix(".weight")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from quantcli.models.layout import is_transposed, weight_shape
 from quantcli.models.skeleton import disk_name
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.planning.opening import FloatModel
-from quantcli.pipelines.planning.plan import DTYPES, Target
+from quantcli.pipelines.planning.plan import DTYPES
+from quantcli.pipelines.planning.target import Target
 from quantcli.scheme import PER_CHANNEL, Scheme
 
 __all__ = [
