@@ -10,8 +10,9 @@ import tiny
 from onnx_graphs import N, graph_model
 from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
+from quantcli.graphs.calibration.moment_stages import levels_of
 from quantcli.graphs.calibration.partition_runs import Stream
-from quantcli.graphs.calibration.second_moments import collect_moments, combine, levels_of
+from quantcli.graphs.calibration.second_moments import collect_moments, combine
 from quantcli.graphs.calibration.token_inputs import TokenFeeds
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.walk.matrices import Selection, find_targets, other_matrix, prepare, read_matrix
@@ -75,7 +76,7 @@ def from_the_beginning(work, feeds):
         current = work.model.clone()
         for target in work.found:
             if target.name in solved:
-                tensor = other_matrix(graph, target, solved[target.name].dequantize)
+                tensor = other_matrix(graph, target, solved[target.name].dequantize().numpy)
                 current.graph.initializers[target.name].const_value = tensor
         widths = {n: t.columns for t in work.found for n in t.inputs if n in names}
         runs = [Stream(model, work.folder, feeds, [names]) for model in (current, work.model)]
@@ -83,7 +84,7 @@ def from_the_beginning(work, feeds):
         settings = work.step.settings
         for name in names:
             members = [t for t in work.found if t.inputs == (name,)]
-            stacked = torch.cat([read_matrix(graph, t) for t in members])
+            stacked = torch.cat([torch.from_numpy(read_matrix(graph, t)) for t in members])
             scheme = work.targets[members[0].name].scheme
             together = work.step.algorithm.run(stacked, scheme, settings, combine([seen[name]]))
             first = 0
@@ -165,7 +166,7 @@ def test_kernels_are_quantized_before_anything_is_seen(tmp_path):
         results, _ = solve_graph(work, ReaderFeeds(feeds), Silent(), spill=tmp_path)
         made = model.clone()
         for target in found:
-            tensor = other_matrix(model.graph, target, results[target.name].dequantize)
+            tensor = other_matrix(model.graph, target, results[target.name].dequantize().numpy)
             made.graph.initializers[target.name].const_value = tensor
         outputs = [next(Stream(m, tmp_path, feeds[:1], [["y"]]).run(0))["y"] for m in (made, model)]
         errors.append(np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1]))

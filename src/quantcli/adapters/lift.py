@@ -13,7 +13,7 @@ import onnx_ir as ir
 from quantcli.adapters.slots import Slot, optional_input
 from quantcli.errors import InputError
 from quantcli.graphs.walk.products import Product, read_products, write_products
-from quantcli.graphs.weights.checkpoint_rows import RowRange
+from quantcli.graphs.weights.rows import RowRange
 
 __all__ = ["Lifted", "has_lora", "lift"]
 

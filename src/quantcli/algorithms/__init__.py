@@ -46,6 +46,9 @@ class Algorithm:
     scope: Literal["stage", "model", "graph"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, on the model beforehand, or on an
     ONNX graph beforehand (source file, target file, options, reader of samples) -> what became of it."""
+    on_arrays: Callable[..., Any] | None = None
+    """Of a rounder without statistics: (weight [N, K], scheme, options) -> QuantizedArray, the same in numpy: graphs
+    then need no torch."""
     codebook: str | None = None
     """Of a rounder: the codebook that its codes name; None for uniform grids."""
     beats_rtn: bool = True

@@ -20,8 +20,8 @@ from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices
 from quantcli.graphs.model.files import save_graph
 from quantcli.graphs.weights.blocks import BlockLayout, plan_blocks
-from quantcli.graphs.weights.checkpoint_rows import RowRange
 from quantcli.graphs.weights.matmul_nbits import Placement
+from quantcli.graphs.weights.rows import RowRange
 from quantcli.json_files import read_json
 from quantcli.models.linear import PackedEmbedding
 from quantcli.tensors.quantized import QuantizedTensor
@@ -101,7 +101,7 @@ class _Linear(_Blocks):
     def __init__(self, path: str, name: str, tensor: QuantizedTensor, bias: Tensor | None = None):
         super().__init__(path, name, tensor, bias)
         if self.layout.columns is not None:
-            self.index = self.layout.columns.clamp(min=0)
+            self.index = torch.from_numpy(self.layout.columns.clip(min=0))
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x if self.index is None else x.index_select(-1, self.index)
@@ -133,7 +133,7 @@ class _Embedding(_Blocks):
         self.scale = None if scale is None else float(scale)
         length = self.layout.blocks * self.layout.block_size
         if length != self.columns or self.layout.columns is not None:
-            self.index = self.layout.inverse(self.columns)
+            self.index = torch.from_numpy(self.layout.inverse(self.columns))
 
     def forward(self, ids: Tensor) -> Tensor:
         length = self.layout.blocks * self.layout.block_size

@@ -9,8 +9,8 @@ import torch
 import tiny
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError
+from quantcli.graphs.calibration.moment_stages import levels_of
 from quantcli.graphs.calibration.partition_runs import Stream
-from quantcli.graphs.calibration.second_moments import levels_of
 from quantcli.graphs.walk.matrices import Selection, find_targets, other_matrix, prepare
 from quantcli.graphs.walk.partition import crossing_bytes, parts_of
 
@@ -135,7 +135,7 @@ def coarse(model, target):
     """Another weight, far from the first."""
     values = torch.from_numpy(np.array(model.graph.initializers[target.name].const_value.numpy()))
     values = values.T if target.transposed else values
-    return other_matrix(model.graph, target, lambda: (values * 2).round() / 2)
+    return other_matrix(model.graph, target, lambda: ((values * 2).round() / 2).numpy())
 
 
 def literal(model, weights, names, feeds):

@@ -6,8 +6,9 @@ import torch
 
 from onnx_graphs import N, graph_model
 from quantcli.errors import InputError
+from quantcli.graphs.calibration.moment_stages import levels_of, stages_of
 from quantcli.graphs.calibration.partition_runs import Stream
-from quantcli.graphs.calibration.second_moments import collect_moments, combine, levels_of, stages_of
+from quantcli.graphs.calibration.second_moments import collect_moments, combine
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.walk.matrices import Selection, find_targets, prepare
 

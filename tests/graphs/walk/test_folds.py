@@ -93,7 +93,7 @@ def scale_everything(model, targets):
         readers = [t for t in targets if t.inputs == (name,)]
         width = readers[0].columns
         statistics = Statistics(torch.eye(width), 1)
-        weights = [read_matrix(model.graph, t) for t in readers]
+        weights = [torch.from_numpy(read_matrix(model.graph, t)) for t in readers]
         scales[name] = scaling.scale(name, weights, [Scheme()] * len(readers), statistics, {}, frozenset())
     scaling.apply()
     for target in targets:
@@ -187,12 +187,12 @@ def test_a_quantized_product_is_divided_in_its_scales():
         [N("MatMul", "x up", "u", "a"), N("Relu", "u", "r", "b"), N("MatMul", "r down", "y", "c")], arrays("up", "down")
     )
     targets = targets_of(model)
-    up = read_matrix(model.graph, targets[0])
+    up = torch.from_numpy(read_matrix(model.graph, targets[0]))
     results = {"up": round_to_grid(up, *minmax_grid(up, Scheme(4, 16)), Scheme(4, 16))}
     before = results["up"].dequantize()
     step = Step(Algorithm("powers", "transform", "", (4,), "required", dict, powers), None)
     scaling = GraphScaling(model.graph, step, find_graph_folds(model, targets))
-    down = [read_matrix(model.graph, targets[1])]
+    down = [torch.from_numpy(read_matrix(model.graph, targets[1]))]
     arguments = (down, [Scheme()], Statistics(torch.eye(HIDDEN), 1))
     assert scaling.scale("r", *arguments, {}, frozenset({"up", "down"})) is None  # not solved yet
     scale = scaling.scale("r", *arguments, results, frozenset({"up", "down"}))

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from quantcli.graphs.weights.checkpoint_rows import RowRange, Rows
+from quantcli.graphs.weights.checkpoint_rows import Rows
+from quantcli.graphs.weights.rows import RowRange
 
 
 def test_rows_follow_what_exporters_do():

@@ -37,6 +37,10 @@ FLOAT_ZEROS = hqq.HqqOptions(zero="float")
 TYPES = {np.float32: ir.DataType.FLOAT, np.float16: ir.DataType.FLOAT16}
 
 
+def matrix(graph, target):
+    return torch.from_numpy(read_matrix(graph, target))
+
+
 def quantized(matrix, scheme):
     return round_to_grid(matrix, *minmax_grid(matrix, scheme), scheme)
 
@@ -50,7 +54,7 @@ def write(path, scheme, encoding, opset=21, dtype=np.float32, change=lambda tens
     )
     prepare(model)
     targets, _ = find_targets(model.graph, Selection(op_types=("MatMul", "Gemm", "Gather")))
-    codes = {t.name: change(quantized(read_matrix(model.graph, t), scheme)) for t in targets}
+    codes = {t.name: change(quantized(matrix(model.graph, t), scheme)) for t in targets}
     for target in targets:
         values = codes[target.name].dequantize().numpy().astype(dtype)
         value = plain.graph.initializers[target.name]
@@ -137,7 +141,7 @@ def test_zero_points_may_be_fractions(bits, dtype, tmp_path):
     model, plain = (graph_model(nodes, weights, dtype=TYPES[dtype]) for _ in range(2))
     prepare(model)
     targets, _ = find_targets(model.graph, Selection())
-    codes = {t.name: hqq.quantize(read_matrix(model.graph, t), scheme, FLOAT_ZEROS, None) for t in targets}
+    codes = {t.name: hqq.quantize(matrix(model.graph, t), scheme, FLOAT_ZEROS, None) for t in targets}
     assert all(c.has_float_zeros and bool((c.zero % 1 != 0).any()) for c in codes.values())
     for target in targets:
         values = codes[target.name].dequantize().numpy().astype(dtype)
@@ -166,7 +170,7 @@ def test_codebooks_are_those_of_matmulbnb4(name, group_size, tmp_path):
     prepare(model)
     targets, _ = find_targets(model.graph, Selection())
     scheme = Scheme(4, group_size, codebook=name)
-    codes = {t.name: round_to_codebook(read_matrix(model.graph, t), scheme) for t in targets}
+    codes = {t.name: round_to_codebook(matrix(model.graph, t), scheme) for t in targets}
     placements = replace_matrices(model, targets, codes.__getitem__)
     x = random.standard_normal((5, 96)).astype(np.float32)
     save_graph(model, tmp_path / "m.onnx")
@@ -197,7 +201,7 @@ def test_kernels_of_conv(bits, group_size, tmp_path):
     prepare(model)
     targets, _ = find_targets(model.graph, Selection(op_types=("Conv",)))
     assert [(t.name, t.rows, t.columns, t.inputs) for t in targets] == [("k", 6, 36, ()), ("d", 6, 9, ())]
-    codes = {t.name: quantized(read_matrix(model.graph, t), Scheme(bits, group_size)) for t in targets}
+    codes = {t.name: quantized(matrix(model.graph, t), Scheme(bits, group_size)) for t in targets}
     placements = replace_matrices(model, targets, codes.__getitem__, "qdq")
     save_graph(model, tmp_path / "m.onnx")
     verify_weights(tmp_path / "m.onnx", placements, codes.__getitem__, {t.name: t.rows for t in targets})

@@ -13,11 +13,13 @@ from quantcli.algorithms import Algorithm
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from quantcli.scheme import Scheme
     from quantcli.tensors.hessian import Statistics
     from quantcli.tensors.quantized import QuantizedTensor
+    from quantcli.tensors.quantized_array import QuantizedArray
 
 __all__ = ["ALGORITHM", "RtnOptions", "quantize"]
 
@@ -41,6 +43,13 @@ def quantize(weight: Tensor, scheme: Scheme, options: RtnOptions, statistics: St
     return round_to_grid(weight, *minmax_grid(weight, scheme, options.clip_ratio), scheme)
 
 
+def quantize_array(weight: np.ndarray, scheme: Scheme, options: RtnOptions) -> QuantizedArray:
+    """The same of W [N, K] float32 in numpy, bit for bit."""
+    from quantcli.tensors.quantized_array import round_array
+
+    return round_array(weight, scheme, options.clip_ratio)
+
+
 ALGORITHM = Algorithm(
     name="rtn",
     kind="rounder",
@@ -49,6 +58,7 @@ ALGORITHM = Algorithm(
     calibration="none",
     options=RtnOptions,
     run=quantize,
+    on_arrays=quantize_array,
     inputs=("checkpoint", "onnx"),
     beats_rtn=False,
 )

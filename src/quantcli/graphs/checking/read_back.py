@@ -12,8 +12,6 @@ import onnx_ir as ir
 
 from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.weights.matmul_nbits import Placement, ReadMatrix
-from quantcli.tensors.codebook import codebook
-from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["dequantize_node", "verify_weights"]
 
@@ -40,7 +38,7 @@ def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix
         at = 0
         for part in placement.ranges:
             matrix = read(part.name)
-            wanted = (matrix.dequantize() if isinstance(matrix, QuantizedTensor) else matrix.float()).numpy()
+            wanted = np.asarray(matrix.dequantize() if hasattr(matrix, "codes") else matrix.float())
             count = part.stop - part.start
             if not np.array_equal(values[at : at + count, : wanted.shape[1]], wanted[part.start : part.stop]):
                 raise AssertionError(f"{part.name} in the graph differs from the checkpoint")
@@ -68,7 +66,7 @@ def _values(graph: ir.Graph, placement: Placement, nodes: dict[str, ir.Node]) ->
         values = _array(graph, placement.weight)
         return values.T if placement.transposed else values
     values = dequantize_node(graph, nodes[placement.weight])
-    return values if placement.layout.columns is None else values[:, placement.layout.inverse(placement.width).numpy()]
+    return values if placement.layout.columns is None else values[:, placement.layout.inverse(placement.width)]
 
 
 def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
@@ -120,6 +118,8 @@ def dequantize_node(graph: ir.Graph, node: ir.Node) -> np.ndarray:
 
 def _dequantize_bnb4(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     """The float32 [N, K] matrix of a MatMulBnb4."""
+    from quantcli.tensors.codebook import codebook
+
     packed, scales = (_array(graph, str(v.name)) for v in node.inputs[1:3] if v is not None)
     table = codebook(("fp4", "nf4")[node.attributes["quant_type"].as_int()]).numpy()
     code = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)

@@ -15,13 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
-from torch import Tensor
 
 from quantcli.errors import InputError, first_line
 from quantcli.options import GRAPH_OP_TYPES
-from quantcli.tensors.finite import all_finite
 
 __all__ = [
     "FLOATS",
@@ -184,7 +181,7 @@ def weight_uses(value: ir.Value) -> list[WeightUse] | str:
     return found
 
 
-def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
+def read_matrix(graph: ir.Graph, target: GraphTarget) -> np.ndarray:
     """W [N, K] float32.
 
     Raises:
@@ -195,18 +192,18 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> Tensor:
     try:
         array = stored.numpy()
         array = array.T if target.transposed else array.reshape(target.rows, target.columns)
-        values = torch.from_numpy(np.array(array, np.float32, order="C"))
+        values = np.array(array, np.float32, order="C")
         del array
     except (OSError, ValueError) as error:
         raise InputError(f"weight {target.name!r} cannot be read: {first_line(error)}", _WHOLE) from error
     if isinstance(stored, ir.ExternalTensor):
         stored.release()  # else the pages of every matrix that was read stay in memory
-    if not all_finite(values):
+    if not np.isfinite([values.min(), values.max()]).all():  # NaN propagates through both
         raise InputError(f"weight {target.name!r} holds NaN or infinite values", _WHOLE)
     return values
 
 
-def other_matrix(graph: ir.Graph, target: GraphTarget, make: Callable[[], Tensor]) -> ir.LazyTensor:
+def other_matrix(graph: ir.Graph, target: GraphTarget, make: Callable[[], np.ndarray]) -> ir.LazyTensor:
     """Other values for a matrix: W [N, K] float32, made when they are asked for, in the form that the graph stores."""
     stored = graph.initializers[target.name].const_value
     assert stored is not None
@@ -215,7 +212,7 @@ def other_matrix(graph: ir.Graph, target: GraphTarget, make: Callable[[], Tensor
     def read() -> ir.TensorProtocol:
         matrix = make()
         turned = matrix.T if target.transposed else matrix
-        array = turned.numpy().reshape(shape.numpy()).astype(dtype.numpy())
+        array = turned.reshape(shape.numpy()).astype(dtype.numpy())
         return ir.Tensor(np.ascontiguousarray(array), name=target.name)
 
     return ir.LazyTensor(read, dtype, shape, name=target.name)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from quantcli.graphs.weights.checkpoint_rows import RowRange
 from quantcli.graphs.weights.matmul_nbits import Placement
+from quantcli.graphs.weights.rows import RowRange
 from quantcli.json_files import parse_json
 
 __all__ = ["Product", "read_products", "record_products", "write_products"]

@@ -11,13 +11,18 @@ else is brought there without touching a value:
 Symbols: N rows, K columns, G groups, B blocks per row, b block size.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from quantcli.tensors.quantized import QuantizedTensor
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from quantcli.tensors.quantized import QuantizedTensor
+    from quantcli.tensors.quantized_array import QuantizedArray
 
 __all__ = [
     "BLOCK_SIZES",
@@ -40,9 +45,9 @@ class BlockLayout:
     """Bits of the container: 2, 4 or 8."""
     block_size: int
     """Columns of a block."""
-    group: Tensor
+    group: np.ndarray
     """[B] int64: the group whose scale and zero the block repeats."""
-    columns: Tensor | None
+    columns: np.ndarray | None
     """[B*b] int64: the input column that stands here, -1 for a filler; None where the order is kept."""
     width: int
     """Columns of the product's input: K, or B*b where columns are gathered."""
@@ -57,46 +62,46 @@ class BlockLayout:
         """Bytes of one row: codes, float32 scales, packed zeros."""
         return _row_bytes(self.blocks, self.block_size, self.bits)
 
-    def same_as(self, other: "BlockLayout") -> bool:
+    def same_as(self, other: BlockLayout) -> bool:
         """Whether rows in both layouts can stand in one node."""
-        kept = self.columns is None and other.columns is None
-        gathered = self.columns is not None and other.columns is not None and torch.equal(self.columns, other.columns)
-        return (self.bits, self.block_size, self.blocks) == (other.bits, other.block_size, other.blocks) and (
-            kept or gathered
-        )
+        if (self.bits, self.block_size, self.blocks) != (other.bits, other.block_size, other.blocks):
+            return False
+        if self.columns is None or other.columns is None:
+            return self.columns is other.columns
+        return np.array_equal(self.columns, other.columns)
 
-    def codes(self, tensor: QuantizedTensor) -> np.ndarray:
+    def codes(self, tensor: QuantizedTensor | QuantizedArray) -> np.ndarray:
         """The packed codes, [N, B, b*bits/8] uint8."""
         return pack_codes(self.unpacked(tensor), self.bits).reshape(tensor.shape[0], self.blocks, -1)
 
-    def unpacked(self, tensor: QuantizedTensor) -> np.ndarray:
+    def unpacked(self, tensor: QuantizedTensor | QuantizedArray) -> np.ndarray:
         """The codes block after block, [N, B*b] uint8."""
         columns = tensor.shape[1]
         assert self.columns is None or not tensor.has_float_zeros  # no code is exactly nothing
-        out = tensor.zero[:, self.group].to(torch.uint8).repeat_interleave(self.block_size, dim=1)  # fillers
+        codes, zero = np.asarray(tensor.codes), np.asarray(tensor.zero)
+        out: np.ndarray = zero[:, self.group].astype(np.uint8).repeat(self.block_size, axis=1)  # fillers
         if self.columns is None:
-            out[:, :columns] = tensor.codes
+            out[:, :columns] = codes
         else:
             used = self.columns >= 0
-            out[:, used] = tensor.codes[:, self.columns[used]]
-        return out.numpy()
+            out[:, used] = codes[:, self.columns[used]]
+        return out
 
-    def scales(self, tensor: QuantizedTensor) -> np.ndarray:
+    def scales(self, tensor: QuantizedTensor | QuantizedArray) -> np.ndarray:
         """The scale of each block, [N, B] float32."""
-        return tensor.scale[:, self.group].float().numpy()
+        return np.asarray(tensor.scale)[:, self.group].astype(np.float32)
 
-    def zeros(self, tensor: QuantizedTensor) -> np.ndarray:
+    def zeros(self, tensor: QuantizedTensor | QuantizedArray) -> np.ndarray:
         """The zero of each block, packed: [N, ceil(B*bits/8)] uint8; [N, B] float32 where it is a fraction."""
-        if tensor.has_float_zeros:
-            return tensor.zero[:, self.group].float().numpy()
-        return pack_codes(tensor.zero[:, self.group].numpy(), self.bits)
+        zero = np.asarray(tensor.zero)[:, self.group]
+        return zero.astype(np.float32) if tensor.has_float_zeros else pack_codes(zero, self.bits)
 
-    def inverse(self, columns: int) -> Tensor:
+    def inverse(self, columns: int) -> np.ndarray:
         """[K] int64: where each input column stands among the blocks."""
         if self.columns is None:
-            return torch.arange(columns)
-        out = torch.empty(columns, dtype=torch.int64)
-        used = (self.columns >= 0).nonzero()[:, 0]
+            return np.arange(columns)
+        out = np.empty(columns, np.int64)
+        used = (self.columns >= 0).nonzero()[0]
         out[self.columns[used]] = used
         return out
 
@@ -106,33 +111,34 @@ def container_bits(bits: int) -> int:
     return next(width for width in (2, 4, 8) if bits <= width)
 
 
-def plan_blocks(group: Tensor, bits: int) -> BlockLayout:
+def plan_blocks(group: ArrayLike, bits: int) -> BlockLayout:
     """The layout that takes the least space.
 
     Args:
         group: [K] the group of each column.
         bits: Bits of the codes, 2 to 8.
     """
-    group, width, count = group.long(), container_bits(bits), len(group)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (group[1:] != group[:-1]).nonzero()[:, 0] + 1])
-    fitting = [b for b in BLOCK_SIZES if not bool((starts % b).any())]
+    group = np.asarray(group, np.int64)
+    width, count = container_bits(bits), len(group)
+    starts = np.concatenate([[0], (group[1:] != group[:-1]).nonzero()[0] + 1])
+    fitting = [b for b in BLOCK_SIZES if not (starts % b).any()]
     if fitting:
         size = min(fitting, key=lambda b: (_row_bytes(-(-count // b), b, width), -b))
-        first = torch.arange(-(-count // size)) * size
+        first = np.arange(-(-count // size)) * size
         return BlockLayout(width, size, group[first], None, count)
-    present, counts = torch.unique(group, return_counts=True)
+    present, counts = np.unique(group, return_counts=True)
     size = min(BLOCK_SIZES, key=lambda b: (_row_bytes(int(-(-counts // b).sum()), b, width), -b))
-    order = torch.argsort(group, stable=True)
+    order = np.argsort(group, kind="stable")
     pieces, owners = [], []
-    for name, columns in zip(present.tolist(), torch.split(order, counts.tolist()), strict=True):
-        filler = torch.full((-len(columns) % size,), -1, dtype=torch.int64)
+    for name, columns in zip(present.tolist(), np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        filler = np.full(-len(columns) % size, -1, np.int64)
         pieces += [columns, filler]
         owners += [name] * (-(-len(columns) // size))
-    gathered = torch.cat(pieces)
-    return BlockLayout(width, size, torch.tensor(owners), gathered, len(gathered))
+    gathered = np.concatenate(pieces)
+    return BlockLayout(width, size, np.array(owners), gathered, len(gathered))
 
 
-def plan_codebook_blocks(group: Tensor) -> BlockLayout | None:
+def plan_codebook_blocks(group: ArrayLike) -> BlockLayout | None:
     """The blocks of a MatMulBnb4, which run over the flattened matrix: they have to divide the rows.
 
     Args:
@@ -141,9 +147,9 @@ def plan_codebook_blocks(group: Tensor) -> BlockLayout | None:
     Returns:
         The layout with the largest blocks; None where K is no multiple of 16.
     """
-    group, count = group.long(), len(group)
-    starts = (group[1:] != group[:-1]).nonzero()[:, 0] + 1
-    size = next((b for b in BLOCK_SIZES if count % b == 0 and not bool((starts % b).any())), None)
+    group = np.asarray(group, np.int64)
+    count, starts = len(group), (group[1:] != group[:-1]).nonzero()[0] + 1
+    size = next((b for b in BLOCK_SIZES if count % b == 0 and not (starts % b).any()), None)
     return None if size is None else BlockLayout(4, size, group[::size], None, count)
 
 

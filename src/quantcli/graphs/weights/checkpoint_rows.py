@@ -6,13 +6,14 @@ numbers are read from the checkpoint when the file is written, one tensor at a t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowRange", "Rows"]
+from quantcli.graphs.weights.rows import RowRange
+
+__all__ = ["Rows"]
 
 aten = torch.ops.aten
 _UNCHANGED = (
@@ -25,16 +26,6 @@ _UNCHANGED = (
 )
 _TRANSPOSED = (aten.t.default, aten.numpy_T.default)
 _RESHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Rows [start, stop) of one matrix of the checkpoint."""
-
-    name: str
-    """Module name, such as model.layers.0.mlp.up_proj."""
-    start: int
-    stop: int
 
 
 class Rows(Tensor):

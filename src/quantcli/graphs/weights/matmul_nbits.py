@@ -7,23 +7,30 @@ A weight that joins matrices of different bits, groups or kinds (q, k and v unde
 and a Concat. A head tied to the embedding reads the embedding's own table.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.graphs.walk.matrices import weight_uses
 from quantcli.graphs.weights.blocks import BlockLayout, plan_blocks, plan_codebook_blocks
-from quantcli.graphs.weights.checkpoint_rows import RowRange, Rows
-from quantcli.tensors.quantized import QuantizedTensor, concatenate_rows
+from quantcli.graphs.weights.rows import NamedRows, RowRange
+from quantcli.tensors.quantized_array import QuantizedArray, concatenate_arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.graphs.weights.checkpoint_rows import Rows
+    from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["BNB4_TYPES", "Placement", "ReadMatrix", "Rewriter"]
 
-ReadMatrix = Callable[[str], QuantizedTensor | Tensor]
+ReadMatrix: TypeAlias = Callable[[str], Union["QuantizedTensor", QuantizedArray, "Tensor"]]
 """Gives a matrix by module name: codes, or values [N, K]."""
 BNB4_TYPES = ("fp4", "nf4")
 """By the number that MatMulBnb4 knows them by."""
@@ -53,7 +60,7 @@ class Placement:
 class Rewriter:
     """Rewrites one graph in place."""
 
-    def __init__(self, graph: ir.Graph, ledger: Mapping[str, Rows], read: ReadMatrix, accuracy_level: int):
+    def __init__(self, graph: ir.Graph, ledger: Mapping[str, Rows | NamedRows], read: ReadMatrix, accuracy_level: int):
         """Remembers what to rewrite.
 
         Args:
@@ -96,7 +103,7 @@ class Rewriter:
 
     # -- products ------------------------------------------------------------------------------------------------
 
-    def _replace_product(self, node: ir.Node, rows: Rows, name: str) -> None:
+    def _replace_product(self, node: ir.Node, rows: Rows | NamedRows, name: str) -> None:
         x, base = node.inputs[0], name.removesuffix(".weight")
         assert x is not None
         parts = [(r, self._layout(r.name)) for r in rows.ranges]
@@ -160,7 +167,7 @@ class Rewriter:
             count = sum(r.stop - r.start for r in ranges)
 
             def packed() -> ir.TensorProtocol:
-                codes = self._codes(ranges).codes.numpy().reshape(-1)
+                codes = np.asarray(self._codes(ranges).codes).reshape(-1)
                 return ir.Tensor(codes[0::2] << np.uint8(4) | codes[1::2], name=f"{label}.qweight")
 
             shape = ir.Shape((count * layout.width // 2,))
@@ -192,16 +199,16 @@ class Rewriter:
         """The input in the order of the blocks; products of one input in one order share it."""
         if layout.columns is None:
             return x
-        key = layout.columns.numpy().tobytes()
+        key = layout.columns.tobytes()
         if (str(x.name), key) not in self._gathered:
-            index = self._index(layout.columns.clamp(min=0))  # fillers multiply whatever stands there by nothing
+            index = self._index(layout.columns.clip(min=0))  # fillers multiply whatever stands there by nothing
             out = self._insert(node, "Gather", [x, index], {"axis": -1}, name=f"{x.name}/columns_{len(self._gathered)}")
             self._gathered[str(x.name), key] = out
         return self._gathered[str(x.name), key]
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
-    def _replace_gather(self, node: ir.Node, rows: Rows, name: str) -> None:
+    def _replace_gather(self, node: ir.Node, rows: Rows | NamedRows, name: str) -> None:
         base, ranges = name.removesuffix(".weight"), rows.ranges
         if len(ranges) != 1:
             raise InputError(f"the exporter joins {ranges[0].name} with others in an embedding")
@@ -230,7 +237,7 @@ class Rewriter:
 
     def _layout(self, name: str) -> BlockLayout | None:
         matrix = self.read(name)
-        if not isinstance(matrix, QuantizedTensor):
+        if not _is_quantized(matrix):
             return None
         if matrix.codebook is None:
             return plan_blocks(matrix.group, matrix.scheme.bits)
@@ -243,7 +250,7 @@ class Rewriter:
 
     def _codebook(self, ranges: tuple[RowRange, ...]) -> str | None:
         matrix = self.read(ranges[0].name)
-        return matrix.scheme.codebook if isinstance(matrix, QuantizedTensor) else None
+        return matrix.scheme.codebook if _is_quantized(matrix) else None
 
     def _quantized_initializers(
         self, ranges: tuple[RowRange, ...], width: int, layout: BlockLayout, label: str, keep_zeros: bool
@@ -266,7 +273,7 @@ class Rewriter:
         # scales are float16 values: nothing is lost where the graph is float16
         scales = self._constant(f"{label}.scales", layout.scales(tensor).astype(self._dtype.numpy()))
         zeros = None
-        if keep_zeros or bool((tensor.zero != middle).any()):
+        if keep_zeros or (np.asarray(tensor.zero) != middle).any():
             stored = layout.zeros(tensor)
             zeros = self._constant(
                 f"{label}.zeros", stored.astype(self._dtype.numpy()) if tensor.has_float_zeros else stored
@@ -282,31 +289,32 @@ class Rewriter:
 
         def values() -> ir.TensorProtocol:
             parts = [self._values(r.name)[r.start : r.stop] for r in ranges]
-            whole = torch.cat(parts).float()
-            return ir.Tensor((whole.T if transposed else whole).contiguous().numpy(), name=name)
+            whole = np.concatenate(parts)
+            return ir.Tensor(np.ascontiguousarray(whole.T if transposed else whole), name=name)
 
         shape = ir.Shape((width, count) if transposed else (count, width))
         self.graph.initializers.pop(name, None)
         self.placements.append(Placement(name, ranges, width, None, transposed=transposed))
         return self._register(ir.LazyTensor(values, dtype=ir.DataType.FLOAT, shape=shape, name=name))
 
-    def _codes(self, ranges: tuple[RowRange, ...]) -> QuantizedTensor:
+    def _codes(self, ranges: tuple[RowRange, ...]) -> QuantizedTensor | QuantizedArray:
         parts = []
         for part in ranges:
             matrix = self.read(part.name)
-            assert isinstance(matrix, QuantizedTensor)
+            assert _is_quantized(matrix)
             parts.append(matrix.rows(part.start, part.stop))
-        return concatenate_rows(parts) if len(parts) > 1 else parts[0]
+        return concatenate_arrays(parts) if len(parts) > 1 else parts[0]
 
-    def _values(self, name: str) -> Tensor:
-        matrix = self.read(name)
-        assert isinstance(matrix, Tensor)
-        return matrix
+    def _values(self, name: str) -> np.ndarray:
+        matrix: Any = self.read(name)
+        assert not hasattr(matrix, "codes")
+        values: np.ndarray = matrix.float().numpy()
+        return values
 
-    def _index(self, columns: Tensor) -> ir.Value:
-        key = columns.numpy().tobytes()
+    def _index(self, columns: np.ndarray) -> ir.Value:
+        key = columns.tobytes()
         if key not in self._indexes:
-            self._indexes[key] = self._constant(f"columns_{len(self._indexes)}", columns.numpy())
+            self._indexes[key] = self._constant(f"columns_{len(self._indexes)}", columns)
         return self._indexes[key]
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
@@ -352,6 +360,12 @@ class Rewriter:
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
         old.name, result.name = None, name
+
+
+def _is_quantized(
+    matrix: QuantizedTensor | QuantizedArray | Tensor,
+) -> TypeGuard[QuantizedTensor | QuantizedArray]:
+    return hasattr(matrix, "codes")
 
 
 def _alike(one: BlockLayout | None, other: BlockLayout | None) -> bool:

@@ -7,16 +7,22 @@ channel, brought into their shape by a Reshape. Runtimes fuse the pair into a ke
 Symbols: N rows, K columns, B blocks per row, b block size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from quantcli.graphs.walk.matrices import GraphTarget
 from quantcli.graphs.weights.blocks import plan_blocks
-from quantcli.graphs.weights.checkpoint_rows import RowRange
 from quantcli.graphs.weights.matmul_nbits import Placement
-from quantcli.tensors.quantized import QuantizedTensor
+from quantcli.graphs.weights.rows import RowRange
+
+if TYPE_CHECKING:
+    from quantcli.tensors.quantized import QuantizedTensor
+    from quantcli.tensors.quantized_array import QuantizedArray
 
 __all__ = ["LOWEST_OPSET", "dequantize_in_graph"]
 
@@ -26,7 +32,7 @@ _TYPES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
 def dequantize_in_graph(
-    graph: ir.Graph, targets: Sequence[GraphTarget], read: Callable[[str], QuantizedTensor]
+    graph: ir.Graph, targets: Sequence[GraphTarget], read: Callable[[str], QuantizedTensor | QuantizedArray]
 ) -> list[Placement]:
     """Puts a DequantizeLinear in the place of every target's initializer.
 
@@ -38,7 +44,9 @@ def dequantize_in_graph(
     return [_replace(graph, target, read) for target in targets]
 
 
-def _replace(graph: ir.Graph, target: GraphTarget, read: Callable[[str], QuantizedTensor]) -> Placement:
+def _replace(
+    graph: ir.Graph, target: GraphTarget, read: Callable[[str], QuantizedTensor | QuantizedArray]
+) -> Placement:
     value, tensor = graph.initializers[target.name], read(target.name)
     assert value.const_value is not None
     layout = plan_blocks(tensor.group, tensor.scheme.bits)
@@ -60,7 +68,7 @@ def _replace(graph: ir.Graph, target: GraphTarget, read: Callable[[str], Quantiz
     weight = register("qweight", ir.LazyTensor(codes, dtype=kind, shape=ir.Shape(shape), name=f"{label}.qweight"))
     scale_type = value.const_value.dtype.numpy()
     scales = np.ascontiguousarray(turn(layout.scales(tensor))).astype(scale_type)
-    zeros = np.ascontiguousarray(turn(tensor.zero[:, layout.group].numpy())).astype(kind.numpy())
+    zeros = np.ascontiguousarray(turn(np.asarray(tensor.zero)[:, layout.group])).astype(kind.numpy())
     inputs = [
         weight,
         register("scales", ir.Tensor(scales, name=f"{label}.scales")),
@@ -69,7 +77,7 @@ def _replace(graph: ir.Graph, target: GraphTarget, read: Callable[[str], Quantiz
     attributes = {"axis": axis, "block_size": layout.block_size}
     nodes = [ir.node("DequantizeLinear", inputs, attributes, name=f"{label}/DequantizeLinear")]
     if layout.columns is not None:
-        index = register("columns", ir.Tensor(layout.inverse(target.columns).numpy(), name=f"{label}.columns"))
+        index = register("columns", ir.Tensor(layout.inverse(target.columns), name=f"{label}.columns"))
         nodes.append(ir.node("Gather", [nodes[0].outputs[0], index], {"axis": axis}, name=f"{label}/Columns"))
     if len(value.const_value.shape) > 2:
         whole = np.array(value.const_value.shape.numpy(), np.int64)

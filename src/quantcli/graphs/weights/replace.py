@@ -1,15 +1,21 @@
 """Puts quantized matrices in the place of the float ones: same inputs, same outputs, nothing left over."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from quantcli.graphs.walk.matrices import GraphTarget
 from quantcli.graphs.weights import qdq
 from quantcli.graphs.weights.blocks import container_bits
-from quantcli.graphs.weights.checkpoint_rows import Rows
 from quantcli.graphs.weights.matmul_nbits import Placement, Rewriter
-from quantcli.tensors.quantized import QuantizedTensor
+from quantcli.graphs.weights.rows import NamedRows, RowRange
+
+if TYPE_CHECKING:
+    from quantcli.tensors.quantized import QuantizedTensor
+    from quantcli.tensors.quantized_array import QuantizedArray
 
 __all__ = ["BITS_KEY", "needed_opset", "note_bits", "replace_matrices"]
 
@@ -25,7 +31,7 @@ def needed_opset(encoding: str, bits: Iterable[int]) -> int:
 def replace_matrices(
     model: ir.Model,
     targets: Sequence[GraphTarget],
-    read: Callable[[str], QuantizedTensor],
+    read: Callable[[str], QuantizedTensor | QuantizedArray],
     encoding: str = "nbits",
     accuracy_level: int = 0,
 ) -> list[Placement]:
@@ -44,9 +50,8 @@ def replace_matrices(
     graph = model.graph
     if encoding == "qdq":
         return qdq.dequantize_in_graph(graph, targets, read)
-    rows = {t.name: Rows.whole(t.name, t.rows, t.columns) for t in targets}
-    ledger = {t.name: rows[t.name].T if t.transposed else rows[t.name] for t in targets}
-    placements = Rewriter(graph, ledger, read, accuracy_level).run()  # type: ignore[arg-type]
+    ledger = {t.name: NamedRows((RowRange(t.name, 0, t.rows),), t.columns, t.transposed) for t in targets}
+    placements = Rewriter(graph, ledger, read, accuracy_level).run()
     graph.sort()
     return placements
 

@@ -104,18 +104,5 @@ def _report(
     rtn = round_to_grid(rows, *minmax_grid(rows, target.scheme), target.scheme)
     plain = algorithm.name == "rtn" and target.clip_ratio is None
     rtn_error = error if plain else output_error(rows, rtn.dequantize(), hessian)
-    return LayerReport(
-        name=target.name,
-        kind=target.name.rsplit(".", 1)[-1],
-        algorithm=algorithm.name,
-        bits=target.scheme.bits,
-        group_size=target.scheme.group_size,
-        symmetric=target.scheme.symmetric,
-        parameters=target.rows * target.columns,
-        size_bytes=target.stored_bytes,
-        relative_error=error,
-        rtn_relative_error=rtn_error,
-        tokens=statistics.tokens if statistics is not None else 0,
-        seconds=seconds,
-        scaled=scale is not None,
-    )
+    tokens = statistics.tokens if statistics is not None else 0
+    return target.report(algorithm.name, error, rtn_error, seconds, tokens, scale is not None)

@@ -2,7 +2,6 @@
 
 from typing import Any, Protocol
 
-from quantcli.data.calibration import calibration_rows
 from quantcli.data.graph_inputs import Samples, npz_samples, script_samples
 from quantcli.data.images import image_samples, parse_image_spec
 from quantcli.errors import UsageError
@@ -92,6 +91,8 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
         return image_samples(given.calibration_inputs, specs, parse_image_spec(given.image_spec), **sizes)
     if given.calibration_inputs is not None:
         return npz_samples(given.calibration_inputs, specs, **sizes)
+    from quantcli.data.calibration import calibration_rows
+
     rows = calibration_rows(
         calibration,
         source.folder,

@@ -18,7 +18,7 @@ from quantcli.pipelines.graph.stages import Room, Stages, plan_stages
 from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
 from quantcli.pipelines.planning.target import Target
 from quantcli.scheme import PER_CHANNEL, Scheme
-from quantcli.tensors.quantized import group_index
+from quantcli.tensors.quantized_array import column_groups
 
 __all__ = [
     "OPSET_HINT",
@@ -328,7 +328,7 @@ def lacks_codebook_blocks(model: Model, target: GraphTarget, options: QuantizeOp
     stored = model.graph.initializers[target.name].const_value
     if stored is not None and stored.dtype.name != "FLOAT":
         kept[target.name] = f"MatMulBnb4 has float32 scales, the weight is {stored.dtype.name}"
-    elif plan_codebook_blocks(group_index(target.columns, Scheme(4, options.weight_group_size))) is None:
+    elif plan_codebook_blocks(column_groups(target.columns, Scheme(4, options.weight_group_size))) is None:
         kept[target.name] = f"its {target.columns} columns are no multiple of 16, the smallest block of MatMulBnb4"
     return target.name in kept
 
@@ -343,7 +343,7 @@ def _refuse_float_zeros(found: Sequence[GraphTarget], targets: Mapping[str, Targ
             raise UsageError("zero=float does not apply to GatherBlockQuantized", hint="leave Gather out of --op-types")
         if container_bits(scheme.bits) > 4:
             raise UsageError(f"zero=float is for 1 to 4 bits, not {scheme.bits}", hint="use zero=integer")
-        if plan_blocks(group_index(target.columns, scheme), scheme.bits).columns is not None:
+        if plan_blocks(column_groups(target.columns, scheme), scheme.bits).columns is not None:
             raise UsageError(
                 f"zero=float needs groups of whole blocks, {scheme.group_size} columns are none",
                 hint="use --group-size 32, 64 or 128",
@@ -356,7 +356,7 @@ def scheme_target(target: GraphTarget, options: QuantizeOptions, codebook: str |
     names = [target.name, *(use.node.name or "" for use in target.uses)]
     for override in options.matching(*names):
         scheme = replace(scheme, **override.scheme)
-    group = group_index(target.columns, scheme)
+    group = column_groups(target.columns, scheme)
     layout = (None if codebook is None else plan_codebook_blocks(group)) or plan_blocks(group, scheme.bits)
     stored = target.rows * layout.row_bytes
     shape = target.rows, target.columns, target.transposed

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from quantcli.algorithms import Step, find
@@ -169,7 +171,7 @@ class _Solver:
             settings = algorithm.options()
             why = "no calibration input reaches it" if members[0].inputs else "it is a table or a kernel"
             self._progress.warn(f"{members[0].name} is quantized by kquant, without data: {why}")
-        weights = {t.name: read_matrix(work.model.graph, t) for t in members}
+        weights = {t.name: torch.from_numpy(read_matrix(work.model.graph, t)) for t in members}
         targets = [work.targets[t.name] for t in members]
         scale = None
         if self.scaling is not None and statistics is not None and len(seen) == 1:
@@ -188,8 +190,8 @@ class _Solver:
         """A finished matrix as it acts on inputs that are not scaled, whatever is folded into it later."""
         solved, scale = self.results[target.name], self._scales.get(target.name)
 
-        def read() -> Tensor:
+        def read() -> np.ndarray:
             values = solved.dequantize()
-            return values if scale is None else values / scale
+            return (values if scale is None else values / scale).numpy()
 
         return other_matrix(self._work.model.graph, target, read)

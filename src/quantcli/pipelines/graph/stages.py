@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.graphs.calibration.second_moments import hessian_bytes, levels_of, stages_of
+from quantcli.graphs.calibration.moment_stages import hessian_bytes, levels_of, stages_of
 from quantcli.graphs.model.files import Graph
 from quantcli.graphs.walk.matrices import GraphTarget
 from quantcli.graphs.walk.partition import crossing_bytes, parts_of

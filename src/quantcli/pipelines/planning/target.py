@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from quantcli.report.layer import LayerReport
 from quantcli.scheme import Scheme
 
 __all__ = ["HELD_OUT_SHARE", "Target"]
@@ -32,3 +33,29 @@ class Target:
     def stem(self) -> str:
         """The disk name without `.weight`."""
         return self.disk.removesuffix(".weight")
+
+    def report(
+        self,
+        algorithm: str,
+        error: float,
+        rtn_error: float,
+        seconds: float,
+        tokens: int = 0,
+        scaled: bool = False,
+    ) -> LayerReport:
+        """What became of it; see there."""
+        return LayerReport(
+            name=self.name,
+            kind=self.name.rsplit(".", 1)[-1],
+            algorithm=algorithm,
+            bits=self.scheme.bits,
+            group_size=self.scheme.group_size,
+            symmetric=self.scheme.symmetric,
+            parameters=self.rows * self.columns,
+            size_bytes=self.stored_bytes,
+            relative_error=error,
+            rtn_relative_error=rtn_error,
+            tokens=tokens,
+            seconds=seconds,
+            scaled=scaled,
+        )
