@@ -24,7 +24,7 @@ def open_session(
     prepacked: bool = True,
     folder: Path | None = None,
     threads: int = 0,
-    spinning: bool = True,
+    spinning: bool | None = None,
     what: str = "the graph",
     error: type[InputError] = InputError,
     hint: str | None = None,
@@ -37,7 +37,7 @@ def open_session(
         prepacked: Whether kernels may keep a copy of the weights in an order of their own.
         folder: Where external data lies; a file's own folder if None.
         threads: At one node; 0: as many as onnxruntime likes.
-        spinning: Whether these wait busily between two nodes, which is faster where nobody else computes.
+        spinning: Whether these wait busily between two nodes, as users have it; None: where `optimized`.
         what: The graph in the message.
         error: What to raise.
         hint: What to do about it.
@@ -54,7 +54,7 @@ def open_session(
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not prepacked:
         settings.add_session_config_entry("session.disable_prepacking", "1")
-    if not spinning:
+    if not (optimized if spinning is None else spinning):
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if folder is not None:
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
