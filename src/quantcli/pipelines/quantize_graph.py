@@ -21,10 +21,11 @@ from quantcli.graphs.weights.matmul_nbits import Placement
 from quantcli.graphs.weights.replace import note_bits, replace_matrices
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.graph.beside import Beside, hold_outputs
-from quantcli.pipelines.graph.feeds import axis_lengths, context_length, open_feeds
+from quantcli.pipelines.graph.feeds import open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, plan_graph, plan_weights, selection
 from quantcli.pipelines.graph.solve import GraphWork, solve_graph
+from quantcli.pipelines.graph.source import axis_lengths, context_length
 from quantcli.pipelines.graph.stages import Room
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.pipelines.planning.plan import HELD_OUT_SHARE
