@@ -63,7 +63,7 @@ def run(root, model="Q", reference="net.onnx", *, data="inputs.npz", samples=16,
         data=given,
         num_samples=samples,
         speed=speed,
-        graph=GraphEvaluationOptions(**graph),
+        pair=GraphEvaluationOptions(**graph),
     )
     assert evaluate_graphs.is_graph_pair(options)
     return evaluate_graphs.run(options)
@@ -109,7 +109,7 @@ def test_functions_are_given_what_they_take_by_name(root):
         str(root / "Q"),
         str(root / "net.onnx"),
         data="here",
-        graph=GraphEvaluationOptions(root / "s.py", "samples", "everything", batch_size=2),
+        pair=GraphEvaluationOptions(root / "s.py", "samples", "everything", batch_size=2),
     )
     assert evaluate_graphs.run(named).score == 2
 
@@ -181,7 +181,7 @@ def test_each_kind_of_model_refuses_the_others_flags(root, tmp_path):
     with pytest.raises(UsageError, match="it is judged beside its reference"):
         evaluate_graphs.run(EvaluateOptions(str(root / "net.onnx")))
     model = tiny.checkpoint(tmp_path / "model")
-    options = EvaluateOptions(str(model), graph=GraphEvaluationOptions(min_sqnr=10))
+    options = EvaluateOptions(str(model), pair=GraphEvaluationOptions(min_sqnr=10))
     assert not evaluate_graphs.is_graph_pair(options)
     with pytest.raises(UsageError, match=r"--min-sqnr is for ONNX graphs that are no language models"):
         evaluate.run(options)

@@ -66,7 +66,7 @@ COMMAND = Command(
         "user_script": FlagStyle(metavar="FILE.py"),
         **SIMULATION_STYLES,
     },
-    panels={"Simulation": ("simulation",), "Graphs that are no language models": ("graph",)},
+    panels={"Simulation": ("simulation",), "Graphs that are no language models": ("pair",)},
     examples=(
         "quantcli evaluate -m Q --reference SmolLM2-135M",
         "quantcli evaluate -m Q2 --reference SmolLM2-135M --reference-cache ~/.cache/logits",

@@ -82,7 +82,7 @@ class EvaluateOptions:
     """Measure prefill and decode speed; never where quantization is simulated, which takes time that it would save."""
     simulation: SimulationOptions = field(default_factory=SimulationOptions)
     """Quantization of activations and KV cache."""
-    graph: GraphEvaluationOptions = field(default_factory=GraphEvaluationOptions)
+    pair: GraphEvaluationOptions = field(default_factory=GraphEvaluationOptions)
     """Of graphs that are no language models."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""

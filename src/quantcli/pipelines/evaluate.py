@@ -113,7 +113,7 @@ def _refuse_graph_options(options: EvaluateOptions) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    given, default = options.graph, GraphEvaluationOptions()
+    given, default = options.pair, GraphEvaluationOptions()
     odd = [f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)]
     if odd:
         raise UsageError(

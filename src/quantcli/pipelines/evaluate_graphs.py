@@ -51,7 +51,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> GraphEval
         UsageError: options of language models, or no reference.
         InputError: graphs that cannot be read, run or compared, inputs that do not fit, a function that fails.
     """
-    progress, graph = progress or Silent(), options.graph
+    progress, pair = progress or Silent(), options.pair
     _refuse_options(options)
     if options.reference is None:
         raise UsageError(
@@ -61,18 +61,18 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> GraphEval
     (made, made_model), (source, model) = GraphSource.open(options.model), GraphSource.open(options.reference)
     _require_same_signature(model, made_model, source.path, made.path)
     metric = None
-    if graph.user_script is not None and graph.metric_function is not None:
-        offered = {"data_dir": options.data, "batch_size": graph.batch_size}
-        metric = GraphMetric(graph.user_script, graph.metric_function, offered)
+    if pair.user_script is not None and pair.metric_function is not None:
+        offered = {"data_dir": options.data, "batch_size": pair.batch_size}
+        metric = GraphMetric(pair.user_script, pair.metric_function, offered)
     feeds, origin = _feeds(options, source, model)
     progress.note(f"running {len(feeds)} samples through both graphs")
     compared = run_side_by_side(source.path, made.path, feeds)
     figures: dict[str, Any] = {}
     if metric is not None:
-        progress.note(f"running {graph.metric_function} on both graphs")
+        progress.note(f"running {pair.metric_function} on both graphs")
         before, after = metric(source.path), metric(made.path)
-        loss = after - before if graph.lower_is_better else before - after
-        figures = {"metric": graph.metric_function, "score": after, "reference_score": before, "loss": loss}
+        loss = after - before if pair.lower_is_better else before - after
+        figures = {"metric": pair.metric_function, "score": after, "reference_score": before, "loss": loss}
     result = GraphEvaluation(
         model=str(made.path),
         reference=str(source.path),
@@ -139,16 +139,16 @@ def _words(value: Any) -> str:
 
 def _feeds(options: EvaluateOptions, source: GraphSource, model: Model) -> tuple[list[Feed], str]:
     """The samples, and where they come from in words."""
-    graph, data = options.graph, options.data
-    sizes: Any = {"batch_size": graph.batch_size, "limit": options.num_samples}
-    if graph.user_script is not None and graph.data_function is not None:
+    pair, data = options.pair, options.data
+    sizes: Any = {"batch_size": pair.batch_size, "limit": options.num_samples}
+    if pair.user_script is not None and pair.data_function is not None:
         specs = input_specs(source.path)
-        samples = script_samples(graph.user_script, graph.data_function, specs, data_dir=data, **sizes)
-        origin = f"{graph.user_script}:{graph.data_function}"
-    elif graph.image_spec is not None:
+        samples = script_samples(pair.user_script, pair.data_function, specs, data_dir=data, **sizes)
+        origin = f"{pair.user_script}:{pair.data_function}"
+    elif pair.image_spec is not None:
         if data is None:
             raise UsageError("--image-spec is for a folder of images", hint="add --data FOLDER")
-        samples = image_samples(Path(data), input_specs(source.path), parse_image_spec(graph.image_spec), **sizes)
+        samples = image_samples(Path(data), input_specs(source.path), parse_image_spec(pair.image_spec), **sizes)
         origin = data
     elif data is not None:
         samples, origin = npz_samples(Path(data), input_specs(source.path), **sizes), data
@@ -161,14 +161,14 @@ def _feeds(options: EvaluateOptions, source: GraphSource, model: Model) -> tuple
 
 
 def _failed_gates(options: EvaluateOptions, compared: SideBySide, result: GraphEvaluation) -> list[str]:
-    graph = options.graph
+    pair = options.pair
     failures = []
-    if graph.min_sqnr is not None:
-        wanting = compared.below(graph.min_sqnr)
-        failures += [f"output {output}, below --min-sqnr {graph.min_sqnr:g}" for output in wanting]
-    if graph.max_loss is not None and result.loss is not None and result.loss > graph.max_loss:
+    if pair.min_sqnr is not None:
+        wanting = compared.below(pair.min_sqnr)
+        failures += [f"output {output}, below --min-sqnr {pair.min_sqnr:g}" for output in wanting]
+    if pair.max_loss is not None and result.loss is not None and result.loss > pair.max_loss:
         failures.append(
             f"{result.metric} went from {result.reference_score:g} to {result.score:g}, "
-            f"more than --max-loss {graph.max_loss:g} allows"
+            f"more than --max-loss {pair.max_loss:g} allows"
         )
     return failures
