@@ -21,6 +21,7 @@ from quantcli.options import (
     FinetuneOptions,
     GenerateAdapterOptions,
     GenerateOptions,
+    GraphEvaluationOptions,
     GraphOptions,
     Override,
     QuantizeOptions,
@@ -52,6 +53,7 @@ NESTED = {
     "simulation": SimulationOptions,
     "examples": ExampleOptions,
     "graph": GraphOptions,
+    "pair": GraphEvaluationOptions,
 }
 SIMULATION = {
     "simulation.a_bits": (["--a-bits", "4"], 4),
@@ -123,6 +125,8 @@ GIVEN = {
         "graph.calibration_cache": (["--calibration-cache", "c.json"], Path("c.json")),
         "graph.debug_activations": (["--debug-activations"], True),
         "graph.exclude_worst": (["--exclude-worst", "2"], 2),
+        "graph.min_sqnr": (["--min-sqnr", "20"], 20.0),
+        "graph.faster": (["--faster"], True),
     },
     "capture-onnx-graph": {
         "model": (["--model", "other"], "other"),
@@ -149,6 +153,14 @@ GIVEN = {
         "speed": (["--no-speed"], False),
         "device": (["--device", "cuda:1"], "cuda:1"),
         **SIMULATION,
+        "pair.user_script": (["--user-script", "s.py", "--metric-function", "f"], Path("s.py")),
+        "pair.data_function": (["--user-script", "s.py", "--data-function", "f"], "f"),
+        "pair.metric_function": (["--user-script", "s.py", "--metric-function", "f"], "f"),
+        "pair.lower_is_better": (["--user-script", "s.py", "--metric-function", "f", "--lower-is-better"], True),
+        "pair.image_spec": (["--image-spec", "size=8x8"], "size=8x8"),
+        "pair.batch_size": (["--batch-size", "4"], 4),
+        "pair.min_sqnr": (["--min-sqnr", "20"], 20.0),
+        "pair.max_loss": (["--user-script", "s.py", "--metric-function", "f", "--max-loss", "0.1"], 0.1),
         "trust_remote_code": (["--trust-remote-code"], True),
     },
     "finetune": {

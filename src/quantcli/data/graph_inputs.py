@@ -94,11 +94,17 @@ def _batches(arrays: Feed, specs: Specs, rows: int) -> Iterator[Feed]:
 
 
 def script_samples(
-    script: Path, function: str, specs: Specs, *, batch_size: int = 1, limit: int | None = None
+    script: Path,
+    function: str,
+    specs: Specs,
+    *,
+    batch_size: int = 1,
+    limit: int | None = None,
+    data_dir: str | None = None,
 ) -> Samples:
     """Samples of a function in the user's Python file, which is run.
 
-    The function takes no arguments, or any of `data_dir` (None) and `batch_size` by name. It returns an object with
+    The function takes no arguments, or any of `data_dir` and `batch_size` by name. It returns an object with
     `get_next`, or an iterable of samples, each a dictionary by input name, or a pair of that and a label.
 
     Raises:
@@ -106,7 +112,7 @@ def script_samples(
         InputError: the file or the function fails, or it returns something else.
     """
     make = load_function(script, function)
-    arguments = takes_by_name(make, {"data_dir": None, "batch_size": batch_size})
+    arguments = takes_by_name(make, {"data_dir": data_dir, "batch_size": batch_size})
 
     def read() -> Iterator[tuple[Feed, str]]:
         origin = f"{script}:{function}"

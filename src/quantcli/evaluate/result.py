@@ -1,9 +1,12 @@
 """What an evaluation found."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EvaluationResult"]
+if TYPE_CHECKING:
+    from quantcli.graphs.checking.side_by_side import SideBySide
+
+__all__ = ["EvaluationResult", "GraphEvaluation"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,39 @@ class EvaluationResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self) | {"perplexity_increase": self.perplexity_increase}
+
+
+@dataclass(frozen=True)
+class GraphEvaluation:
+    """Two graphs that are no language models, run on the same inputs."""
+
+    model: str
+    """Graph that was judged."""
+    reference: str
+    """Graph that it was compared with."""
+    inputs: str
+    """Where the samples came from."""
+    compared: "SideBySide"
+    """Distance of each output, and both latencies."""
+    timed: bool
+    """Whether latencies are told."""
+    size_bytes: int
+    """The graph and its weights on disk."""
+    reference_size_bytes: int
+    """The same of the reference."""
+    metric: str | None = None
+    """Name of the user's function; None where none was given."""
+    score: float | None = None
+    """What it returned for the graph."""
+    reference_score: float | None = None
+    """What it returned for the reference."""
+    loss: float | None = None
+    """By how much the graph's is worse; below 0 where it is better."""
+    failures: list[str] = field(default_factory=list)
+    """Gates that were not met, a sentence each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("compared", "timed")}
+        compared = self.compared.to_dict()
+        return values | compared | ({} if self.timed else {"float_ms": None, "quantized_ms": None})

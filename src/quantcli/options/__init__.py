@@ -7,7 +7,7 @@ from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, Ge
 from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
 from quantcli.options.capture import CaptureOptions
 from quantcli.options.configuration import ConfigurationFile
-from quantcli.options.evaluate import EvaluateOptions
+from quantcli.options.evaluate import EvaluateOptions, GraphEvaluationOptions
 from quantcli.options.examples import ExampleOptions
 from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
 from quantcli.options.generate import GenerateOptions
@@ -38,6 +38,7 @@ __all__ = [
     "FinetuneOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
+    "GraphEvaluationOptions",
     "GraphOptions",
     "Override",
     "QuantizeOptions",

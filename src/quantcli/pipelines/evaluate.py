@@ -1,6 +1,6 @@
 """`quantcli evaluate`: how good a model is, how far from its reference, how large and how fast."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from quantcli.folder import fingerprint, read_manifest
 from quantcli.models.checkpoint import read_config
 from quantcli.models.online import OnlineRotations
 from quantcli.models.source import locate_model
-from quantcli.options import FLOAT_BITS, EvaluateOptions, SimulationOptions
+from quantcli.options import FLOAT_BITS, EvaluateOptions, GraphEvaluationOptions, SimulationOptions
 from quantcli.pipelines.inspect import weight_records, weight_size_bytes
 from quantcli.progress import Progress, Silent
 from quantcli.tensors.inventory import quantized_bits_per_weight, total_bits_per_weight
@@ -38,6 +38,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
         UsageError: windows longer than a model takes.
     """
     progress = progress or Silent()
+    _refuse_graph_options(options)
     model_folder = locate_model(options.model)
     reference_folder = None if options.reference is None else locate_model(options.reference)
     simulation, timed = options.simulation, options.speed
@@ -105,6 +106,21 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
     )
     result.failures.extend(_failed_gates(options, result))
     return result
+
+
+def _refuse_graph_options(options: EvaluateOptions) -> None:
+    """Refuses what only other graphs have.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    given, default = options.pair, GraphEvaluationOptions()
+    odd = [f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)]
+    if odd:
+        raise UsageError(
+            f"--{odd[0].replace('_', '-')} is for ONNX graphs that are no language models, {options.model} is one",
+            hint="leave it out; --max-kl and --max-perplexity-increase are gates for language models",
+        )
 
 
 def _note_what_it_was_made_for(folder: Path, progress: Progress) -> None:

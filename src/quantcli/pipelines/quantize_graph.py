@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantcli.options import QuantizeOptions
-from quantcli.pipelines.graph.feeds import context_length
 from quantcli.pipelines.graph.output import GraphResult
 from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
+from quantcli.pipelines.graph.source import context_length
 from quantcli.pipelines.graph.weights import quantize_weights
 from quantcli.pipelines.graph.whole import plan_whole, quantize_whole
 from quantcli.progress import Progress, Silent

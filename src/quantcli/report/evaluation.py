@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from quantcli.evaluate.result import EvaluationResult
+from quantcli.evaluate.result import EvaluationResult, GraphEvaluation
 
-__all__ = ["comparison_table", "evaluation_rows"]
+__all__ = ["comparison_table", "evaluation_rows", "graph_rows", "output_table"]
 
 
 def evaluation_rows(result: EvaluationResult) -> list[tuple[str, str]]:
@@ -24,7 +24,7 @@ def evaluation_rows(result: EvaluationResult) -> list[tuple[str, str]]:
         error = "" if result.kl_standard_error is None else f" ± {result.kl_standard_error:.4f}"
         rows.append(("KL to reference", f"{result.kl_mean:.4f}{error} (99% below {result.kl_99th_percentile:.3f})"))
         rows.append(("top-1 agreement", f"{100 * result.top1_agreement:.1f}%"))
-    rows.append(("size", _size(result)))
+    rows.append(("size", _size(result.size_bytes, result.reference_size_bytes)))
     rows.append(("bits per weight", bits))
     if result.prefill_tokens_per_second is not None and result.decode_tokens_per_second is not None:
         rows.append(("prefill", f"{result.prefill_tokens_per_second:.0f} tokens/s"))
@@ -32,6 +32,32 @@ def evaluation_rows(result: EvaluationResult) -> list[tuple[str, str]]:
     if result.peak_memory_bytes is not None:
         rows.append(("peak memory", f"{result.peak_memory_bytes / 1e6:.0f} MB above start"))
     return rows
+
+
+def graph_rows(result: GraphEvaluation) -> list[tuple[str, str]]:
+    """Two graphs as name and value, figures that were not measured left out."""
+    compared = result.compared
+    rows = [("inputs", f"{result.inputs}, {compared.samples} samples")]
+    if result.score is not None and result.reference_score is not None:
+        change = result.score - result.reference_score
+        rows.append((str(result.metric), f"{result.score:.6g}, reference {result.reference_score:.6g} ({change:+.3g})"))
+    rows.append(("size", _size(result.size_bytes, result.reference_size_bytes)))
+    if result.timed and compared.float_ms and compared.quantized_ms:
+        ratio = compared.quantized_ms / compared.float_ms
+        rows.append(("latency", f"{compared.quantized_ms:.3g} ms, reference {compared.float_ms:.3g} ms ({ratio:.2f}x)"))
+    return rows
+
+
+def output_table(result: GraphEvaluation) -> tuple[list[str], list[list[str]]]:
+    """The outputs of two graphs: column names, and one row of cells for each."""
+    rows = []
+    for output in result.compared.outputs:
+        decibels = "–" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB"
+        top1 = "–" if output.top1 is None else f"{output.top1:.1%}"
+        largest = f"{output.largest:.3g}" if output.finite else "not finite"
+        compared = result.compared.samples - output.reshaped
+        rows.append([output.name, decibels if output.finite else "–", largest, top1, str(compared)])
+    return ["output", "SQNR", "largest difference", "top-1", "samples"], rows
 
 
 def comparison_table(results: Sequence[tuple[str, EvaluationResult]]) -> tuple[list[str], list[list[str]]]:
@@ -67,10 +93,10 @@ def _bits(result: EvaluationResult) -> str:
     return f"{whole} ({result.quantized_bits_per_weight:.2f} where quantized)"
 
 
-def _size(result: EvaluationResult) -> str:
-    own = f"{result.size_bytes / 1e6:.1f} MB"
-    if not result.reference_size_bytes:
-        return own
-    return (
-        f"{own} of {result.reference_size_bytes / 1e6:.1f} MB ({result.size_bytes / result.reference_size_bytes:.0%})"
-    )
+def _size(size_bytes: int, reference_bytes: int | None) -> str:
+    own = _megabytes(size_bytes)
+    return f"{own} of {_megabytes(reference_bytes)} ({size_bytes / reference_bytes:.0%})" if reference_bytes else own
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"

@@ -27,8 +27,8 @@ __all__ = [
     "finish",
     "float_nodes",
     "full_int8",
-    "quantize_what_goes",
     "kinds_of",
+    "quantize_what_goes",
     "require_float32",
     "select_nodes",
 ]

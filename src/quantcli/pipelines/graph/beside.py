@@ -16,8 +16,8 @@ from quantcli.errors import InputError, QualityError, UsageError
 from quantcli.graphs.checking.side_by_side import GraphRunError, SideBySide, Turn, run_side_by_side
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import sample_inputs
-from quantcli.pipelines.graph.feeds import axis_lengths
 from quantcli.pipelines.graph.plan import GraphPlan
+from quantcli.pipelines.graph.source import axis_lengths
 from quantcli.progress import Progress
 
 __all__ = ["Beside", "Held", "hold_outputs"]

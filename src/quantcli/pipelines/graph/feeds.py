@@ -9,10 +9,10 @@ from quantcli.graphs.calibration.token_inputs import INPUT_IDS, TokenFeeds
 from quantcli.graphs.model.files import Graph
 from quantcli.graphs.model.inputs import input_specs
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
-from quantcli.pipelines.graph.source import GraphSource
+from quantcli.pipelines.graph.source import GraphSource, axis_lengths, context_length
 from quantcli.progress import Progress
 
-__all__ = ["Feeds", "axis_lengths", "context_length", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
+__all__ = ["Feeds", "describe_feeds", "open_feeds", "reads_text", "refuse_feeds"]
 
 
 class Feeds(Protocol):
@@ -84,7 +84,7 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     """
     calibration, given = options.calibration, options.graph
     specs = input_specs(source.path)
-    sizes = {"batch_size": calibration.batch_size, "limit": calibration.num_samples}
+    sizes: Any = {"batch_size": calibration.batch_size, "limit": calibration.num_samples}
     if given.user_script is not None:
         return script_samples(given.user_script, given.data_function or "", specs, **sizes)
     if given.calibration_inputs is not None and given.image_spec is not None:
@@ -103,19 +103,3 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     )
     feeds = TokenFeeds(graph, rows.tokens, calibration.batch_size, axis_lengths(source))
     return Samples(specs, lambda: ((feed, f"batch {number} of text") for number, feed in enumerate(feeds)))
-
-
-def axis_lengths(source: GraphSource) -> dict[str, int]:
-    """Lengths of axes that a language model's graph only names, as far as its folder says them."""
-    config = source.genai_config
-    if config is None:
-        return {}
-    heads, size = config.model.decoder.num_key_value_heads, config.model.decoder.head_size
-    axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
-    return {name: length for name, length in axes.items() if length is not None}
-
-
-def context_length(source: GraphSource) -> int | None:
-    """Tokens that a language model's graph takes; None where its folder does not say."""
-    config = source.genai_config
-    return None if config is None else config.model.context_length

@@ -12,7 +12,7 @@ from quantcli.graphs.model.files import Model, data_files, open_graph
 from quantcli.graphs.model.genai_config import GENAI_CONFIG, GenaiConfig, read_genai_config
 from quantcli.progress import Progress
 
-__all__ = ["GraphSource", "is_graph", "locate_graph"]
+__all__ = ["GraphSource", "axis_lengths", "context_length", "is_graph", "locate_graph"]
 
 
 def is_graph(model: str) -> bool:
@@ -112,3 +112,19 @@ class GraphSource:
                 shutil.copyfile(companion, target / companion.name)
             else:
                 progress.note(f"{companion.name} beside the graph is no file, it is not copied")
+
+
+def axis_lengths(source: GraphSource) -> dict[str, int]:
+    """Lengths of axes that a language model's graph only names, as far as its folder says them."""
+    config = source.genai_config
+    if config is None:
+        return {}
+    heads, size = config.model.decoder.num_key_value_heads, config.model.decoder.head_size
+    axes = {"kv_cache_dim": size, "head_size": size, "head_dim": size, "num_key_value_heads": heads}
+    return {name: length for name, length in axes.items() if length is not None}
+
+
+def context_length(source: GraphSource) -> int | None:
+    """Tokens that a language model's graph takes; None where its folder does not say."""
+    config = source.genai_config
+    return None if config is None else config.model.context_length

@@ -22,9 +22,10 @@ from quantcli.graphs.weights.matmul_nbits import Placement
 from quantcli.graphs.weights.replace import note_bits, replace_matrices
 from quantcli.pipelines.graph.arrays import round_matrices
 from quantcli.pipelines.graph.beside import Beside, hold_outputs
-from quantcli.pipelines.graph.feeds import axis_lengths, open_feeds
+from quantcli.pipelines.graph.feeds import open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, selection
+from quantcli.pipelines.graph.source import axis_lengths
 from quantcli.pipelines.graph.stages import Room
 from quantcli.pipelines.planning.target import HELD_OUT_SHARE
 from quantcli.progress import Progress

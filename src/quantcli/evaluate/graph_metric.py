@@ -1,0 +1,56 @@
+"""A metric of the user's own: a function in a Python file that judges an onnxruntime session."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantcli.data.user_script import explained, load_function, takes_by_name
+from quantcli.errors import InputError
+from quantcli.graphs.model.session import open_session
+
+__all__ = ["GraphMetric"]
+
+
+class GraphMetric:
+    """The function, loaded once."""
+
+    def __init__(self, script: Path, function: str, offered: Mapping[str, Any]):
+        """Runs the file.
+
+        Args:
+            script: The file.
+            function: Its function: takes a session, and any of what is offered by name; returns a number.
+            offered: What it may take.
+
+        Raises:
+            UsageError: no such file or function.
+            InputError: the file fails.
+        """
+        self._origin = f"{script}:{function}"
+        self._function = load_function(script, function)
+        self._arguments = takes_by_name(self._function, offered)
+
+    def __call__(self, graph: Path) -> float:
+        """What it returns for a graph.
+
+        Raises:
+            InputError: the graph cannot be opened, or the function fails or returns no finite number.
+        """
+        session = open_session(graph, what=str(graph))
+        with explained(f"{self._origin} on {graph.name}"):
+            found = self._function(session, **self._arguments)
+            value = _number(found)
+        if value is None:
+            raise InputError(f"{self._origin} returned {type(found).__name__} for {graph}, expected one number")
+        if not math.isfinite(value):
+            raise InputError(f"{self._origin} returned {value} for {graph}, expected a finite number")
+        return value
+
+
+def _number(found: Any) -> float | None:
+    """One real number, whether of Python, numpy or torch; None for anything else."""
+    array = np.asarray(found)
+    return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "iuf" else None
