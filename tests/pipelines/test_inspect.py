@@ -48,7 +48,7 @@ def float_folder(folder: Path) -> Path:
 def gptq_files(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     four, eight = Scheme(4, 32), Scheme(8, 16)
-    config = gptq.config_for(Described(four, {"b": eight}, [], desc_act=False, lm_head=False, producer="test"))
+    config = gptq.config_for(Described(four, {"b": eight}, [], desc_act=False, head=None, producer="test"))
     config["quantcli"] = {"embedding": {"name": "e", "bits": 8, "group_size": 16, "sym": False}}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
     tensors = {"norm.weight": torch.ones(64, dtype=torch.float16)}

@@ -169,6 +169,8 @@ def _refuse(held: Held) -> str | None:
 
 def _config(described: Described) -> dict[str, Any]:
     schemes: dict[Scheme, list[str]] = {described.default: ["Linear"]}
+    if described.head is not None and described.head not in described.exceptions:
+        schemes[described.default].append(described.head)  # a head is no Linear to vLLM: it goes by the name
     for name, scheme in described.exceptions.items():
         schemes.setdefault(scheme, []).append(name)
     return {

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.folder import write_json
-from quantcli.models.online import restored_config
+from quantcli.models.marks import restored_config
 
 __all__ = [
     "Checkpoint",

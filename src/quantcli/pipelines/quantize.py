@@ -30,6 +30,7 @@ from quantcli.pipelines.graph.source import is_graph
 from quantcli.pipelines.mixed_bits.choose import mix_bits
 from quantcli.pipelines.planning.decide import make_plan
 from quantcli.pipelines.planning.plan import Plan, Target
+from quantcli.pipelines.planning.storage import refuse_graph_readers
 from quantcli.pipelines.rotation.learn import learn_rotations
 from quantcli.pipelines.rotation.train import RotationReport
 from quantcli.progress import Progress, Silent
@@ -82,6 +83,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
     """
     progress = progress or Silent()
     if is_graph(options.model):
+        refuse_graph_readers(options)
         return quantize_graph.run(options, progress)
     started = time.perf_counter()
     plan = make_plan(options)

@@ -46,7 +46,7 @@ class ShardWriter:
         quantized = {t.disk: t for t in plan.targets.values() if t.name in results}
         if plan.embedding is not None and plan.embedding.name in results:
             quantized[plan.embedding.disk] = plan.embedding
-        keep = DTYPES.get(plan.options.dtype)
+        keep = DTYPES.get(plan.options.dtype or "")
         tensors: dict[str, Tensor] = {}
         changed: set[str] = set()
         for target in quantized.values():
