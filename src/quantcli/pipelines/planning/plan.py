@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ class Plan:
     def float_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What a float tensor of the input is written in."""
         return DTYPES.get(self.options.dtype or "", stored)
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Names on disk of the tensors that codes take the place of."""
+        return frozenset(t.disk for t in (*self.targets.values(), *([self.embedding] if self.embedding else [])))
 
     def block_targets(self, number: int) -> list[Target]:
         """The linears of one block that are quantized."""
