@@ -123,7 +123,7 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
 
 @contextmanager
 def _unmarked(folder: Path) -> Iterator[Path]:
-    """The folder as the builder can open it: a mark of ours hides the model type from it, the weights it gets from us."""
+    """The folder as the builder can open it: a mark of ours hides the model type; its weights come from us anyway."""
     if not is_marked(json.loads((folder / "config.json").read_text())):
         yield folder
         return

@@ -1,4 +1,4 @@
-"""Whether a reader opens a folder, by the table in `formats.readers`: judged before it is written, and of any folder."""
+"""Whether a reader opens a folder, by the table in `formats.readers`: before it is written, and of any folder."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ ones stand in the mark, and `read_config` gives them back.
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["add_mark", "find_mark", "is_marked", "restored_config"]
+__all__ = ["add_mark", "find_mark", "is_marked", "restored_config", "without_mark"]
 
 _KEY = "quantcli"
 _NAMES = {
@@ -44,6 +44,12 @@ def find_mark(config: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 def is_marked(config: Mapping[str, Any]) -> bool:
     """Whether config.json hides a model type."""
     return any(find_mark(config, name) is not None for name in _NAMES)
+
+
+def without_mark(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A restored config without a mark, once what it says is no longer so."""
+    ours = {key: value for key, value in (config.get(_KEY) or {}).items() if key != name}
+    return {key: value for key, value in config.items() if key != _KEY} | ({_KEY: ours} if ours else {})
 
 
 def restored_config(config: dict[str, Any]) -> dict[str, Any]:

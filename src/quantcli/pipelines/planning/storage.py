@@ -10,6 +10,7 @@ from quantcli.formats import CODECS
 from quantcli.formats.opening import Contents, Obstacle, StoredLinear, opens_in
 from quantcli.formats.readers import DEFAULT_READERS, READERS
 from quantcli.options import MIXED_BITS, QuantizeOptions
+from quantcli.pipelines.mixed_bits.widths import holds_mixed
 from quantcli.pipelines.planning.opening import FloatModel
 from quantcli.pipelines.planning.plan import Target
 from quantcli.pipelines.planning.steps import allowed_formats
@@ -94,6 +95,8 @@ def refuse_graph_readers(options: QuantizeOptions) -> None:
 def _ways(options: QuantizeOptions, rounder: Step) -> Iterator[tuple[str, bool | None]]:
     """Formats and grids in the order in which they are tried: as usual first, then, for named readers, otherwise."""
     formats = allowed_formats(options.format, rounder.algorithm)
+    if options.mixes:
+        formats = tuple(name for name in formats if holds_mixed(CODECS[name])) or formats
     usual = [(name, _grid(options, rounder, name)) for name in formats]
     yield from usual
     if options.readers and options.symmetric is None and rounder.algorithm.codebook is None:
