@@ -65,6 +65,11 @@ class Obstacle:
     silent: bool = False
     """Whether it goes on all the same, and computes nonsense."""
 
+    @property
+    def words(self) -> str:
+        """As people read it."""
+        return f"it computes nonsense: {self.why}" if self.silent else self.why
+
 
 def opens_in(contents: Contents) -> dict[str, Obstacle | None]:
     """By reader, the first obstacle; None where it opens the folder."""

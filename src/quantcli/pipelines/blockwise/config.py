@@ -45,6 +45,8 @@ def result_config(plan: Plan) -> dict[str, Any]:
         config["quantization_config"] = quantization
     if plan.untie_head:
         config["tie_word_embeddings"] = False
+        # who counts weights is to know that these are the embedding's
+        config["quantcli"] = dict(config.get("quantcli") or {}) | {"untied_head": plan.layout.head}
     if plan.options.dtype != "keep":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.options.dtype
