@@ -68,14 +68,14 @@ def test_format_and_grid_follow_the_readers(models, values, format, symmetric):
 @pytest.mark.parametrize(
     ("values", "message", "hint"),
     [
-        ({"readers": ("vllm",), "format": "gptq", "bits": 3}, "vllm does not open this as gptq: it takes 4, 8 bits", "--format"),
+        ({"readers": ("vllm",), "format": "gptq", "bits": 3}, "vllm does not open this as gptq: it takes 4, 8", "--format"),
         ({"readers": ("vllm",), "format": "gptq", "symmetric": False}, "zero points", "--format awq"),
         ({"readers": ("vllm",), "algorithm": "nf4"}, "does not read bnb", "--format"),
         ({"readers": ("vllm",), "group_size": 48}, "does not take groups of 48", "--group-size 32"),
         ({"readers": ("vllm",), "algorithm": "gptq", "settings": {"order": "desc_act"}}, "out of order", "--desc-act"),
         ({"readers": ("gptqmodel",), "format": "compressed-tensors"}, "does not read compressed-tensors", "gptq"),
         ({"readers": ("vllm",), "exclude": ("q_proj",)}, "q_proj, k_proj, v_proj .* as one", "alike"),
-        ({"readers": ("transformers",), "format": "gptq", "overrides": (Override("o_proj", bits=8),)}, "differ", "--format"),
+        ({"readers": ("peft",), "format": "gptq", "overrides": (Override("o_proj", bits=8),)}, "differ", "--override"),
         ({"format": "gptq", "quantize_lm_head": True}, "transformers would open this .* nonsense", "--for gptqmodel"),
         ({"readers": ("vllm",), "quantize_embeddings": True}, "its embedding is quantized", "quantize-embeddings"),
     ],
@@ -92,7 +92,7 @@ def test_unknown_readers():
 
 
 def test_a_graph_is_for_runtimes(tmp_path):
-    with pytest.raises(UsageError, match="vllm opens checkpoints, .* is an ONNX graph"):
+    with pytest.raises(UsageError, match=r"vllm opens checkpoints, .* is an ONNX graph"):
         (tmp_path / "m.onnx").write_bytes(b"")
         quantize.run(options(tmp_path / "m.onnx", tmp_path / "q", readers=("vllm",)))
 

@@ -109,7 +109,9 @@ def _grid(options: QuantizeOptions, rounder: Step, name: str) -> bool | None:
         return None
     if options.symmetric is not None:
         return options.symmetric
-    widths = (options.mixed_bits or MIXED_BITS) if options.mixes else (options.weight_bits,)
+    widths = tuple(options.mixed_bits or MIXED_BITS) if options.mixes else (options.weight_bits,)
+    takes = [READERS[reader].formats[name].bits for reader in options.readers if name in READERS[reader].formats]
+    widths = tuple(bits for bits in widths if all(bits in known for known in takes)) or widths
     served = name in ("gptq", "compressed-tensors") and getattr(rounder.settings, "zero", "") != "float"
     return served and min(widths) >= _FULL_BITS
 
