@@ -23,6 +23,7 @@ NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer
 
 def options(model, output, text, **values):
     values.setdefault("group_size", 32)
+    values.setdefault("readers", ("quantcli",))
     calibration = CalibrationOptions(str(text), num_samples=8, seq_len=32, batch_size=2)
     return QuantizeOptions(str(model), Path(output), calibration=calibration, **values)
 
