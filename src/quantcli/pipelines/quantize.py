@@ -26,6 +26,10 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
     if is_graph(options.model):
         from quantcli.pipelines import quantize_graph
 
+        if options.readers:
+            from quantcli.pipelines.planning.storage import refuse_graph_readers
+
+            refuse_graph_readers(options)
         return quantize_graph.run(options, progress)
     from quantcli.pipelines import quantize_checkpoint
 
