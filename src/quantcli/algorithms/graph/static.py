@@ -271,8 +271,8 @@ def quantize(
             told += [n for n in more if n not in told]
         reasons = odd.reasons | unfit.recurrent_without_integers(model, able) | failing
         reasons |= dict.fromkeys(integers.float_nodes(made, asked), integers.NOT_QUANTIZED)
-        left = {name for name, _ in asked} - set(reasons)
-        if asked and not left:
+        done = {name for name, _ in asked} - set(reasons)
+        if asked and not done:
             raise InputError(f"no node with a weight is left to quantize: {unfit.list_float(model, reasons)[0]}")
         names = {str(n.name) for n in chosen}
         integers.finish(made, target, names)
@@ -281,8 +281,8 @@ def quantize(
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
     return integers.IntegerGraph(
-        quantized=tuple(n for n in weighted if n in left),
-        kept=tuple(n for n in weighted if n not in left),
+        quantized=tuple(n for n in weighted if n in done),
+        kept=tuple(n for n in weighted if n not in done),
         prepared=prepared,
         notes=tuple(notes),
         samples=found.samples,

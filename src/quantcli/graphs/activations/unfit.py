@@ -122,7 +122,7 @@ def find_unfit_constants(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[str,
             constant_of(v) is None for v in node.inputs[1 : _weights(node)]
         ):
             found[str(node.name)] = "its weights are computed"
-        elif node.op_type in RECURRENT and node.attributes.get_int("layout", 0):
+        elif node.op_type in RECURRENT and node.attributes.get_int("layout", 0) == 1:
             found[str(node.name)] = "onnxruntime has no integers for its layout"
     return found
 
@@ -316,7 +316,7 @@ def lost_clips(known: _Known, grid: Grid) -> dict[str, str]:
 
 
 def _cuts_within(clip: ir.Node) -> bool:
-    """Whether a Clip has limits that a grid with 0 in it does not have: a least value above 0, or one that is computed."""
+    """Whether a Clip has limits that no grid with 0 in it has: a least one above 0, or one that is computed."""
     for place, sign in ((1, 1.0), (2, -1.0)):
         value = clip.inputs[place] if place < len(clip.inputs) else None
         if value is None:
