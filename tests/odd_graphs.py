@@ -3,7 +3,8 @@
 import itertools
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+import onnx
+from onnx import TensorProto, numpy_helper
 
 F, I64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 KINDS = {}
@@ -16,7 +17,14 @@ def kind(function):
 
 
 def info(name, shape, dtype=F):
-    return helper.make_tensor_value_info(name, dtype, shape)
+    value = onnx.ValueInfoProto(name=name)
+    value.type.tensor_type.elem_type = dtype
+    if shape is not None:
+        value.type.tensor_type.shape.SetInParent()
+        for size in shape:
+            dim = value.type.tensor_type.shape.dim.add()
+            setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)
+    return value
 
 
 def floats(seed, *shape, scale=1.0):
@@ -28,22 +36,43 @@ def weight(seed, *shape):
 
 
 def graph(name, nodes, inputs, outputs, constants):
-    return helper.make_graph(
-        nodes, name, inputs, outputs, [numpy_helper.from_array(v, k) for k, v in constants.items()]
-    )
+    weights = [numpy_helper.from_array(v, k) for k, v in constants.items()]
+    return onnx.GraphProto(name=name, node=nodes, input=inputs, output=outputs, initializer=weights)
 
 
-def model(nodes, inputs, outputs, constants, functions=(), opset=17, **extra):
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(f.domain, 1) for f in functions)]
+def model(nodes, inputs, outputs, constants, functions=(), opset=17):
     made = graph("g", nodes, inputs, outputs, constants)
-    return helper.make_model(made, opset_imports=imports, ir_version=9, functions=list(functions), **extra)
+    imports = [opset_id("", opset), *(opset_id(f.domain, 1) for f in functions)]
+    return onnx.ModelProto(ir_version=9, opset_import=imports, graph=made, functions=list(functions))
 
 
-def node(op_type, inputs, output, name=None, **attributes):
+def opset_id(domain, version):
+    return onnx.OperatorSetIdProto(domain=domain, version=version)
+
+
+def node(op_type, inputs, output, name=None, domain="", **attributes):
     outputs = [output] if isinstance(output, str) else output
-    return helper.make_node(
-        op_type, inputs.split(",") if inputs else [], outputs, name or f"n_{outputs[0]}", **attributes
-    )
+    made = onnx.NodeProto(op_type=op_type, input=inputs.split(",") if inputs else [], output=outputs, domain=domain)
+    made.name = name or f"n_{outputs[0]}"
+    for key, value in attributes.items():
+        made.attribute.append(_attribute(key, value))
+    return made
+
+
+def _attribute(name, value):
+    kinds = {int: ("INT", "i"), float: ("FLOAT", "f"), str: ("STRING", "s"), onnx.GraphProto: ("GRAPH", "g")}
+    made = onnx.AttributeProto(name=name)
+    if isinstance(value, list):
+        made.type = onnx.AttributeProto.INTS
+        made.ints.extend(value)
+        return made
+    kind, place = kinds[type(value)]
+    made.type = onnx.AttributeProto.AttributeType.Value(kind)
+    if kind == "GRAPH":
+        made.g.CopyFrom(value)
+    else:
+        setattr(made, place, value.encode() if kind == "STRING" else value)
+    return made
 
 
 def rows(seed, count=4, width=64):
@@ -484,10 +513,12 @@ def scan():
 @kind
 def functions():
     body = [node("MatMul", "a,b", "c", "inner"), node("Tanh", "c", "d", "inner2")]
-    made = helper.make_function("local", "Layer", ["a", "b"], ["d"], body, [helper.make_opsetid("", 17)])
+    made = onnx.FunctionProto(
+        domain="local", name="Layer", input=["a", "b"], output=["d"], node=body, opset_import=[opset_id("", 17)]
+    )
     nodes = [
-        helper.make_node("Layer", ["x", "w"], ["h"], "one", domain="local"),
-        helper.make_node("Layer", ["h", "v"], ["y"], "two", domain="local"),
+        node("Layer", "x,w", "h", "one", domain="local"),
+        node("Layer", "h,v", "y", "two", domain="local"),
     ]
     return one_input(nodes, {"w": weight(0, 64, 64), "v": weight(1, 64, 48)}, (4, 48), functions=[made])
 

@@ -118,8 +118,26 @@ def test_nodes_in_bodies_are_chosen_by_name(tmp_path):
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
 def test_ranges_in_bodies_with_other_methods(method, tmp_path):
-    _, decibels = quantize(tmp_path, "loop_with_a_branch_and_a_list", "static", {"calibrate_method": method})
+    result, decibels = quantize(tmp_path, "loop_with_a_branch_and_a_list", "static", {"calibrate_method": method})
     assert decibels > ENOUGH_DB
+    assert any(f"not by {method}" in note for note in result.notes)
+
+
+def test_batches_of_weights_have_one_scale_where_others_do_not_run(tmp_path):
+    result, _ = quantize(tmp_path, "batch_of_weights_4x64x48", "static", {"per_channel": "true"})
+    assert any("n_y: one scale for a batch of matrices" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", ["loop", "mask_Where_-inf", "gemm_11", "clip_of_relu6", "batch_of_weights_4x64x48"])
+def test_losses_of_nodes_are_measured(name, tmp_path):
+    for index, (algorithm, settings) in enumerate(FORMATS.values()):
+        (tmp_path / str(index)).mkdir()
+        made, feed = odd_graphs.KINDS[name]()
+        onnx.save(made, tmp_path / "float.onnx")
+        options = make_options(ALGORITHMS[algorithm], settings)
+        target = tmp_path / str(index) / "q.onnx"
+        result = ALGORITHMS[algorithm].run(tmp_path / "float.onnx", target, options, Reader(feed), None, True)
+        assert result.comparison.nodes and all(node.own_db > 30 for node in result.comparison.nodes)
 
 
 def test_a_loop_that_never_ran_stays_float_and_is_named(tmp_path):

@@ -271,18 +271,18 @@ def quantize(
             told += [n for n in more if n not in told]
         reasons = odd.reasons | unfit.recurrent_without_integers(model, able) | failing
         reasons |= dict.fromkeys(integers.float_nodes(made, asked), integers.NOT_QUANTIZED)
-        left = {name for name, _ in asked} - set(reasons)
-        if asked and not left:
+        done = {name for name, _ in asked} - set(reasons)
+        if asked and not done:
             raise InputError(f"no node with a weight is left to quantize: {unfit.list_float(model, reasons)[0]}")
         names = {str(n.name) for n in chosen}
         integers.finish(made, target, names)
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
-    notes = [*said, *unfit.list_float(model, reasons), *told]
+    notes = [*said, *unfit.list_float(model, reasons), *_left_out(model, chosen, options), *told]
     if options.activation_type.endswith("int8"):
         notes += integers.full_int8(target, options.reduce_range)
     return integers.IntegerGraph(
-        quantized=tuple(n for n in weighted if n in left),
-        kept=tuple(n for n in weighted if n not in left),
+        quantized=tuple(n for n in weighted if n in done),
+        kept=tuple(n for n in weighted if n not in done),
         prepared=prepared,
         notes=tuple(notes),
         samples=found.samples,
@@ -292,6 +292,25 @@ def quantize(
         nodes=integers.kinds_of(chosen),
         reasons=reasons,
     )
+
+
+def _left_out(model: ir.Model, chosen: Sequence[ir.Node], options: StaticOptions) -> list[str]:
+    """What was asked for and is had in part only."""
+    from quantcli.graphs.walk.channels import has_weight
+
+    notes = []
+    batched = [
+        str(n.name)
+        for n in chosen
+        if n.op_type == "MatMul" and has_weight(n) and n.inputs[1] is not None and len(n.inputs[1].shape or ()) > 2
+    ]
+    if batched and options.per_channel and options.encoding == "qdq":
+        few = f"{batched[0]} and {len(batched) - 1} more" if len(batched) > 1 else batched[0]
+        notes.append(f"{few}: one scale for a batch of matrices, onnxruntime runs no others between QDQ nodes")
+    inside = [str(n.name) for n in chosen if n.graph is not model.graph]
+    if inside and options.calibrate_method != "minmax":
+        notes.append(f"ranges inside of If, Loop and Scan are of all values, not by {options.calibrate_method}")
+    return notes
 
 
 def _write(

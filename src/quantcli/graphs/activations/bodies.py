@@ -7,11 +7,11 @@ that names what the body reads, so nothing that a body needs is taken for unused
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.walk.bodies import bodies_of, is_control_flow, replace_node
@@ -19,6 +19,7 @@ from quantcli.graphs.walk.bodies import bodies_of, is_control_flow, replace_node
 __all__ = ["quantize_bodies"]
 
 _DOMAIN = "quantcli"
+_SHARED_BYTES = 1024
 
 
 @dataclass
@@ -88,9 +89,7 @@ def quantize_bodies(
                     whole.opset_imports.setdefault(domain, version)
         whole.opset_imports.pop(_DOMAIN, None)
         _put_back(whole.graph, parts, stand_ins)
-        # what several bodies read became several constants
-        passes.LiftSubgraphInitializersToMainGraphPass()(whole)
-        passes.DeduplicateHashedInitializersPass(size_limit=1 << 40)(whole)
+        _share_constants(whole.graph)
         save_graph(whole, made)
 
 
@@ -180,6 +179,26 @@ def _put_back(graph: ir.Graph, parts: dict[str, _Part], stand_ins: dict[str, _No
             num_outputs=len(node.outputs),
         )
         replace_node(graph, node, new, new.outputs)
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """Keeps one of the equal constants that what several bodies read has become, in place."""
+    seen: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
+    for inner in (graph, *graph.subgraphs()):
+        for value in list(inner.initializers.values()):
+            stored = value.const_value
+            if stored is None or stored.nbytes < _SHARED_BYTES or value.is_graph_output():
+                continue
+            key = stored.dtype, tuple(stored.shape.numpy()), sha256(stored.tobytes()).digest()
+            first = seen.setdefault(key, value)
+            if first is value or inner is graph:
+                continue
+            if first.graph is not graph:
+                assert first.graph is not None and first.name is not None
+                first.graph.initializers.pop(first.name)
+                graph.register_initializer(first)
+            value.replace_all_uses_with(first)
+            inner.initializers.pop(str(value.name))
 
 
 def _rename(body: ir.Graph, names: Collection[str], key: str) -> None:

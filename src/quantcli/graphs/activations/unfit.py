@@ -99,7 +99,7 @@ def find_unfit(model: ir.Model, nodes: Sequence[ir.Node], ranges: Ranges, grid: 
         mixed_tensors(known, grid),
         shrinking_outputs(known, grid),
         lost_clips(known, grid),
-        odd_products(known, grid),
+        odd_operators(known, grid),
     ):
         for name, reason in found.items():
             reasons.setdefault(name, reason)
@@ -116,13 +116,13 @@ def find_unfit(model: ir.Model, nodes: Sequence[ir.Node], ranges: Ranges, grid: 
 def find_unfit_constants(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[str, str]:
     """Why nodes stay float whose activations are rounded as they come; no ranges are known."""
     known = _Known(model, nodes, Ranges({}, 0))
-    found = constants_without_values(known) | endless_tensors(known) | odd_products(known, Grid(operators=True))
+    found = constants_without_values(known) | endless_tensors(known) | odd_operators(known, Grid(operators=True))
     for node in nodes:
         if node.op_type in ("Conv", *RECURRENT) and any(
             constant_of(v) is None for v in node.inputs[1 : _weights(node)]
         ):
             found[str(node.name)] = "its weights are computed"
-        elif node.op_type in RECURRENT and node.attributes.get_int("layout", 0):
+        elif node.op_type in RECURRENT and node.attributes.get_int("layout", 0) == 1:
             found[str(node.name)] = "onnxruntime has no integers for its layout"
     return found
 
@@ -316,7 +316,7 @@ def lost_clips(known: _Known, grid: Grid) -> dict[str, str]:
 
 
 def _cuts_within(clip: ir.Node) -> bool:
-    """Whether a Clip has limits that a grid with 0 in it does not have: a least value above 0, or one that is computed."""
+    """Whether a Clip has limits that no grid with 0 in it has: a least one above 0, or one that is computed."""
     for place, sign in ((1, 1.0), (2, -1.0)):
         value = clip.inputs[place] if place < len(clip.inputs) else None
         if value is None:
@@ -327,8 +327,8 @@ def _cuts_within(clip: ir.Node) -> bool:
     return False
 
 
-def odd_products(known: _Known, grid: Grid) -> dict[str, str]:
-    """Products in forms that onnxruntime's operators on integers do not take."""
+def odd_operators(known: _Known, grid: Grid) -> dict[str, str]:
+    """Operators in forms that onnxruntime's integers do not take, or get wrong."""
     found = {}
     for node in known.nodes:
         if node.op_type == "MatMul" and any(
@@ -342,6 +342,8 @@ def odd_products(known: _Known, grid: Grid) -> dict[str, str]:
             and constant_of(node.inputs[0]) is not None
         ):
             found[str(node.name)] = "its constant on the left would have scales that no product takes"
+        elif node.op_type == "Resize" and grid.operators and node.attributes.get_string("mode", "nearest") == "cubic":
+            found[str(node.name)] = "on integers, what a cubic curve overshoots wraps around"
         elif node.op_type == "ConvTranspose" and grid.per_channel and node.attributes.get_int("group", 1) > 1:
             found[str(node.name)] = "in groups it has no scales per channel"
     return found

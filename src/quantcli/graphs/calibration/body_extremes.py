@@ -105,7 +105,7 @@ def _report_graph(body: ir.Graph, wanted: set[str]) -> tuple[list[str], tuple[ir
         for value in own:
             least = _add(body, reduce, [value], f"{value.name}.{reduce}", keepdims=0)
             parts.append(_add(body, "Reshape", [least, one], f"{value.name}.{reduce}.vector"))
-        parts += [told[1 + side] for told in inner]
+        parts += [ends_of_inner[side] for _, *ends_of_inner in inner]
         ends.append(_add(body, "Concat", parts, f"{names[0]}.{reduce}.all", axis=0))
     return names, tuple(ends)
 

@@ -146,7 +146,7 @@ _Outputs = dict[str, tuple[Sequence[str], float | None]]
 
 
 def _open_session(path: Path, names: Sequence[str], extremes: bool) -> tuple[ort.InferenceSession, _Outputs]:
-    """A session on the graph that gives these tensors too, or their extremes; of those in bodies always the extremes."""
+    """A session on the graph that gives these tensors too, or their extremes; in bodies always the extremes."""
     model = ir.load(path)
     wanted = set(names)
     outputs: _Outputs = {}

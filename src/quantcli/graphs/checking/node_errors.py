@@ -57,6 +57,8 @@ class Grids:
                 self._quantizers[x.removesuffix("_QuantizeLinear_Input")] = (scale, zero)
         self.dynamic = any(n.op_type == "DynamicQuantizeLinear" for n in model.graph)
         """Whether activations get their grids anew at every run."""
+        self.nodes = {str(n.name).removesuffix("_quant") for n in model.graph}
+        """Names of the nodes that are still there."""
         names = {str(v.name) for n in model.graph for v in n.outputs}
         self.floats = names | {str(v.name) for v in model.graph.inputs}
         """Tensors of the quantized graph."""
@@ -82,7 +84,9 @@ class Grids:
         zero = constant_of(self._constants.get(f"{name}_zero_point"))
         offset = np.zeros(1) if zero is None else zero.astype(np.float64)
         shape = [1] * codes.ndim
-        if scale.size > 1:
+        if scale.ndim == codes.ndim:
+            shape = list(scale.shape)  # of a batch of matrices
+        elif scale.size > 1:
             shape[weight_rows(node) if has_weight(node) else codes.shape.index(scale.size)] = -1
         steps = codes.astype(np.float64) - offset.reshape(shape if offset.size > 1 else [1] * codes.ndim)
         return (steps * scale.astype(np.float64).reshape(shape)).astype(np.float32)
@@ -212,7 +216,9 @@ def _add_twin(graph: ir.Graph, node: ir.Node, grids: Grids, outputs: bool) -> ir
     graph.append(twin)
     for index, value in enumerate(twin.outputs):
         value.name, value.type = f"{node.name}.twin.output{index}", node.outputs[index].type
-    return _rounded(graph, twin.outputs[0], grids, of=node.outputs[0]) if outputs else twin.outputs[0]
+    # what a Relu or Clip cuts off has no codes where the grid is in its place: it is no loss of this node
+    cut = any(u.op_type in ("Relu", "Clip") and u.name not in grids.nodes for u, _ in node.outputs[0].uses())
+    return _rounded(graph, twin.outputs[0], grids, of=node.outputs[0]) if outputs and not cut else twin.outputs[0]
 
 
 def _rounded(

@@ -103,7 +103,7 @@ class _Rewriter:
             array = constant_of(value)
             if array is not None:
                 return _constant(graph, f"{node.name}{suffix}", array * np.float32(factor))
-            return add("Mul", [value, _constant(graph, f"{node.name}{suffix}", np.float32(factor))], suffix)
+            return add("Mul", [value, _constant(graph, f"{node.name}{suffix}", np.array(factor, np.float32))], suffix)
 
         if node.attributes.get_int("transA", 0):
             x = add("Transpose", [x], ".transposed", perm=[1, 0])
