@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, UsageError
@@ -18,9 +18,6 @@ from quantcli.graphs.rewrite.channel_last import turn_feed
 from quantcli.pipelines.graph.beside import Beside
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.progress import Progress
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 __all__ = ["Attempts", "Files", "again"]
 
@@ -101,7 +98,7 @@ class Attempts:
         self._exclude(slow)
         return tuple(slow)
 
-    def _session(self, excluded: Sequence[str]) -> "InferenceSession | None":
+    def _session(self, excluded: Sequence[str]) -> Any:
         """The graph with these nodes in float, opened; None where nothing is left that could be integers."""
         try:
             self.attempt(excluded)
