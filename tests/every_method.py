@@ -127,7 +127,7 @@ def _names_part(proto: onnx.ModelProto, said: str) -> bool:
             names |= {node.name, node.op_type, *node.input, *node.output}
             graphs += [a.g for a in node.attribute if a.HasField("g")]
         names |= {value.name for value in [*graph.input, *graph.output]}
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said) for name in names - {""})
+    return any(re.search(rf"(?<!\w){re.escape(name)}(_\d+)?(?!\w)", said) for name in names - {""})
 
 
 def floors_db(case: Case, method: Method) -> dict[str, float]:
@@ -154,6 +154,10 @@ def floors_db(case: Case, method: Method) -> dict[str, float]:
         is_weight = step is not None and step.node.op_type in WEIGHTS and step.node.inputs[1].name == name
         return _in_groups(step, array, method) if is_weight and array.ndim == 2 else array
 
+    least = GATE_DB - UNSEEN_DB if method.calibrates else -np.inf
+    most = 6.02 * method.bits - HEADROOM_DB
+    if not case.steps:
+        return {output.name: max(least, most) for output in case.session.get_outputs()}
     for feed in case.calibration:
         for name, array in case.trace(feed, measure).items():
             measure(None, name, array)
@@ -163,8 +167,6 @@ def floors_db(case: Case, method: Method) -> dict[str, float]:
         for name, (wanted, got) in outputs.items():
             wanted.append(exact[name].ravel())
             got.append(rounded(None, name, near[name]).ravel())
-    least = GATE_DB - UNSEEN_DB if method.calibrates else -np.inf
-    most = 6.02 * method.bits - HEADROOM_DB
     reached = {name: _reached(wanted, got) - SLACK_DB for name, (wanted, got) in outputs.items()}
     return {name: max(least, min(most, db)) for name, db in reached.items()}
 

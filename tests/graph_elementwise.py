@@ -127,7 +127,7 @@ def split(g: Scope) -> None:
 
 
 def resize(g: Scope) -> None:
-    x = g.pick(4)
+    x = g.pick_filled(4)
     scales = g.constant(np.array([1, 1, 2, g.one_of(2, 1.5, 1)], np.float32))
     mode = g.one_of("nearest", "linear", "cubic")
     if g.opset < 10:
@@ -150,7 +150,7 @@ def resize(g: Scope) -> None:
 
 def pool(g: Scope) -> None:
     op = g.one_of("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool")
-    x = g.pick(4, 3)
+    x = g.pick_filled(4, 3)
     space = x.rank - 2
     attributes = {}
     if not op.startswith("Global"):

@@ -60,7 +60,7 @@ def gemm(g: Scope) -> None:
 
 
 def conv(g: Scope) -> None:
-    x = g.pick(4, 3, 5, 4)
+    x = g.pick_filled(4, 3, 5, 4)
     channels, space = x.shape[1], x.rank - 2
     groups = g.one_of(1, 1, channels, *([2] if channels % 2 == 0 else []))
     out = groups * g.one_of(8 if groups == 1 else 1, 1, 2)
@@ -81,7 +81,7 @@ def conv(g: Scope) -> None:
 
 
 def conv_transpose(g: Scope) -> None:
-    x = g.pick(4, 3)
+    x = g.pick_filled(4, 3)
     channels, space = x.shape[1], x.rank - 2
     groups = g.one_of(1, 1, channels)
     out = g.one_of(8, 1, 2)
@@ -100,7 +100,7 @@ def recurrence(g: Scope) -> None:
     gates, size = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], g.one_of(16, 4)
     way = g.one_of("forward", "bidirectional", "reverse")
     ways = 2 if way == "bidirectional" else 1
-    x = g.pick(3, when=lambda t: t.array.size > 0)  # onnxruntime ends the process on an empty batch
+    x = g.pick_filled(3)
     inputs: list[Tensor | None] = [
         x,
         weight(g, (ways, gates * size, x.shape[-1]), x, x.shape[-1], 1),
@@ -120,11 +120,11 @@ def recurrence(g: Scope) -> None:
 def norm(g: Scope) -> None:
     kind = g.one_of("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization")
     if kind == "LayerNormalization":
-        x = g.pick(2, 3, 4)
+        x = g.pick_filled(2, 3, 4)
         inputs = [x, weight(g, x.shape[-1:], x), *([weight(g, x.shape[-1:], x)] if g.chance(2) else [])]
         g.add(kind, inputs, axis=-1)
         return
-    x = g.pick(4, 3) if kind != "BatchNormalization" else g.pick(4, 3, 2)
+    x = g.pick_filled(4, 3) if kind != "BatchNormalization" else g.pick_filled(4, 3, 2)
     channels = x.shape[1:2]
     if kind == "BatchNormalization":
         mean, variance = (g.constant(f(g.random().random(channels).astype(x.array.dtype))) for f in (np.sin, np.exp))

@@ -115,6 +115,10 @@ class Scope:
             raise UnfitError
         return found[self.draw(st.integers(0, min(len(found), 6) - 1))]
 
+    def pick_filled(self, *ranks: int) -> Tensor:
+        """One with elements: of nothing, onnxruntime's recurrences, norms and poolings end the process."""
+        return self.pick(*ranks, when=lambda t: t.array.size > 0)
+
     def draw_axis(self, tensor: Tensor) -> int:
         return tensor.rank - 1 - self.draw(st.integers(0, tensor.rank - 1))
 

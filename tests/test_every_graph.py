@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 
 from every_method import METHODS, judge
 from graph_strategy import Case, graphs
+from onnx_corpus import corpus_case, corpus_names
 
 FEW, MANY = 60, 1000
 SAME_EACH_TIME = settings(
@@ -16,6 +17,14 @@ SAME_EACH_TIME = settings(
     deadline=None,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
+)
+
+
+CORPUS = corpus_names()
+IN_SUITE = (
+    "pytorch-operator/test_operator_mm",
+    "pytorch-converted/test_Linear",
+    "pytorch-converted/test_Conv2d_groups",
 )
 
 
@@ -39,3 +48,14 @@ def test_some_graphs(case):
 @given(graphs())
 def test_a_thousand_graphs(case):
     check(case)
+
+
+@pytest.mark.parametrize("name", IN_SUITE)
+def test_some_models_of_onnx(name):
+    check(corpus_case(name))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", CORPUS)
+def test_every_model_of_onnx(name):
+    check(corpus_case(name))

@@ -62,7 +62,7 @@ def test_the_result_is_right(name, encoding, per_channel, tmp_path):
     except UsageError as error:
         assert encoding == "dynamic"
         assert "per_channel would have no effect on" in error.message or (
-            error.message == "no node is left to quantize" and "transpose" in name.lower()
+            error.message.startswith("no node is left to quantize") and "transpose" in name.lower()
         )
         return
     except InputError as error:

@@ -104,7 +104,8 @@ def quantize(
         save_graph(model, folder / "ready.onnx")
         asked = {(str(n.name), n.op_type) for n in model.graph.all_nodes() if n.name in names and _holds_weights(n)}
         if not asked:
-            why = unfit.list_float(model, reasons) or ["what its products multiply is computed"]
+            computed = f"what its products multiply is computed ({', '.join(str(n.name) for n in chosen[:3])})"
+            why = unfit.list_float(model, reasons) or [computed]
             raise InputError(
                 f"{source} has no weight to quantize: {why[0]}",
                 hint="give a graph with constant weights, or use -a static",

@@ -15,6 +15,7 @@ from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.checking.compare import Comparison
 from quantcli.graphs.checking.side_by_side import GraphRunError
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
+from quantcli.graphs.model.inspect import list_operators
 from quantcli.graphs.model.session import open_session
 from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
@@ -109,7 +110,11 @@ def select_nodes(
     wanted = _matching(include, names) if include else set(names)
     wanted -= _matching(exclude, [str(n.name) for n in nodes])
     if not wanted:
-        raise UsageError("no node is left to quantize", hint="`quantcli inspect FILE.onnx --nodes` lists them")
+        raise UsageError(
+            f"no node is left to quantize: the graph's operators are {list_operators(model.graph)}; "
+            f"asked for are {', '.join(types)}",
+            hint="`quantcli inspect FILE.onnx --nodes` lists nodes",
+        )
     found = [n for n in chosen if n.name in wanted]
     for weight in {n.inputs[1] for n in found if has_weight(n)}:
         _require_finite(weight)

@@ -47,7 +47,8 @@ class Place:
         for node in self.readers:
             array = constant_of(node.inputs[1])
             assert array is not None
-            found.append(torch.from_numpy(np.ascontiguousarray(weight_columns(node, array).T, np.float32)))
+            columns = np.array(weight_columns(node, array).T, np.float32, order="C")  # torch takes no read-only memory
+            found.append(torch.from_numpy(columns))
         return found
 
 

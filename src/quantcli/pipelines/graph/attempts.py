@@ -59,7 +59,7 @@ class Attempts:
             self._files.float_graph, self._files.written, settings, self._reader(compares), self._ranges, compares
         )
         if excluded and not made.quantized:
-            raise InputError("no node with a weight is left to quantize")
+            raise InputError(f"no node with a weight is left to quantize: {', '.join(excluded[:8])} stay float")
         return made
 
     def exclude_worst(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.model.files import Model
+from quantcli.graphs.model.inspect import list_operators
 from quantcli.graphs.model.opset import convert_opset
 from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, prepare
 from quantcli.graphs.weights.blocks import container_bits, plan_blocks, plan_codebook_blocks
@@ -204,7 +205,11 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     found, kept = find_targets(model.graph, selection(options))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
-        raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
+        raise InputError(
+            f"{plan.source.path} has no weight to quantize"
+            + (f" ({reasons})" if reasons else f": its operators are {list_operators(model.graph)}"),
+            hint=f"{step.algorithm.name} takes constant weights of {', '.join(options.graph.op_types)}",
+        )
     options = replace(options, group_size=resolve_group_size(options, plan.transforms, (t.columns for t in found)))
     plan = replace(plan, options=options)
     codebook = step.algorithm.codebook
