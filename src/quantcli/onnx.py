@@ -297,7 +297,7 @@ class MatMulNBitsQuantizer:
         feeds = None if self._reader is None else ReaderFeeds.drain(self._reader)
         model, folder = self._open()
         graph = self._graph
-        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude)
+        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude, stacks=self._encoding == "qdq")
         found, self.kept = find_targets(model.graph, selection)
         codebook = step.algorithm.codebook
         if codebook is not None:
@@ -329,7 +329,8 @@ class MatMulNBitsQuantizer:
             model, folder = ir.from_proto(self._source), Path()
         else:
             model, folder = open_graph(Path(self._source)), Path(self._source).parent
-        prepare(model)
+        for said in prepare(model):
+            self._progress.note(said)
         return model, folder
 
 

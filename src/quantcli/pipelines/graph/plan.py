@@ -73,6 +73,8 @@ class GraphPlan:
     """The float graph in its own opset, where `model` is in a later one."""
     stages: Stages | None = None
     """The steps of calibration, where single weights are calibrated."""
+    notes: tuple[str, ...] = ()
+    """What there is to say of the graph."""
 
     @property
     def calibrates(self) -> bool:
@@ -119,6 +121,7 @@ class GraphPlan:
                     + (f" ({other} with another scheme)" if other else ""),
                 ),
                 *(("float", f"{name}: {why}") for name, why in (self.kept or {}).items()),
+                *(("note", said) for said in self.notes),
             ]
         fed = describe_feeds(options, self.model.graph) if self.calibrates else "none"
         return [
@@ -145,6 +148,7 @@ class GraphPlan:
                 "matrices": len(self.targets),
                 "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self._default},
                 "kept": dict(self.kept or {}),
+                "notes": list(self.notes),
                 "estimated_size_bytes": self.size_bytes,
                 "statistics": self.stages.to_dict() if self.stages is not None else None,
             }
@@ -200,7 +204,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     options = plan.options
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
-    prepare(model)
+    notes = prepare(model)
     found, kept = find_targets(model.graph, selection(options))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
@@ -228,7 +232,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
         plan = replace(plan, model=newer, older=model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
-    plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)
+    plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size, notes=tuple(notes))
     _refuse_inputs(plan)
     return replace(plan, stages=_stages(plan)) if plan.calibrates else plan
 
@@ -250,7 +254,8 @@ def selection(options: QuantizeOptions) -> Selection:
     """The nodes whose weights may be quantized."""
     graph = options.graph
     excluded = (*graph.nodes_exclude, *options.exclude)
-    return Selection(graph.op_types, graph.nodes_include, excluded, graph.quantize_last_matmul)
+    stacks = graph.encoding == "qdq"
+    return Selection(graph.op_types, graph.nodes_include, excluded, stacks, graph.quantize_last_matmul)
 
 
 def weight_encoding(graph: GraphOptions) -> str:
