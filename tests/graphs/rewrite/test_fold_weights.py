@@ -172,3 +172,11 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     assert folded.source.raw is None
     folded.numpy()
     assert folded.source.raw is None  # and is let go again
+
+
+def test_transposes_are_folded_where_no_walk_sees_through_them():
+    proto = graph("a = Cast<to: int = 1>(w) m = Transpose<perm = [1,0]>(a)", (8, 6), np.float16, "MatMul")
+    model = ir.from_proto(proto)
+    fold_weights(model, transposes=True)
+    assert [n.op_type for n in model.graph] == ["MatMul"]
+    assert np.array_equal(run(ir.to_proto(model), FEED)[0], run(proto, FEED)[0])

@@ -125,11 +125,12 @@ def lift_body_weights(model: ir.Model) -> None:
             taken.add(str(value.name))
 
 
-def fold_weights(model: ir.Model) -> list[FoldedWeight]:
+def fold_weights(model: ir.Model, *, transposes: bool = False) -> list[FoldedWeight]:
     """Gives nodes that read matrices the value of the chain in front as an initializer of the main graph.
 
     Args:
         model: Its constants are initializers, none of them an input, and functions are inlined. Changed in place.
+        transposes: Whether a Transpose of a matrix right in front of its reader is folded too.
 
     Returns:
         What was folded.
@@ -145,7 +146,7 @@ def fold_weights(model: ir.Model) -> list[FoldedWeight]:
             steps = _steps(chain) if chain is not None else None
             if chain is None or not steps:
                 continue
-            if len(steps[-1].shape) == 2 and _swaps(steps[-1]):
+            if not transposes and _swaps(steps[-1]):
                 chain, steps = chain[:-1], steps[:-1]  # the walk sees through it: one matrix for both its readers
             if not steps or steps[-1].dtype not in _FLOATS or any(v.is_graph_output() for v in chain[1:]):
                 continue

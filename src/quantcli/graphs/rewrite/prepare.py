@@ -18,6 +18,7 @@ from onnx_ir.passes import common as passes
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.opset import Conversion, convert_opset, prove_conversion, raise_ir_version
+from quantcli.graphs.rewrite.fold_weights import fold_weights
 from quantcli.graphs.rewrite.gemms import normalize_gemms
 
 __all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
@@ -69,6 +70,8 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
     passes.RemoveInitializersFromInputsPass()(model)
     drop_identities(model)
     passes.DeduplicateInitializersPass()(model)
+    if not any(n.op_type == "QuantizeLinear" for n in model.graph.all_nodes()):  # else it is quantized already
+        fold_weights(model, transposes=True)
     conversion = None
     if before < opset:
         older, model = model, convert_opset(model, opset)

@@ -8,11 +8,13 @@ from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.model.files import Model
 from quantcli.graphs.model.opset import convert_opset
+from quantcli.graphs.rewrite.fold_weights import FoldedWeight
 from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, prepare
 from quantcli.graphs.weights.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.weights.replace import needed_opset
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
+from quantcli.pipelines.graph.output import not_smaller
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.pipelines.graph.stages import Room, Stages, plan_stages
 from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
@@ -232,6 +234,8 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
         plan = replace(plan, model=newer, older=model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
+    if saved <= 0:
+        notes.append(not_smaller(size, plan.source, options, integers=False))
     plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size, notes=tuple(notes))
     _refuse_inputs(plan)
     return replace(plan, stages=_stages(plan)) if plan.calibrates else plan
@@ -280,6 +284,8 @@ def weight_encoding(graph: GraphOptions) -> str:
 
 def _stored_bytes(model: Model, name: str) -> int:
     stored = model.graph.initializers[name].const_value
+    if isinstance(stored, FoldedWeight):
+        stored = stored.source
     return stored.nbytes if stored is not None else 0
 
 
