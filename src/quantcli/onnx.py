@@ -26,7 +26,7 @@ from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.model.files import open_graph
-from quantcli.graphs.model.opset import convert_opset, prove_conversion
+from quantcli.graphs.model.opset import convert_opset, prove_conversion, with_known_opset
 from quantcli.graphs.walk.matrices import Selection, find_targets, prepare
 from quantcli.graphs.weights.replace import needed_opset, replace_matrices
 from quantcli.options import GraphOptions, Override, QuantizeOptions
@@ -329,6 +329,9 @@ class MatMulNBitsQuantizer:
             model, folder = ir.from_proto(self._source), Path()
         else:
             model, folder = open_graph(Path(self._source)), Path(self._source).parent
+        model, oldest = with_known_opset(model)
+        if oldest is not None:
+            self._progress.note(str(prove_conversion(oldest, model, folder)))
         for said in prepare(model):
             self._progress.note(said)
         return model, folder

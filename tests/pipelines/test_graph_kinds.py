@@ -185,15 +185,16 @@ def quantize(folder, proto, method, **graph):
         np.savez(folder / "in.npz", x=X)
         data, samples = {"calibration_inputs": folder / "in.npz"}, CalibrationOptions(batch_size=4, num_samples=2)
     bits = {} if method == "nf4" else {"bits": 8}
+    grid = {} if method == "dynamic" else {"group_size": 16}
     told = Told()
     options = QuantizeOptions(
         str(folder / "m.onnx"),
         folder / "out",
         algorithm=method,
-        group_size=16,
         graph=GraphOptions(**data, **graph),
         calibration=samples,
         **bits,
+        **grid,
     )
     return quantize_graph.run(options, told), told.said
 
@@ -262,3 +263,52 @@ def test_nodes_of_bodies_are_chosen_by_name(tmp_path):
     result, _ = quantize(tmp_path, proto, "rtn", nodes_exclude=("^mt$",))
     assert [layer.name for layer in result.layers] == ["el.w"] and result.kept == {"w": "excluded"}
     assert signal_to_noise(tmp_path, proto) > 35
+
+
+OLD = {
+    1: "(float[4,64] x) => (float[4,48] y) { k = MatMul(x, w) y = Relu(k) }",
+    5: "(float[4,64] x) => (float[4,48] y) { k = MatMul(x, w) y = Add<axis: int = 1, broadcast: int = 1>(k, b) }",
+    6: "(float[4,64] x) => (float[4,48] y) { k = Gemm<broadcast: int = 1>(x, w, b) y = Relu(k) }",
+}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qdq", "dynamic"])
+@pytest.mark.parametrize("opset", OLD)
+def test_oldest_opsets_are_brought_along(opset, method, tmp_path):
+    stored = {"w": weight(64, 48), "b": weight(1, 48)[0]}
+    stored = {k: v for k, v in stored.items() if f", {k}" in OLD[opset]}
+    proto = text_proto(OLD[opset], stored, opset=opset, ir_version=3)
+    for name, array in stored.items():  # they had to be inputs too
+        proto.graph.input.append(onnx.parser.parse_graph(f"g (float{[*array.shape]} {name}) => () {{}}").input[0])
+    how = {"encoding": "qdq"} if method == "qdq" else {}
+    if method == "dynamic":
+        result, _ = quantize(tmp_path, proto, method)
+        assert len(result.quantized) == 1
+    else:
+        result, said = quantize(tmp_path, proto, "rtn" if method == "qdq" else method, **how)
+        assert [layer.name for layer in result.layers] == ["w"]
+        assert [text for text in said if f"converted from opset {opset} to" in text]
+    assert result.conversion["before"] == opset
+    newest = onnx.version_converter.convert_version(proto, 13) if opset < 7 else proto
+    assert signal_to_noise(tmp_path, newest) > 25
+
+
+def test_an_operator_that_cannot_be_brought_along_is_named(tmp_path):
+    text = "(float[4,64] x) => (float[4,48] y) { k = MatMul(x, w) l = Upsample<scales = [1.0, 1.0]>(k) y = Crop(l) }"
+    with pytest.raises(InputError, match=r"opset 6 cannot be converted to 13: .*(Upsample|Crop)"):
+        quantize(tmp_path, text_proto(text, {"w": weight(64, 48)}, opset=6), "rtn")
+
+
+def test_what_is_there_is_named_where_nothing_is_quantized(tmp_path):
+    text = "(float[4,64] x) => (float[4,64] y) { k = Relu(x) l = Relu(k) y = Add(l, k) }"
+    with pytest.raises(InputError, match="it has 2 Relu, 1 Add; MatMul, Gemm with constant weights are taken"):
+        quantize(tmp_path, text_proto(text, {}), "rtn")
+
+
+def test_not_smaller(tmp_path):
+    proto = text_proto("(float[4,64] x) => (float[4,1] y) { [m] y = MatMul(x, w) }", {"w": weight(64, 1)}, opset=21)
+    result, said = quantize(tmp_path, proto, "rtn")
+    assert result.size_bytes > result.parent_size_bytes
+    assert [text for text in said if text.startswith("the result is not smaller: it takes")]
+    with pytest.raises(InputError, match="the result is not smaller"):
+        quantize(tmp_path / "again", proto, "rtn", smaller_only=True)

@@ -10,6 +10,7 @@ Symbols: N output rows, K input columns.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ __all__ = [
     "Selection",
     "WeightUse",
     "find_targets",
+    "operator_counts",
     "other_matrix",
     "prepare",
     "read_matrix",
@@ -40,6 +42,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _NAMELESS = re.compile(
     r"(onnx::|node_|_)?(weight|kernel|val|MatMul|Gemm|Gather|Conv|Transpose|Constant)?(_?\d+)*(_quantized)?", re.I
 )
+_MOST_NAMED = 8
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _WHOLE = "export the model again from a sound checkpoint, or exclude the node with --nodes-exclude"
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
@@ -197,6 +200,13 @@ def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarge
             else:
                 kept[str(value.name)] = found
     return list(targets.values()), kept
+
+
+def operator_counts(graph: ir.Graph) -> str:
+    """Its operators and how many of each, the most frequent first."""
+    counts = Counter(node.op_type for node in graph.all_nodes())
+    most = [f"{count} {name}" for name, count in counts.most_common(_MOST_NAMED)]
+    return ", ".join(most) + (f" and {len(counts) - _MOST_NAMED} other operators" if len(counts) > _MOST_NAMED else "")
 
 
 def weight_uses(value: ir.Value) -> list[WeightUse] | str:

@@ -7,9 +7,9 @@ from typing import Any
 from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.model.files import Model
-from quantcli.graphs.model.opset import convert_opset
+from quantcli.graphs.model.opset import convert_opset, with_known_opset
 from quantcli.graphs.rewrite.fold_weights import FoldedWeight
-from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, prepare
+from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, operator_counts, prepare
 from quantcli.graphs.weights.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.weights.replace import needed_opset
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
@@ -206,11 +206,18 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     options = plan.options
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
+    model, oldest = with_known_opset(model)
     notes = prepare(model)
+    plan = replace(plan, model=model, older=oldest)
     found, kept = find_targets(model.graph, selection(options))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
-        raise InputError(f"{plan.source.path} has no weight to quantize" + (f" ({reasons})" if reasons else ""))
+        raise InputError(
+            f"{plan.source.path} has no weight to quantize"
+            + (f" ({reasons})" if reasons else "")
+            + f": it has {operator_counts(model.graph)}; {', '.join(graph.op_types)} with constant weights are taken",
+            hint="see --op-types; -a static takes more operators",
+        )
     options = replace(options, group_size=resolve_group_size(options, plan.transforms, (t.columns for t in found)))
     plan = replace(plan, options=options)
     codebook = step.algorithm.codebook
@@ -231,7 +238,7 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if model.opset_imports.get("", 0) < wanted:
         newer = convert_opset(model, wanted, OPSET_HINT)
         found = [t for t in find_targets(newer.graph, selection(options))[0] if t.name in targets]
-        plan = replace(plan, model=newer, older=model)
+        plan = replace(plan, model=newer, older=oldest or model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
     if saved <= 0:
