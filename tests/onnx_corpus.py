@@ -1,4 +1,4 @@
-"""The models with weights in the onnx wheel's backend tests, brought to opset 17, with the inputs that lie beside them."""
+"""The models with weights in the onnx wheel's backend tests, brought to opset 17, with their own inputs."""
 
 from pathlib import Path
 

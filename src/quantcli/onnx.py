@@ -26,7 +26,7 @@ from quantcli.algorithms import find_chain, make_steps
 from quantcli.data.feeds import ReaderFeeds
 from quantcli.errors import InputError, UsageError
 from quantcli.graphs.model.files import open_graph
-from quantcli.graphs.model.opset import convert_opset, prove_conversion
+from quantcli.graphs.model.opset import convert_opset, prove_conversion, with_known_opset
 from quantcli.graphs.walk.matrices import Selection, find_targets, prepare
 from quantcli.graphs.weights.replace import needed_opset, replace_matrices
 from quantcli.options import GraphOptions, Override, QuantizeOptions
@@ -297,7 +297,7 @@ class MatMulNBitsQuantizer:
         feeds = None if self._reader is None else ReaderFeeds.drain(self._reader)
         model, folder = self._open()
         graph = self._graph
-        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude)
+        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude, stacks=self._encoding == "qdq")
         found, self.kept = find_targets(model.graph, selection)
         codebook = step.algorithm.codebook
         if codebook is not None:
@@ -329,7 +329,11 @@ class MatMulNBitsQuantizer:
             model, folder = ir.from_proto(self._source), Path()
         else:
             model, folder = open_graph(Path(self._source)), Path(self._source).parent
-        prepare(model)
+        model, oldest = with_known_opset(model)
+        if oldest is not None:
+            self._progress.note(str(prove_conversion(oldest, model, folder)))
+        for said in prepare(model):
+            self._progress.note(said)
         return model, folder
 
 

@@ -53,6 +53,9 @@ class GraphOptions:
     min_sqnr: float = 10.0
     """Least signal to quantization noise of every output beside the float graph, in dB; nodes that cost most go back to
     float until it holds. 0 takes the graph as it comes."""
+    smaller_only: bool = False
+    """Refuse a result that is not smaller than the graph. Without it, integers are kept whatever they take, and weights
+    alone where the graph is below 1 MB; both are said."""
 
     faster: bool = False
     """Leave kinds of nodes float with which the graph is faster on this machine, as timed; dynamic and static only."""

@@ -99,16 +99,18 @@ def test_batched_and_double_weights_stay_float():
     assert "DOUBLE" in kept["d"]
 
 
-def test_weights_of_subgraphs_stay_float():
+def test_weights_that_bodies_read():
     model = graph_model([N("MatMul", "x a", "y", "outside")], {"a": W["a"], "cond": np.array(True)})
     values = model.graph.initializers
-    inner = [ir.node("MatMul", [model.graph.inputs[0], values["a"]], name="inside") for _ in range(2)]
+    inner = [ir.node("MatMul", [model.graph.inputs[0], values["a"]], name=f"inside{i}") for i in range(2)]
     branches = [ir.Graph([], n.outputs, nodes=[n], name=f"branch{i}") for i, n in enumerate(inner)]
     attributes = {"then_branch": branches[0], "else_branch": branches[1]}
     model.graph.append(ir.node("If", [values["cond"]], attributes, name="if"))
-    targets, kept = found(model)
-    assert targets == []
-    assert "in a subgraph" in kept["a"]
+    (target,), kept = found(model)
+    assert {use.node.name for use in target.uses} == {"outside", "inside0", "inside1"} and not kept
+    assert {node.name for node in target.inside} == {"inside0", "inside1"}
+    assert target.inputs == ("x",)  # bodies have no statistics
+    assert found(model, exclude=("inside0",)) == ([], {"a": "excluded"})
 
 
 def test_bad_graphs():
@@ -116,8 +118,15 @@ def test_bad_graphs():
     with pytest.raises(InputError, match="opset 6"):
         prepare(graph_model(nodes, {"a": W["a"]}, opset=6))
     quantized = [N("DequantizeLinear", "q s", "w", "dq"), N("MatMul", "x w", "y", "n")]
+    said = prepare(graph_model(quantized, {"q": np.zeros((4, 3), np.int8), "s": np.ones((), np.float32)}))
+    assert said == ["q is stored as codes, with a DequantizeLinear: it is quantized a second time"]
+    quantized = [
+        N("QuantizeLinear", "x s", "q", "q"),
+        N("DequantizeLinear", "q s", "x8", "dq"),
+        N("MatMul", "x8 a", "y", "n"),
+    ]
     with pytest.raises(InputError, match="'dq' is a DequantizeLinear"):
-        prepare(graph_model(quantized, {"q": np.zeros((4, 3), np.int8), "s": np.ones((), np.float32)}))
+        prepare(graph_model(quantized, {"a": W["a"], "s": np.ones((), np.float32)}))
     holed = W["a"].copy()
     holed[3, 4] = np.nan
     model = graph_model(nodes, {"a": holed})

@@ -15,10 +15,10 @@ from quantcli.errors import InputError, UsageError, first_line, nearest
 from quantcli.graphs.checking.compare import Comparison
 from quantcli.graphs.checking.side_by_side import GraphRunError
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
-from quantcli.graphs.model.inspect import list_operators
 from quantcli.graphs.model.session import open_session
 from quantcli.graphs.rewrite.prepare import Prepared
 from quantcli.graphs.walk.channels import NORMS, has_weight
+from quantcli.graphs.walk.matrices import operator_counts
 
 __all__ = [
     "NOT_QUANTIZED",
@@ -111,7 +111,7 @@ def select_nodes(
     wanted -= _matching(exclude, [str(n.name) for n in nodes])
     if not wanted:
         raise UsageError(
-            f"no node is left to quantize: the graph's operators are {list_operators(model.graph)}; "
+            f"no node is left to quantize: the graph's operators are {operator_counts(model.graph)}; "
             f"asked for are {', '.join(types)}",
             hint="`quantcli inspect FILE.onnx --nodes` lists nodes",
         )

@@ -84,6 +84,8 @@ class Stream:
         """
         self._changed[target.name] = tensor
         late = any(use.node in self._ran for use in target.uses)
+        if target.inside:  # what ran is the node that they are in
+            late |= any(value.name == target.name for node in self._ran for value in reads_of(node))
         self._stale |= late
         return late
 

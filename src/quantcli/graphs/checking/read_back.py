@@ -72,7 +72,7 @@ def _values(graph: ir.Graph, placement: Placement, nodes: dict[str, ir.Node]) ->
 def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
     """MatMulNBits, MatMulBnb4, GatherBlockQuantized and DequantizeLinear nodes by the initializer of their codes."""
     found = {}
-    for node in graph:
+    for node in graph.all_nodes():
         if node.op_type in ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear"):
             codes = _parameters(node)[0]
             found[str(codes.name)] = node
@@ -130,8 +130,8 @@ def _dequantize_bnb4(graph: ir.Graph, node: ir.Node) -> np.ndarray:
 def _dequantize_linear(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     """The float32 [N, K] matrix of a DequantizeLinear with blocks, whichever way it is stored."""
     code, scale, zero = (_array(graph, str(v.name)) for v in node.inputs if v is not None)
-    if node.attributes["axis"].as_int() == 0:
-        code, scale, zero = code.T, scale.T, zero.T
+    if node.attributes["axis"].as_int() == code.ndim - 2:  # [..., K, N]
+        code, scale, zero = (a.swapaxes(-1, -2).reshape(-1, a.shape[-2]) for a in (code, scale, zero))
     block = np.arange(code.shape[1]) // node.attributes["block_size"].as_int()
     values: np.ndarray = code.astype(np.float32)
     for start in range(

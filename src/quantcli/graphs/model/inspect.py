@@ -12,7 +12,7 @@ from quantcli.graphs.model.files import data_files, open_graph
 from quantcli.graphs.weights.replace import BITS_KEY
 from quantcli.tensors.inventory import WeightRecord
 
-__all__ = ["GraphContents", "NodeRecord", "list_operators", "read_contents"]
+__all__ = ["GraphContents", "NodeRecord", "read_contents"]
 
 _SMALL_INTEGERS = (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -141,10 +141,3 @@ def _parameters(node: ir.Node, codes: ir.TensorProtocol, bits: int) -> int:
     elements = math.prod(codes.shape.numpy())
     packed_bytes = node.op_type == "GatherBlockQuantized" and codes.dtype == ir.DataType.UINT8
     return elements * (8 // bits) if packed_bytes else elements
-
-
-def list_operators(graph: ir.Graph) -> str:
-    """The operators of a graph and of its bodies, most frequent first, for messages."""
-    counts = Counter(node.op_type for node in graph.all_nodes())
-    names = [name for name, _ in counts.most_common(8)]
-    return ", ".join(names) + (", …" if len(counts) > len(names) else "") if names else "none"

@@ -17,10 +17,12 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.checking.equivalence import largest_difference
 
-__all__ = ["Conversion", "convert_opset", "prove_conversion", "raise_ir_version"]
+__all__ = ["Conversion", "convert_opset", "prove_conversion", "raise_ir_version", "with_known_opset"]
 
 _SMALL_BYTES = 1024
 """Tensors up to here go through the converter: axes, shapes and scales that adapters of operators read."""
+_OLDEST_KNOWN = 7
+"""From here on, Add and Gemm broadcast as numpy does."""
 _IR_VERSIONS = {25: 13, 24: 12, 23: 11, 21: 10, 19: 9, 15: 8}
 """The version of the file format that came with an opset, the latest first."""
 _OLDEST_IR_VERSION = 8
@@ -79,6 +81,20 @@ def convert_opset(model: ir.Model, wanted: int, hint: str | None = None) -> ir.M
     _restore(found, model)
     raise_ir_version(found)
     return found
+
+
+def with_known_opset(model: ir.Model, wanted: int = 13) -> tuple[ir.Model, ir.Model | None]:
+    """The graph in an opset whose operators are known here: one older than 7 is brought to `wanted`.
+
+    Returns:
+        The graph, and what it was where that is another.
+
+    Raises:
+        InputError: an operator that the converter cannot bring along.
+    """
+    if model.opset_imports.get("", _OLDEST_KNOWN) >= _OLDEST_KNOWN:
+        return model, None
+    return convert_opset(model, wanted), model
 
 
 def prove_conversion(

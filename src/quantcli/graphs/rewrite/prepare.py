@@ -17,14 +17,14 @@ from onnx_ir.passes import common as passes
 
 from quantcli.errors import InputError, first_line
 from quantcli.graphs.model.files import open_graph, save_graph
-from quantcli.graphs.model.opset import Conversion, convert_opset, prove_conversion, raise_ir_version
+from quantcli.graphs.model.opset import Conversion, convert_opset, prove_conversion, raise_ir_version, with_known_opset
+from quantcli.graphs.rewrite.fold_weights import fold_weights
 from quantcli.graphs.rewrite.gemms import normalize_gemms
 
 __all__ = ["LOWEST_OPSET", "Prepared", "fold_batch_norms", "infer_types", "name_nodes", "prepare"]
 
 LOWEST_OPSET = 13
 """DequantizeLinear has one scale per channel from here on."""
-_OLDEST_OPSET = 7
 # onnxruntime's quantizers look for this key, and ask for preparation where it is missing
 _MARK = ("onnx.quant.pre_process", "onnxruntime.quant")
 
@@ -58,10 +58,9 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
     """
     model = open_graph(source)
     before = model.opset_imports.get("")
-    if before is None or before < _OLDEST_OPSET:
-        raise InputError(
-            f"{source} has opset {before}, {_OLDEST_OPSET} and later can be quantized", hint="export it once more"
-        )
+    if before is None or before < 1:
+        raise InputError(f"{source} says no opset of the standard's operators", hint="export it once more")
+    model, oldest = with_known_opset(model, opset)
     passes.InlinePass()(model)
     constants = _count_constants(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -69,9 +68,11 @@ def prepare(source: Path, target: Path, *, opset: int = LOWEST_OPSET) -> Prepare
     passes.RemoveInitializersFromInputsPass()(model)
     drop_identities(model)
     passes.DeduplicateInitializersPass()(model)
+    if not any(n.op_type == "QuantizeLinear" for n in model.graph.all_nodes()):  # else it is quantized already
+        fold_weights(model, transposes=True)
     conversion = None
     if before < opset:
-        older, model = model, convert_opset(model, opset)
+        older, model = oldest or model, model if oldest else convert_opset(model, opset)
         conversion = prove_conversion(older, model, source.parent)
         # axes and shapes that were attributes before
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

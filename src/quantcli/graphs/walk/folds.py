@@ -71,8 +71,9 @@ def find_graph_folds(model: ir.Model, targets: Sequence[GraphTarget]) -> dict[st
     Returns:
         By the tensor's name; tensors that cannot be scaled have no entry.
     """
-    readers = {use.node: target for target in targets if len(target.inputs) == 1 for use in target.uses}
-    widths = {target.inputs[0]: target.columns for target in targets if len(target.inputs) == 1}
+    scaled = [target for target in targets if len(target.inputs) == 1 and not target.inside]
+    readers = {use.node: target for target in scaled for use in target.uses}
+    widths = {target.inputs[0]: target.columns for target in scaled}
     walk = _Walk(_shapes(model))
     folds: dict[str, GraphFold] = {}
     for name, width in widths.items():

@@ -10,7 +10,8 @@ Symbols: N output rows, K input columns.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 
 from quantcli.errors import InputError, first_line
+from quantcli.graphs.rewrite.fold_weights import FoldedWeight, fold_weights, lift_body_weights
 from quantcli.options import GRAPH_OP_TYPES
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Selection",
     "WeightUse",
     "find_targets",
+    "operator_counts",
     "other_matrix",
     "prepare",
     "read_matrix",
@@ -39,6 +42,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _NAMELESS = re.compile(
     r"(onnx::|node_|_)?(weight|kernel|val|MatMul|Gemm|Gather|Conv|Transpose|Constant)?(_?\d+)*(_quantized)?", re.I
 )
+_MOST_NAMED = 8
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _WHOLE = "export the model again from a sound checkpoint, or exclude the node with --nodes-exclude"
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
@@ -68,6 +72,10 @@ class GraphTarget:
     """Whether the initializer is [K, N]."""
     uses: tuple[WeightUse, ...]
     """Its nodes."""
+    stack: tuple[int, ...] = ()
+    """Leading axes of an initializer [..., K, N], whose matrices are one below the other."""
+    inside: frozenset[ir.Node] = frozenset()
+    """Nodes of bodies of If, Loop and Scan among them."""
 
     @property
     def kind(self) -> str:
@@ -80,9 +88,29 @@ class GraphTarget:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors whose columns it is multiplied with, each once; none for a mere table or a kernel."""
-        found = [u.node.inputs[0] for u in self.uses if u.node.op_type in ("MatMul", "Gemm")]
+        """Names of the main graph's tensors whose columns it is multiplied with, each once.
+
+        None for a mere table or a kernel, or what is read in bodies alone. Each matrix of a stack sees its own columns,
+        which no tensor has together.
+        """
+        nodes = [u.node for u in self.uses if u.node.op_type in ("MatMul", "Gemm") and u.node not in self.inside]
+        found = [] if self.stack else [node.inputs[0] for node in nodes]
         return tuple(dict.fromkeys(str(v.name) for v in found if v is not None))
+
+    @property
+    def unseen(self) -> str:
+        """Why it has no `inputs`."""
+        if self.stack:
+            return "it is a stack of matrices"
+        return f"{next(iter(self.inside)).name!r} reads it in a body" if self.inside else "it is a table or a kernel"
+
+    def as_stored(self, matrix: np.ndarray) -> np.ndarray:
+        """[N, C] in the order of the initializer's axes, C in the place of K; kernels stay as they are."""
+        return matrix.reshape(*self.stack, -1, matrix.shape[1]).swapaxes(-1, -2) if self.transposed else matrix
+
+    def as_matrix(self, array: np.ndarray) -> np.ndarray:
+        """The initializer as [N, K]."""
+        return (array.swapaxes(-1, -2) if self.transposed else array).reshape(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,8 @@ class Selection:
     """Names or regular expressions of nodes; empty for all."""
     exclude: tuple[str, ...] = ()
     """Names or regular expressions of nodes that stay float."""
+    stacks: bool = False
+    """Whether matrices of more than two axes are quantized: DequantizeLinear alone holds them."""
     last_product: bool = True
     """Whether products with no other product behind them (a language model's head) are quantized."""
 
@@ -109,10 +139,14 @@ class Selection:
         return None
 
 
-def prepare(model: ir.Model) -> None:
+def prepare(model: ir.Model) -> list[str]:
     """Makes every weight an initializer of the main graph.
 
-    Functions are inlined, Constant nodes lifted, and initializers are no inputs any more (old files list them there).
+    Functions are inlined, Constant nodes lifted, initializers are no inputs any more (old files list them there), those
+    of bodies move to the main graph, and weights behind a Cast, a Reshape and the like become what they compute.
+
+    Returns:
+        What is to be said: weights that were stored as codes.
 
     Raises:
         InputError: the opset is too old, or the graph is quantized already.
@@ -125,11 +159,20 @@ def prepare(model: ir.Model) -> None:
         InlinePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=False)(model)
     RemoveInitializersFromInputsPass()(model)
-    found = next((n for n in graph.all_nodes() if n.op_type in _QUANTIZED), None)
+    lift_body_weights(model)
+    found = next((n for n in graph.all_nodes() if n.op_type in _QUANTIZED and not _is_stored(n)), None)
     if found is not None:
         raise InputError(
             f"the graph is quantized already: node {found.name!r} is a {found.op_type}", hint="give the float graph"
         )
+    codes = [str(folded.name) for folded in fold_weights(model) if folded.requantized]
+    return [f"{name} is stored as codes, with a DequantizeLinear: it is quantized a second time" for name in codes]
+
+
+def _is_stored(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear gives a stored weight, which is a weight as others."""
+    stored = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    return stored is not None and ir.convenience.get_const_tensor(stored) is not None
 
 
 def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarget], dict[str, str]]:
@@ -141,8 +184,8 @@ def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarge
     targets: dict[str, GraphTarget] = {}
     kept: dict[str, str] = {}
     last = set() if selection.last_product else _last_products(graph)
-    for node in graph:
-        if node.op_type not in GRAPH_OP_TYPES:
+    for node in graph.all_nodes():
+        if node.op_type not in GRAPH_OP_TYPES or node.domain not in ("", "ai.onnx"):
             continue
         for value in map(stored_weight, node.inputs[:2]):
             if value is None or value.const_value is None or str(value.name) in targets or str(value.name) in kept:
@@ -150,11 +193,20 @@ def find_targets(graph: ir.Graph, selection: Selection) -> tuple[list[GraphTarge
             if value.const_value.dtype not in (*FLOATS, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
                 continue  # indexes and shapes
             found = _target(graph, value, selection, last)
+            if isinstance(found, GraphTarget) and isinstance(value.const_value, FoldedWeight):
+                found = _beside_its_source(graph, value.const_value, selection, last) or found
             if isinstance(found, GraphTarget):
                 targets[found.name] = found
             else:
                 kept[str(value.name)] = found
     return list(targets.values()), kept
+
+
+def operator_counts(graph: ir.Graph) -> str:
+    """Its operators and how many of each, the most frequent first."""
+    counts = Counter(node.op_type for node in graph.all_nodes())
+    most = [f"{count} {name}" for name, count in counts.most_common(_MOST_NAMED)]
+    return ", ".join(most) + (f" and {len(counts) - _MOST_NAMED} other operators" if len(counts) > _MOST_NAMED else "")
 
 
 def weight_uses(value: ir.Value) -> list[WeightUse] | str:
@@ -191,8 +243,7 @@ def read_matrix(graph: ir.Graph, target: GraphTarget) -> np.ndarray:
     assert stored is not None
     try:
         array = stored.numpy()
-        array = array.T if target.transposed else array.reshape(target.rows, target.columns)
-        values = np.array(array, np.float32, order="C")
+        values = np.array(target.as_matrix(array), np.float32, order="C")
         del array
     except (OSError, ValueError) as error:
         raise InputError(f"weight {target.name!r} cannot be read: {first_line(error)}", _WHOLE) from error
@@ -211,8 +262,7 @@ def other_matrix(graph: ir.Graph, target: GraphTarget, make: Callable[[], np.nda
 
     def read() -> ir.TensorProtocol:
         matrix = make()
-        turned = matrix.T if target.transposed else matrix
-        array = turned.reshape(shape.numpy()).astype(dtype.numpy())
+        array = target.as_stored(matrix).reshape(shape.numpy()).astype(dtype.numpy())
         return ir.Tensor(np.ascontiguousarray(array), name=target.name)
 
     return ir.LazyTensor(read, dtype, shape, name=target.name)
@@ -229,37 +279,62 @@ def _target(graph: ir.Graph, value: ir.Value, selection: Selection, last: set[ir
     if isinstance(uses, str):
         return uses
     kernels = [use.node.op_type == "Conv" for use in uses]
-    if not all(kernels) and len(stored.shape) != 2:
-        return f"it has {len(stored.shape)} axes, a matrix has 2"
+    rank = len(stored.shape)
+    stacked = rank > 2 and all(use.node.op_type == "MatMul" for use in uses)
+    if stacked and not selection.stacks:
+        return f"it has {rank} axes, which MatMulNBits has not: --encoding qdq quantizes it"
+    if not stacked and not all(kernels) and rank != 2:
+        return f"it has {rank} {'axis' if rank == 1 else 'axes'}, a matrix has 2"
     if len({u.rows_first for u in uses}) > 1:
         return "it is multiplied as it is and transposed"
     for use in uses:
-        if use.node.graph is not graph:
-            return f"it is read in a subgraph, by {use.node.name!r}"
         refusal = "a last product" if use.node in last else selection.refusal(use.node)
         if refusal is not None:
             return refusal
-    first, *rest = (int(n) for n in stored.shape.numpy())
-    second = math.prod(rest)
-    transposed = not uses[0].rows_first
-    rows, columns = (second, first) if transposed else (first, second)
-    if not rows or not columns:
+    shape = [int(n) for n in stored.shape.numpy()]
+    if not math.prod(shape):
         return "it is empty"
-    return GraphTarget(str(value.name), rows, columns, transposed, tuple(uses))
+    transposed, stack = not uses[0].rows_first, tuple(shape[:-2]) if stacked else ()
+    columns = shape[-2] if transposed else math.prod(shape[1:])
+    inside = frozenset(use.node for use in uses if use.node.graph is not graph)
+    return GraphTarget(str(value.name), math.prod(shape) // columns, columns, transposed, tuple(uses), stack, inside)
+
+
+def _beside_its_source(graph: ir.Graph, folded: FoldedWeight, selection: Selection, last: set[ir.Node]) -> str | None:
+    """Why codes would only add to a file: others read the stored values as they are, and those stay float."""
+    for value in graph.initializers.values():
+        if value.const_value is folded.source:
+            found = _target(graph, value, selection, last)
+            return f"{value.name!r}, which it is made of, stays: {found}" if isinstance(found, str) else None
+    return None
 
 
 def _last_products(graph: ir.Graph) -> set[ir.Node]:
     """Products with a weight from whose output no other one is reached."""
     followed: set[ir.Node] = set()
     last: set[ir.Node] = set()
-    for node in reversed(graph):
-        readers = {reader for output in node.outputs for reader, _ in output.uses()}
-        product = _is_product(node)
-        if any(reader in followed or _is_product(reader) for reader in readers):
+    owners = {body: node for node in graph.all_nodes() for body in _bodies(node)}
+
+    def readers(node: ir.Node) -> set[ir.Node]:
+        found = {reader for output in node.outputs for reader, _ in output.uses()}
+        leaves = any(output.is_graph_output() for output in node.outputs)
+        owner = owners.get(node.graph) if leaves and isinstance(node.graph, ir.Graph) else None
+        return found | readers(owner) if owner is not None else found
+
+    for node in reversed(list(graph.all_nodes())):
+        if any(reader in followed or _is_product(reader) for reader in readers(node)):
             followed.add(node)
-        elif product:
+        elif _is_product(node):
             last.add(node)
     return last
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -18,7 +18,7 @@ def change_accuracy_level(path: Path, level: int) -> int:
         How many nodes there are; without any the file is not touched.
     """
     model = open_graph(path)
-    nodes = [n for n in model.graph if n.op_type == "MatMulNBits"]
+    nodes = [n for n in model.graph.all_nodes() if n.op_type == "MatMulNBits"]
     for node in nodes:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
     if nodes:
@@ -31,7 +31,7 @@ def change_accuracy_level(path: Path, level: int) -> int:
 def count_by_bits(path: Path) -> dict[str, int]:
     """How many quantized nodes there are by bits, and MatMul and Gather with a float weight, as `4`, `8`, `float`."""
     found: list[str] = []
-    for node in open_graph(path).graph:
+    for node in open_graph(path).graph.all_nodes():
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             found.append(str(node.attributes["bits"].as_int()) if "bits" in node.attributes else "4")
         elif node.op_type in ("MatMul", "FusedMatMul") and any(

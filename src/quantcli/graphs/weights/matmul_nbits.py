@@ -71,7 +71,7 @@ class Rewriter:
         """
         self.graph, self.ledger, self.read, self.accuracy_level = graph, dict(ledger), read, accuracy_level
         self.placements: list[Placement] = []
-        self._gathered: dict[tuple[str, bytes], ir.Value] = {}
+        self._gathered: dict[tuple[ir.Value, object, bytes], ir.Value] = {}
         self._indexes: dict[bytes, ir.Value] = {}
         self._dtype = ir.DataType.FLOAT  # of the weight that is being replaced, hence of its scales and products
         self._names = {node.name for node in graph.all_nodes()}
@@ -95,8 +95,8 @@ class Rewriter:
                 else:
                     self._replace_product(node, rows, name)
             for node in value.consumers():
-                if node.op_type == "Transpose" and not node.outputs[0].uses():
-                    self.graph.remove(node, safe=True)
+                if node.op_type == "Transpose" and not node.outputs[0].uses() and node.graph is not None:
+                    node.graph.remove(node, safe=True)
             if self.graph.initializers.get(name) is value and not value.uses():
                 del self.graph.initializers[name]
         return self.placements
@@ -199,12 +199,12 @@ class Rewriter:
         """The input in the order of the blocks; products of one input in one order share it."""
         if layout.columns is None:
             return x
-        key = layout.columns.tobytes()
-        if (str(x.name), key) not in self._gathered:
+        key = x, node.graph, layout.columns.tobytes()  # a body's values are its own
+        if key not in self._gathered:
             index = self._index(layout.columns.clip(min=0))  # fillers multiply whatever stands there by nothing
             out = self._insert(node, "Gather", [x, index], {"axis": -1}, name=f"{x.name}/columns_{len(self._gathered)}")
-            self._gathered[str(x.name), key] = out
-        return self._gathered[str(x.name), key]
+            self._gathered[key] = out
+        return self._gathered[key]
 
     # -- embeddings ----------------------------------------------------------------------------------------------
 
@@ -341,7 +341,8 @@ class Rewriter:
         new = ir.node(op_type, inputs, dict(attributes), domain=domain, name=self._unused(name))
         new.outputs[0].name = f"{new.name}/output_0"
         new.outputs[0].dtype = ir.DataType.UINT8 if op_type == "Reshape" else self._dtype
-        self.graph.insert_before(before, new)
+        assert before.graph is not None
+        before.graph.insert_before(before, new)
         self.graph.opset_imports.setdefault(_DOMAIN, 1)
         return new.outputs[0]
 
@@ -358,7 +359,8 @@ class Rewriter:
         old = node.outputs[0]
         name, result.shape = old.name, old.shape
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
         old.name, result.name = None, name
 
 

@@ -9,6 +9,7 @@ Symbols: N rows, K columns, B blocks per row, b block size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,8 @@ def _replace(
     assert value.const_value is not None
     layout = plan_blocks(tensor.group, tensor.scheme.bits)
     kind = _TYPES[layout.bits]
-    turn = np.transpose if target.transposed else np.asarray
-    label, axis = target.name.removesuffix(".weight"), 0 if target.transposed else 1
+    turn = target.as_stored
+    label, axis = target.name.removesuffix(".weight"), len(target.stack) if target.transposed else 1
 
     def register(part: str, made: ir.TensorProtocol) -> ir.Value:
         shape = ir.Shape(made.shape.numpy())
@@ -64,7 +65,11 @@ def _replace(
         array = turn(layout.unpacked(read(target.name))[:, : layout.width])
         return ir.Tensor(np.ascontiguousarray(array).astype(kind.numpy()), dtype=kind, name=f"{label}.qweight")
 
-    shape = (layout.width, target.rows) if target.transposed else (target.rows, layout.width)
+    shape = (
+        (*target.stack, layout.width, target.rows // math.prod(target.stack))
+        if target.transposed
+        else (target.rows, layout.width)
+    )
     weight = register("qweight", ir.LazyTensor(codes, dtype=kind, shape=ir.Shape(shape), name=f"{label}.qweight"))
     scale_type = value.const_value.dtype.numpy()
     scales = np.ascontiguousarray(turn(layout.scales(tensor))).astype(scale_type)
@@ -79,7 +84,7 @@ def _replace(
     if layout.columns is not None:
         index = register("columns", ir.Tensor(layout.inverse(target.columns), name=f"{label}.columns"))
         nodes.append(ir.node("Gather", [nodes[0].outputs[0], index], {"axis": axis}, name=f"{label}/Columns"))
-    if len(value.const_value.shape) > 2:
+    if len(value.const_value.shape) > 2 and not target.stack:
         whole = np.array(value.const_value.shape.numpy(), np.int64)
         shaped = register("shape", ir.Tensor(whole, name=f"{label}.shape"))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], shaped], name=f"{label}/Reshape"))

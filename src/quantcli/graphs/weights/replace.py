@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from quantcli.graphs.rewrite.fold_weights import unfold_weights
 from quantcli.graphs.walk.matrices import GraphTarget
 from quantcli.graphs.weights import qdq
 from quantcli.graphs.weights.blocks import container_bits
@@ -49,9 +50,12 @@ def replace_matrices(
     """
     graph = model.graph
     if encoding == "qdq":
-        return qdq.dequantize_in_graph(graph, targets, read)
+        placements = qdq.dequantize_in_graph(graph, targets, read)
+        unfold_weights(model)
+        return placements
     ledger = {t.name: NamedRows((RowRange(t.name, 0, t.rows),), t.columns, t.transposed) for t in targets}
     placements = Rewriter(graph, ledger, read, accuracy_level).run()
+    unfold_weights(model)
     graph.sort()
     return placements
 

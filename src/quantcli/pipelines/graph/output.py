@@ -23,7 +23,11 @@ from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
 
-__all__ = ["GraphResult", "commit_graph", "open_graph_output"]
+__all__ = ["GraphResult", "commit_graph", "not_smaller", "open_graph_output"]
+
+
+_SMALL_BYTES = 1_000_000
+"""Of a graph below this, nodes and scales may take more than codes save."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,25 @@ def open_graph_output(source: GraphSource, options: QuantizeOptions, needed_byte
         yield partial
 
 
+def not_smaller(size_bytes: int, source: GraphSource, options: QuantizeOptions, *, integers: bool) -> str:
+    """What to say of a result that takes as much as the graph, or more.
+
+    Args:
+        size_bytes: Of the result.
+        source: The graph.
+        options: Of the run.
+        integers: Whether activations become integers too, which is not done for space alone.
+
+    Raises:
+        InputError: a smaller one was asked for.
+    """
+    said = f"the result is not smaller: it takes {size_bytes} bytes, the graph takes {source.size_bytes}"
+    if options.graph.smaller_only or not (integers or source.size_bytes < _SMALL_BYTES):
+        hint = "use fewer bits or larger groups"
+        raise InputError(said, hint=hint + (", or leave out --smaller-only" if options.graph.smaller_only else ""))
+    return said
+
+
 def commit_graph(
     partial: PartialFolder,
     written: Path,
@@ -105,16 +128,13 @@ def commit_graph(
         progress: Told of what is not copied.
 
     Raises:
-        InputError: onnxruntime cannot open it, or it is not smaller.
+        InputError: onnxruntime cannot open it, or it is not smaller and has to be.
     """
     if result.outputs is None:  # else it was opened and run
         refuse_unusable(written)
     size = folder_size_bytes(partial.model)
     if size >= source.size_bytes:
-        raise InputError(
-            f"the result would take {size} bytes, the graph takes {source.size_bytes}",
-            hint="use fewer bits or larger groups",
-        )
+        progress.warn(not_smaller(size, source, options, integers=not result.layers))
     source.copy_companions(partial.model, progress)
     result = replace(result, size_bytes=size, parent_size_bytes=source.size_bytes)
     write_json(partial.root / "report.json", result.to_dict())

@@ -7,13 +7,14 @@ from typing import Any
 from quantcli.algorithms import Step
 from quantcli.errors import InputError, UsageError, nearest
 from quantcli.graphs.model.files import Model
-from quantcli.graphs.model.inspect import list_operators
-from quantcli.graphs.model.opset import convert_opset
-from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, prepare
+from quantcli.graphs.model.opset import convert_opset, with_known_opset
+from quantcli.graphs.rewrite.fold_weights import FoldedWeight
+from quantcli.graphs.walk.matrices import GraphTarget, Selection, find_targets, operator_counts, prepare
 from quantcli.graphs.weights.blocks import container_bits, plan_blocks, plan_codebook_blocks
 from quantcli.graphs.weights.replace import needed_opset
 from quantcli.options import GRAPH_OP_TYPES, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.graph.feeds import describe_feeds, reads_text, refuse_feeds
+from quantcli.pipelines.graph.output import not_smaller
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.pipelines.graph.stages import Room, Stages, plan_stages
 from quantcli.pipelines.planning.steps import resolve_group_size, resolve_steps
@@ -74,6 +75,8 @@ class GraphPlan:
     """The float graph in its own opset, where `model` is in a later one."""
     stages: Stages | None = None
     """The steps of calibration, where single weights are calibrated."""
+    notes: tuple[str, ...] = ()
+    """What there is to say of the graph."""
 
     @property
     def calibrates(self) -> bool:
@@ -120,6 +123,7 @@ class GraphPlan:
                     + (f" ({other} with another scheme)" if other else ""),
                 ),
                 *(("float", f"{name}: {why}") for name, why in (self.kept or {}).items()),
+                *(("note", said) for said in self.notes),
             ]
         fed = describe_feeds(options, self.model.graph) if self.calibrates else "none"
         return [
@@ -146,6 +150,7 @@ class GraphPlan:
                 "matrices": len(self.targets),
                 "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self._default},
                 "kept": dict(self.kept or {}),
+                "notes": list(self.notes),
                 "estimated_size_bytes": self.size_bytes,
                 "statistics": self.stages.to_dict() if self.stages is not None else None,
             }
@@ -201,14 +206,17 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     options = plan.options
     if getattr(step.settings, "zero", None) == "auto":  # onnxruntime is fast with whole zero points only
         step = replace(step, settings=replace(step.settings, zero="integer"))
-    prepare(model)
+    model, oldest = with_known_opset(model)
+    notes = prepare(model)
+    plan = replace(plan, model=model, older=oldest)
     found, kept = find_targets(model.graph, selection(options))
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise InputError(
             f"{plan.source.path} has no weight to quantize"
-            + (f" ({reasons})" if reasons else f": its operators are {list_operators(model.graph)}"),
-            hint=f"{step.algorithm.name} takes constant weights of {', '.join(options.graph.op_types)}",
+            + (f" ({reasons})" if reasons else "")
+            + f": it has {operator_counts(model.graph)}; {', '.join(graph.op_types)} with constant weights are taken",
+            hint="see --op-types; -a static takes more operators",
         )
     options = replace(options, group_size=resolve_group_size(options, plan.transforms, (t.columns for t in found)))
     plan = replace(plan, options=options)
@@ -230,10 +238,12 @@ def plan_weights(plan: GraphPlan) -> GraphPlan:
     if model.opset_imports.get("", 0) < wanted:
         newer = convert_opset(model, wanted, OPSET_HINT)
         found = [t for t in find_targets(newer.graph, selection(options))[0] if t.name in targets]
-        plan = replace(plan, model=newer, older=model)
+        plan = replace(plan, model=newer, older=oldest or model)
     saved = sum(_stored_bytes(model, t.name) - targets[t.name].stored_bytes for t in found)
     size = max(plan.source.size_bytes - saved, 0)
-    plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size)
+    if saved <= 0:
+        notes.append(not_smaller(size, plan.source, options, integers=False))
+    plan = replace(plan, step=step, found=tuple(found), targets=targets, kept=kept, size_bytes=size, notes=tuple(notes))
     _refuse_inputs(plan)
     return replace(plan, stages=_stages(plan)) if plan.calibrates else plan
 
@@ -255,7 +265,8 @@ def selection(options: QuantizeOptions) -> Selection:
     """The nodes whose weights may be quantized."""
     graph = options.graph
     excluded = (*graph.nodes_exclude, *options.exclude)
-    return Selection(graph.op_types, graph.nodes_include, excluded, graph.quantize_last_matmul)
+    stacks = graph.encoding == "qdq"
+    return Selection(graph.op_types, graph.nodes_include, excluded, stacks, graph.quantize_last_matmul)
 
 
 def weight_encoding(graph: GraphOptions) -> str:
@@ -280,6 +291,8 @@ def weight_encoding(graph: GraphOptions) -> str:
 
 def _stored_bytes(model: Model, name: str) -> int:
     stored = model.graph.initializers[name].const_value
+    if isinstance(stored, FoldedWeight):
+        stored = stored.source
     return stored.nbytes if stored is not None else 0
 
 

@@ -169,7 +169,7 @@ class _Solver:
         if statistics is None and algorithm.calibration == "required":
             algorithm = find("kquant")
             settings = algorithm.options()
-            why = "no calibration input reaches it" if members[0].inputs else "it is a table or a kernel"
+            why = "no calibration input reaches it" if members[0].inputs else members[0].unseen
             self._progress.warn(f"{members[0].name} is quantized by kquant, without data: {why}")
         weights = {t.name: torch.from_numpy(read_matrix(work.model.graph, t)) for t in members}
         targets = [work.targets[t.name] for t in members]

@@ -45,6 +45,8 @@ def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
     """Weights alone, matrix by matrix; activations stay float."""
     begin, source, model, options = time.perf_counter(), plan.source, plan.model, plan.options
     targets = dict(plan.targets or {})
+    for said in plan.notes:
+        progress.warn(said)
     conversion = None
     if plan.older is not None:
         conversion = prove_conversion(plan.older, model, source.folder, axis_lengths(source), OPSET_HINT)
