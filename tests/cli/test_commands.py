@@ -93,7 +93,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(model, capsys):
     )
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "Plan (nothing was done)"
-    assert "4 bits, group size 32, asym" in out
+    assert "4 bits, group size 32, sym" in out
     assert not list(model.parent.glob("never*"))
 
 

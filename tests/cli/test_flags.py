@@ -92,6 +92,7 @@ GIVEN = {
             (Override("x", bits=8), Override("y", symmetric=True)),
         ),
         "format": (["--format", "awq"], "awq"),
+        "readers": (["--for", "vllm", "--for", "peft"], ("vllm", "peft")),
         "correct_earlier": (["--correct-earlier"], True),
         "dtype": (["--dtype", "float16"], "float16"),
         "device": (["--device", "cpu"], "cpu"),

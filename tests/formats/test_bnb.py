@@ -78,7 +78,7 @@ def test_what_it_cannot_hold(held, why):
 def test_config():
     scheme = Scheme(4, 64, codebook="fp4", double_quant=True)
     described = Described(
-        scheme, {}, [], desc_act=False, lm_head=False, producer="p", float_linears=["lm_head"], dtype=torch.float16
+        scheme, {}, [], desc_act=False, head=None, producer="p", float_linears=["lm_head"], dtype=torch.float16
     )
     config = bnb.CODEC.config(described)
     assert config["quant_method"] == "bitsandbytes" and config["load_in_4bit"]

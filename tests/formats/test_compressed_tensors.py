@@ -16,7 +16,7 @@ CODEC = CODECS["compressed-tensors"]
 
 def described(default, exceptions=None, float_linears=("lm_head",)):
     return Described(
-        default, exceptions or {}, [], desc_act=False, lm_head=False, producer="p", float_linears=list(float_linears)
+        default, exceptions or {}, [], desc_act=False, head=None, producer="p", float_linears=list(float_linears)
     )
 
 

@@ -102,7 +102,7 @@ def test_configuration_and_schemes():
     default, other = Scheme(4, 64, symmetric=True), Scheme(8, 32)
     config = gptq.config_for(
         Described(
-            default, {"a.b": other}, ["a.c"], desc_act=False, lm_head=True, producer="quantcli:0", damp_percent=0.01
+            default, {"a.b": other}, ["a.c"], desc_act=False, head="lm_head", producer="quantcli:0", damp_percent=0.01
         )
     )
     assert config["quant_method"] == config["checkpoint_format"] == "gptq"
@@ -113,7 +113,7 @@ def test_configuration_and_schemes():
     # a name is matched whole, and its dots are dots
     for name in ("a.bb", "axb", "x.a.b", "a.c.d"):
         assert gptq.scheme_of(config, name) == default
-    assert "dynamic" not in gptq.config_for(Described(default, {}, [], desc_act=False, lm_head=False, producer="p"))
+    assert "dynamic" not in gptq.config_for(Described(default, {}, [], desc_act=False, head=None, producer="p"))
 
 
 def test_dynamic_rules_of_others():

@@ -1,7 +1,10 @@
 """Reading and writing checkpoints one tensor at a time."""
 
+import contextlib
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from quantcli.errors import InputError
-from quantcli.models.checkpoint import INDEX, Checkpoint, CheckpointWriter, copy_companions, read_header
+from quantcli.models.checkpoint import INDEX, Checkpoint, copy_companions, read_header
+from quantcli.models.writer import CheckpointWriter
 
 
 def write(folder, tensors, name="model.safetensors"):
@@ -96,25 +100,76 @@ def test_a_header_longer_than_any_real_one_is_not_read(tmp_path):
         read_header(path)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_written_shards_get_their_final_names_and_may_be_finished_twice(tmp_path, count):
-    writer = CheckpointWriter(tmp_path)
-    tensors = {f"t{i}": torch.full((2, 2), float(i)) for i in range(count)}
-    for number, (name, tensor) in enumerate(tensors.items()):
-        writer.write(number, {name: tensor.T})  # not contiguous
-    writer.finish(count)
-    writer.finish(count)  # a run that was killed between finishing and the rename comes by again
+def write_shards(folder: Path, file_bytes: int) -> tuple[CheckpointWriter, dict[str, torch.Tensor]]:
+    """Seven shards of mixed dtypes, one of them empty."""
+    writer = CheckpointWriter(folder, file_bytes)
+    everything = {}
+    for number in range(7):
+        tensors = {
+            f"{number}.bytes": torch.arange(3 + number, dtype=torch.uint8),
+            f"{number}.half": torch.full((2, 3), float(number), dtype=torch.float16).T,  # not contiguous
+            f"{number}.wide": torch.tensor(float(number), dtype=torch.float64),
+        }
+        writer.write(number, tensors if number != 3 else {})
+        everything |= tensors if number != 3 else {}
+    return writer, everything
+
+
+@pytest.mark.parametrize(("file_bytes", "files"), [(10**9, 1), (700, 3), (1, 7)])
+def test_shards_are_joined_to_files_with_the_names_that_others_expect(tmp_path, file_bytes, files):
+    writer, tensors = write_shards(tmp_path, file_bytes)
+    writer.finish(7)
+    writer.finish(7)  # a run that was killed between finishing and the rename comes by again
     names = sorted(p.name for p in tmp_path.iterdir())
-    if count == 1:
+    if files == 1:
         assert names == ["model.safetensors"]
+        assert load_file(tmp_path / "model.safetensors").keys() == tensors.keys()
     else:
-        assert names == [*(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)), INDEX]
+        assert names == [*(f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)), INDEX]
         index = json.loads((tmp_path / INDEX).read_text())
-        assert index["metadata"]["total_size"] == 16 * count
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
         assert set(index["weight_map"]) == set(tensors)
     (tmp_path / "config.json").write_text("{}")
     checkpoint = Checkpoint.open(tmp_path)
     assert all(torch.equal(checkpoint.read(n), t) for n, t in tensors.items())
+    starts = [(e.start, e.dtype.itemsize) for e in checkpoint.entries.values()]
+    assert all(start % size == 0 for start, size in starts)
+
+
+@pytest.mark.parametrize("file_bytes", [10**9, 700, 1])
+def test_joining_goes_on_wherever_it_was_killed(tmp_path, monkeypatch, file_bytes):
+    """At every change of a name, and at every deletion."""
+    steps = 0
+    for stop in range(60):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        writer, tensors = write_shards(folder, file_bytes)
+        steps = 0
+
+        def counted(call, stop=stop):
+            def step(*args, **kwargs):
+                nonlocal steps
+                steps += 1
+                if steps > stop:
+                    raise KeyboardInterrupt
+                return call(*args, **kwargs)
+
+            return step
+
+        with monkeypatch.context() as patched:
+            patched.setattr("os.replace", counted(os.replace))
+            patched.setattr(Path, "unlink", counted(Path.unlink))
+            with contextlib.suppress(KeyboardInterrupt):
+                writer.finish(7)
+        CheckpointWriter(folder, file_bytes).finish(7)
+        (folder / "config.json").write_text("{}")
+        checkpoint = Checkpoint.open(folder)
+        assert set(checkpoint.entries) == set(tensors)
+        assert all(torch.equal(checkpoint.read(n), t) for n, t in tensors.items())
+        assert not [p for p in folder.iterdir() if p.name.startswith(("shard-", "joined-"))]
+        if steps <= stop:
+            return
+    raise AssertionError(f"{steps} steps, more than were tried")
 
 
 def test_a_shard_that_is_rewritten_replaces_the_old_one(tmp_path):

@@ -93,7 +93,7 @@ def save_packed(model, packed: dict[str, dict[str, torch.Tensor]], config: dict,
 
 def gptq_folder(folder: Path, model, scheme: Scheme, shuffled: bool = False) -> Path:
     packed = {n: gptq.pack(q) for n, q in quantize_linears(model, scheme, shuffled).items()}
-    config = gptq.config_for(Described(scheme, {}, [], desc_act=shuffled, lm_head=False, producer="test"))
+    config = gptq.config_for(Described(scheme, {}, [], desc_act=shuffled, head=None, producer="test"))
     return save_packed(model, packed, config, folder)
 
 
@@ -148,7 +148,7 @@ def test_families_by_the_names_on_disk(tmp_path, model_type):
     assert len(packed) >= 2 * 4
     save_file(tensors, tmp_path / "f" / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "f").eval()
-    config = gptq.config_for(Described(scheme, {}, [], desc_act=False, lm_head=False, producer="test"))
+    config = gptq.config_for(Described(scheme, {}, [], desc_act=False, head=None, producer="test"))
     shutil.copytree(tmp_path / "f", tmp_path / "q")
     for name, parts in packed.items():
         del tensors[f"{name}.weight"]
@@ -202,7 +202,7 @@ def test_dynamic_overrides_and_float_linears(tmp_path):
     quantized[other] = rounded(model.get_submodule(other).weight.data, scheme)
     model.get_submodule(other).weight.data = quantized[other].dequantize()
     config = gptq.config_for(
-        Described(Scheme(4, 32), {other: scheme}, [keep], desc_act=False, lm_head=False, producer="test")
+        Described(Scheme(4, 32), {other: scheme}, [keep], desc_act=False, head=None, producer="test")
     )
     folder = save_packed(model, {n: gptq.pack(q) for n, q in quantized.items()}, config, tmp_path / "q")
     loaded = load(folder, device="cpu")
@@ -238,7 +238,7 @@ def test_quantized_embedding_and_head(tmp_path, model_type):
     for name in ("lm_head", "model.embed_tokens"):
         quantized[name] = rounded(model.get_submodule(name).weight.data, eight)
         model.get_submodule(name).weight.data = quantized[name].dequantize()
-    config = gptq.config_for(Described(scheme, {"lm_head": eight}, [], desc_act=False, lm_head=True, producer="test"))
+    config = gptq.config_for(Described(scheme, {"lm_head": eight}, [], desc_act=False, head="lm_head", producer="test"))
     config["quantcli"] = {"embedding": {"name": "model.embed_tokens", "bits": 8, "group_size": 16, "sym": False}}
     folder = save_packed(model, {n: gptq.pack(q) for n, q in quantized.items()}, config, tmp_path / "q")
     loaded = load(folder, device="cpu")
@@ -252,7 +252,7 @@ def test_tied_head_of_a_quantized_embedding_shares_its_codes(tmp_path):
     q = rounded(model.get_input_embeddings().weight.data, eight)
     model.get_input_embeddings().weight.data = q.dequantize()
     packed = {n: gptq.pack(t) for n, t in quantize_linears(model, Scheme(4, 32, lowest_zero=1)).items()}
-    config = gptq.config_for(Described(Scheme(4, 32), {}, [], desc_act=False, lm_head=False, producer="test"))
+    config = gptq.config_for(Described(Scheme(4, 32), {}, [], desc_act=False, head=None, producer="test"))
     config["quantcli"] = {"embedding": {"name": "model.embed_tokens", "bits": 8, "group_size": 16, "sym": False}}
     folder = save_packed(model, packed | {"model.embed_tokens": gptq.pack(q)}, config, tmp_path / "q")
     loaded = load(folder, device="cpu")
@@ -265,7 +265,7 @@ def test_tied_head_with_codes_of_its_own(tmp_path):
     quantized = quantize_linears(model, Scheme(4, 32, lowest_zero=1))
     quantized["lm_head"] = rounded(model.get_output_embeddings().weight.data, Scheme(4, 32, lowest_zero=1))
     embedding = model.get_input_embeddings().weight.data.clone()
-    config = gptq.config_for(Described(Scheme(4, 32), {}, [], desc_act=False, lm_head=True, producer="test"))
+    config = gptq.config_for(Described(Scheme(4, 32), {}, [], desc_act=False, head="lm_head", producer="test"))
     folder = save_packed(model, {n: gptq.pack(q) for n, q in quantized.items()}, config, tmp_path / "q")
     loaded = load(folder, device="cpu")
     assert torch.equal(loaded.get_input_embeddings().weight, embedding)

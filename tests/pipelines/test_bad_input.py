@@ -568,7 +568,7 @@ def test_not_enough_memory(refused, model, text, args):
 
 def test_not_enough_disk_is_seen_before_anything_is_written(refused, model, monkeypatch):
     usage = shutil.disk_usage(model)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
     end = refused(model)
     assert end.code == RESOURCE and end.hint
     assert "0 MB free" in end.error

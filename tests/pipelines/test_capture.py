@@ -147,7 +147,7 @@ def write_quantized(folder: Path, source: Path, plan: Plan, codec: Codec = gptq.
             exceptions,
             list(plan.excluded),
             desc_act=plan.desc_act,
-            lm_head=plan.head is not None,
+            head="lm_head" if plan.head else None,
             producer="test",
             float_linears=[*plan.excluded, *([] if plan.head else ["lm_head"])],
         )

@@ -52,7 +52,7 @@ def test_what_is_written_is_the_rounded_matrix(source, tmp_path, algorithm, doub
 
 
 def test_float_holds_it_too(source, tmp_path):
-    run(source, tmp_path / "q")
+    run(source, tmp_path / "q", dtype="keep")
     run(source, tmp_path / "d", format="float")
     ours, dense = load(tmp_path / "q", device="cpu"), load(tmp_path / "d", device="cpu")
     for name, module in ours.named_modules():

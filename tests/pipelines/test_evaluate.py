@@ -57,7 +57,7 @@ def quantize(folder: Path, source: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = gptq.config_for(
-        Described(scheme, {}, [], desc_act=False, lm_head=False, producer="test")
+        Described(scheme, {}, [], desc_act=False, head=None, producer="test")
     )
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -110,7 +110,9 @@ def test_what_is_written(bases, data, tmp_path, base):
     assert tiny.digests(moved / "model") == tiny.digests(source)
     manifest = read_manifest(moved)
     assert (manifest.kind, manifest.command, manifest.metrics["steps"]) == ("finetuned", "finetune", 3)
-    assert json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "../model"
+    assert json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "f/model"
+    )
     tokens = torch.tensor([[3, 50, 7, 99, 12]])
     plain = load(moved)(tokens).logits
     adapted = open_lora(load(moved), moved / "adapter")(tokens).logits

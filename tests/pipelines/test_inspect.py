@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import quantcli
 import small_graphs
 import tiny
 from quantcli.errors import InputError, UsageError
@@ -48,7 +49,7 @@ def float_folder(folder: Path) -> Path:
 def gptq_files(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     four, eight = Scheme(4, 32), Scheme(8, 16)
-    config = gptq.config_for(Described(four, {"b": eight}, [], desc_act=False, lm_head=False, producer="test"))
+    config = gptq.config_for(Described(four, {"b": eight}, [], desc_act=False, head=None, producer="test"))
     config["quantcli"] = {"embedding": {"name": "e", "bits": 8, "group_size": 16, "sym": False}}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
     tensors = {"norm.weight": torch.ones(64, dtype=torch.float16)}
@@ -72,7 +73,7 @@ def test_float_checkpoint(tmp_path):
     assert found.format == "safetensors, bfloat16, float32"
     assert found.model_type == "llama"
     assert found.parameters == 8 * 16 + 16
-    assert histogram(found) == {"float16": (1, 16), "float32": (1, 128)}
+    assert histogram(found) == {"bfloat16": (1, 16), "float32": (1, 128)}
     assert found.quantized_bits_per_weight is None
     assert found.history == found.files == []
     assert found.size_bytes == (tmp_path / "f" / "model.safetensors").stat().st_size
@@ -311,3 +312,74 @@ def test_compressed_tensors_and_olive(tmp_path):
     found = inspect.run(folder)
     assert found.what == "OLIVE checkpoint"
     assert histogram(found) == {"4-bit": (1, 8 * 32), "8-bit": (1, 8 * 16)}
+
+
+def packed_scheme(layout, bits, kind, **more):
+    weights = {"num_bits": bits, "type": kind, "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, **more}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
+
+
+EIGHT_BITS = {"num_bits": 8, "type": "int", "dynamic": True}
+UNREAD = {
+    "gemv": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
+        {"qweight": torch.zeros(16, 4, dtype=torch.int32), "qzeros": torch.zeros(16, 1, dtype=torch.int32)},
+        "4-bit",
+    ),
+    "int8": (
+        packed_scheme("int-quantized", 8, "int", input_activations=EIGHT_BITS),
+        {"weight": torch.zeros(16, 32, dtype=torch.int8), "weight_scale": torch.ones(16, 1)},
+        "8-bit",
+    ),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"weight": torch.zeros(16, 32).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+        "8-bit",
+    ),
+    "nvfp4": (
+        packed_scheme("nvfp4-pack-quantized", 4, "float"),
+        {
+            "weight_packed": torch.zeros(16, 16, dtype=torch.uint8),
+            "weight_scale": torch.ones(16, 2).to(torch.float8_e4m3fn),
+            "weight_global_scale": torch.ones(1),
+        },
+        "4-bit",
+    ),
+    "cache": (
+        packed_scheme("pack-quantized", 4, "int") | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        {"weight_packed": torch.zeros(16, 4, dtype=torch.int32), "weight_scale": torch.ones(16, 1)},
+        "4-bit",
+    ),
+    "bnb8": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"weight": torch.zeros(16, 32, dtype=torch.int8), "SCB": torch.ones(16)},
+        "8-bit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_not_read_is_described_all_the_same(tmp_path, name):
+    """Scales are no parameters, codes count by their own width, and the layout has its name."""
+    config, parts, label = UNREAD[name]
+    tensors = {f"model.layers.0.up_proj.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors | {"norm.weight": torch.ones(16, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    found = inspect.run(tmp_path)
+    assert histogram(found) == {label: (1, 16 * 32), "bfloat16": (1, 16)}
+    assert sum(row.size_bytes for row in found.histogram) == sum(t.nbytes for t in tensors.values()) + 32
+    assert found.parameters == 16 * 33 and not found.opens
+    assert {"int8": "int-quantized", "nvfp4": "nvfp4-pack", "bnb8": "int8", "gemv": "gemv"}.get(
+        name, ""
+    ) in found.format
+    assert "fp4)" not in found.format
+
+
+@pytest.mark.parametrize("name", ["int8", "nvfp4"])
+def test_loading_what_is_not_read_names_the_layout(tmp_path, name):
+    config, parts, _ = UNREAD[name]
+    save_file({f"model.layers.0.up_proj.{part}": t for part, t in parts.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    with pytest.raises(InputError, match=f"compressed-tensors checkpoint of layout '{config['format']}'"):
+        quantcli.load(tmp_path)

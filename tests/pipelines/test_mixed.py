@@ -42,6 +42,7 @@ def options(model, output, text=None, **values):
         calibration = CalibrationOptions(str(text), num_samples=8, seq_len=32)
     values.setdefault("algorithm", "gptq" if text else "rtn")
     values.setdefault("group_size", 32)
+    values.setdefault("dtype", "keep")
     return QuantizeOptions(str(model), Path(output), calibration=calibration, **values)
 
 
@@ -202,7 +203,8 @@ def test_the_written_bits_are_those_chosen(uneven, text, tmp_path):
     config = json.loads((tmp_path / "q/model/config.json").read_text())["quantization_config"]
     linears = {part["bits"]: part["linears"] for part in told["distribution"]}
     assert linears[config["bits"]] == max(linears.values())
-    assert len(config["dynamic"]) == 14 - linears[config["bits"]]
+    rules = [rule for rule in config["dynamic"] if not re.search("qkv_proj|gate_up_proj", rule)]
+    assert len(rules) == 14 - linears[config["bits"]]
 
 
 def test_a_block_that_matters_more_gets_more_bits(uneven, text, tmp_path):

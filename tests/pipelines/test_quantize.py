@@ -30,6 +30,10 @@ def options(model, output, text=None, **values):
         calibration = CalibrationOptions(str(text), num_samples=8, seq_len=32, batch_size=3)
     values.setdefault("algorithm", "gptq" if text else "rtn")
     values.setdefault("group_size", 32)
+    values.setdefault("dtype", "keep")
+    values.setdefault("readers", ("quantcli",))
+    if values["algorithm"] == "gptq":
+        values.setdefault("format", "gptq")
     return QuantizeOptions(str(model), Path(output), calibration=calibration, **values)
 
 

@@ -23,6 +23,7 @@ NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "layernorm.weight", "layer
 
 def options(model, output, text, **values):
     values.setdefault("group_size", 32)
+    values.setdefault("readers", ("quantcli",))
     calibration = CalibrationOptions(str(text), num_samples=8, seq_len=32, batch_size=2)
     return QuantizeOptions(str(model), Path(output), calibration=calibration, **values)
 
@@ -87,7 +88,9 @@ def test_chains(chain, dtype, models, text, tmp_path):
 
 def test_a_producer_that_stays_float_is_divided_too(models, text, tmp_path):
     source = models("llama")
-    quantize.run(options(source, tmp_path / "q", text, algorithm="awq", bits=8, exclude=("v_proj", "up_proj")))
+    quantize.run(
+        options(source, tmp_path / "q", text, algorithm="awq", bits=8, exclude=("v_proj", "up_proj"), dtype="keep")
+    )
     before, after = Checkpoint.open(source), Checkpoint.open(tmp_path / "q/model")
     name = "model.layers.1.mlp.up_proj.weight"
     ratio = before.read(name) / after.read(name)

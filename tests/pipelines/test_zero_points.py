@@ -60,7 +60,7 @@ def test_fractions_asked_for_are_refused_with_the_formats_that_hold_them(model, 
 
 def test_one_bit(model, tmp_path):
     with pytest.raises(UsageError, match="it holds 2 to 8 bits, not 1") as caught:
-        run(model, tmp_path / "q", bits=1)
+        run(model, tmp_path / "q", bits=1, format="gptq")
     assert caught.value.hint.endswith("float") and "awq" not in caught.value.hint
     with pytest.raises(UsageError, match="rtn makes 2, 3, 4, 5, 6, 7, 8 bits, not 1"):
         run(model, tmp_path / "q", bits=1, algorithm="rtn", format="float")
@@ -85,4 +85,4 @@ def test_every_format_reads_back(model, tmp_path, format):
 
 def test_overrides_of_one_bit_meet_the_format(model, tmp_path):
     with pytest.raises(UsageError, match=r"cannot hold .*q_proj: it holds 2 to 8 bits, not 1"):
-        run(model, tmp_path / "q", overrides=(Override("q_proj", bits=1),))
+        run(model, tmp_path / "q", overrides=(Override("q_proj", bits=1),), format="gptq")

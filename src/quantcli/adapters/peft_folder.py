@@ -107,7 +107,9 @@ def refuse_adapter(folder: Path) -> None:
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return
     named = _read_config(folder).base_model_name_or_path or ""
+    beside = folder.parent / "model"  # of a folder of ours, which may have been moved
     base = folder / named if named.startswith(".") else Path(named)
+    base = base if base.is_dir() or not beside.is_dir() else beside
     found = bool(named) and base.is_dir()
     moved = "" if found or not named else f"; its base was {named}, which is not there"
     raise InputError(

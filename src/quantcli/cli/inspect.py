@@ -47,6 +47,7 @@ def show(result: Any, console: "Console") -> None:
         ("size", human_size(result.size_bytes)),
         ("bits per weight", bits),
         ("files", _files_in_words(result)),
+        *_readers_in_words(result.opens),
     ]
     console.pairs(result.folder, rows)
     histogram = [(r.label, str(r.tensors), f"{r.parameters:,}", human_size(r.size_bytes)) for r in result.histogram]
@@ -88,6 +89,22 @@ def _options_in_words(options: Mapping[str, Any], prefix: str = "") -> str:
         elif value is not None and value is not False and value not in ([], (), ""):
             words.append(f"{prefix}{name}={value}")
     return " ".join(word for word in words if word)
+
+
+def _readers_in_words(opens: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """Who opens it and, of each that does not, why."""
+    if not opens:
+        return []
+    from quantcli.pipelines.inspect import ONLY_CHECKPOINTS
+
+    through: dict[str, str] = {}
+    if opens["transformers"] != ONLY_CHECKPOINTS:
+        from quantcli.formats.readers import READERS
+
+        through = {name: f" (through {reader.through})" for name, reader in READERS.items() if reader.through}
+    able = [name + through.get(name, "") for name, why in opens.items() if why is None]
+    rows = [("opens in", ", ".join(able))] if able else []
+    return rows + [(f"not in {name}", why) for name, why in opens.items() if why is not None]
 
 
 def _files_in_words(result: Any) -> str:

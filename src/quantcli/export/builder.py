@@ -7,11 +7,13 @@ are unpacked.
 """
 
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,13 @@ from torch import nn
 
 from quantcli.errors import InputError, first_line
 from quantcli.export.matrices import Matrices, replace_by_names
+from quantcli.folder import write_json
 from quantcli.graphs.model.files import save_graph
 from quantcli.graphs.walk.products import record_products
 from quantcli.graphs.weights.checkpoint_rows import Rows
 from quantcli.graphs.weights.matmul_nbits import Placement, Rewriter
+from quantcli.models.checkpoint import copy_companions, read_config
+from quantcli.models.marks import is_marked
 
 __all__ = ["GRAPH", "build", "build_half_precision"]
 
@@ -69,8 +74,8 @@ def build(
     _refuse_false_heads(model)
     scale = getattr(model.get_input_embeddings(), "embed_scale", None)
     replace_by_names(model, matrices)
-    with _intercept(model) as made:
-        _run_builder(folder, target, "fp32", "cpu", trust_remote_code)
+    with _intercept(model) as made, _unmarked(folder) as readable:
+        _run_builder(readable, target, "fp32", "cpu", trust_remote_code)
     if matrices.quantized and not made.loaded:
         raise _unsupported(model.config, "reads its weights by itself")
     if scale is not None:
@@ -106,13 +111,26 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
     except NotImplementedError as error:
         raise _unsupported(config, first_line(error)) from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = first_line(error)
+        # a KeyError's text is the key alone
+        reason = f"it finds no entry {error} of its own" if isinstance(error, KeyError) else first_line(error)
         raise InputError(
             f"the GenAI model builder cannot take {folder}: {reason}", hint="add --exporter torch"
         ) from error
     finally:
         if scratch.is_dir() and not any(scratch.iterdir()):
             scratch.rmdir()
+
+
+@contextmanager
+def _unmarked(folder: Path) -> Iterator[Path]:
+    """The folder as the builder can open it: a mark of ours hides the model type; its weights come from us anyway."""
+    if not is_marked(json.loads((folder / "config.json").read_text())):
+        yield folder
+        return
+    with TemporaryDirectory() as scratch:
+        copy_companions(folder, Path(scratch))
+        write_json(Path(scratch) / "config.json", read_config(folder))
+        yield Path(scratch)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ says `com.microsoft::MatMulNBits` while it is traced. So a quantized model is ne
 
 import io
 import json
+import logging
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,7 @@ def _trace(folder: Path, model: Any, shape: tuple[int, int, int], opset: int) ->
     both, cached = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     said = io.StringIO()
     try:
-        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings(), torch.no_grad():
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings(), torch.no_grad(), _only_errors():
             warnings.simplefilter("ignore")
             return torch.onnx.export(
                 _Flat(model),
@@ -253,6 +255,18 @@ def _trace(folder: Path, model: Any, shape: tuple[int, int, int], opset: int) ->
         raise InputError(
             f"torch.onnx cannot export {folder} (model type {model.config.model_type!r}): {first_line(error)}"
         ) from error
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Its log goes past redirected streams, and warns of every operator of packages that are not there."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _genai_config(folder: Path, model: Any, shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from quantcli.models.linear import QuantizedLinear
 __all__ = ["PackedLoraLinear", "add_lora", "find_targets", "open_lora", "quiet_peft", "save_lora"]
 
 _ROUTERS = ("router", "gate", "shared_expert_gate")
-_BASE = "../model"
 
 
 class PackedLoraLinear(LoraLinear):  # type: ignore[misc]
@@ -164,12 +163,17 @@ def _refuse_other_tensors(adapted: PeftModel, folder: Path) -> None:
             )
 
 
-def save_lora(model: PeftModel, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as peft does; the base is named by relative path.
+def save_lora(model: PeftModel, folder: Path, base: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as peft does.
 
     What was written is read back: it is what was trained, and finite.
+
+    Args:
+        model: With the adapter.
+        folder: To write.
+        base: Where the base will stand, named as an absolute path: peft takes others as seen from where it runs.
     """
-    model.peft_config["default"].base_model_name_or_path = _BASE
+    model.peft_config["default"].base_model_name_or_path = str(base.absolute())
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
     _verify(model, folder)

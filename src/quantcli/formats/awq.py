@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.formats.codec import Codec, Described, Held, require, require_scales
+from quantcli.formats.fused import fused_shards
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -125,12 +126,20 @@ def _config(described: Described) -> dict[str, Any]:
 
 
 def _kept_names(described: Described) -> list[str]:
-    """Names of what stays float: within a block, where that says it, since AutoAWQ compares no more of a name."""
+    """Names of what stays float: within a block, where that says it, since AutoAWQ compares no more of a name.
+
+    SGLang looks for the names of linears that it runs as one.
+    """
+    shards = {name: (name,) for name in described.excluded} | fused_shards(described.excluded)
     kept: dict[str, None] = {}
-    for name in described.excluded:
-        short = re.sub(r"^.*?\.\d+\.", "", name)
-        kept[name if any(short in other for other in described.quantized) else short] = None
+    for name, parts in shards.items():
+        partly = any(_in_block(part) in other for part in parts for other in described.quantized)
+        kept[name if partly else _in_block(name)] = None
     return list(kept)
+
+
+def _in_block(name: str) -> str:
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:

@@ -45,8 +45,8 @@ class Described:
     """Linears that stayed float, by module name."""
     desc_act: bool
     """Whether groups follow the order of the solver and not of memory."""
-    lm_head: bool
-    """Whether the head is quantized."""
+    head: str | None
+    """The head's module name where it is quantized."""
     producer: str
     """Name and version of the tool."""
     damp_percent: float | None = None
@@ -55,6 +55,8 @@ class Described:
     """Linears that are quantized, by module name."""
     float_linears: Sequence[str] = ()
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
+    blocks: Sequence[str] = ()
+    """Module names of the blocks."""
     dtype: torch.dtype = torch.float32
     """What the linears would have been stored in as float tensors."""
 

@@ -26,7 +26,7 @@ from quantcli.formats.codec import Codec, Described, Held, require, require_grou
 from quantcli.scheme import PER_CHANNEL, Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["CODEC", "METHOD", "PARTS", "pack", "scheme_of", "unpack"]
+__all__ = ["CODEC", "METHOD", "PARTS", "pack", "refuse_config", "scheme_of", "unpack"]
 
 METHOD = "compressed-tensors"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -83,6 +83,22 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
         scheme=scheme,
         group=group,
     )
+
+
+def refuse_config(config: Mapping[str, Any]) -> str | None:
+    """Which layout it has that is not read; None where all is `pack-quantized`, or nothing is said."""
+    groups = config.get("config_groups")
+    found = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    for group in found:
+        layout = group.get("format") or config.get("format")
+        if layout not in (None, _LAYOUT):
+            what = "".join(
+                f", {values.get('num_bits')}-bit {values.get('type', 'int')} {key.replace('_', ' ')}"
+                for key in ("weights", "input_activations")
+                if isinstance(values := group.get(key), Mapping)
+            )
+            return f"compressed-tensors checkpoint of layout {layout!r}{what}: {_LAYOUT!r} is read"
+    return None
 
 
 def scheme_of(config: Mapping[str, Any], name: str) -> Scheme:
@@ -169,6 +185,8 @@ def _refuse(held: Held) -> str | None:
 
 def _config(described: Described) -> dict[str, Any]:
     schemes: dict[Scheme, list[str]] = {described.default: ["Linear"]}
+    if described.head is not None and described.head not in described.exceptions:
+        schemes[described.default].append(described.head)  # a head is no Linear to vLLM: it goes by the name
     for name, scheme in described.exceptions.items():
         schemes.setdefault(scheme, []).append(name)
     return {

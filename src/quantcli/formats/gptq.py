@@ -22,6 +22,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
 from quantcli.formats.codec import Codec, Described, Held, require, require_groups, require_scales
+from quantcli.formats.fused import fused_shards
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
@@ -41,6 +42,8 @@ __all__ = [
 BITS = (2, 3, 4, 5, 6, 7, 8)
 LOWEST_ZERO = 1
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_WRITES_ALIKE = "gptqmodel:7.6.0"
+"""The writer whose layout this is: its loader takes zero points off the middle only from a named version of itself."""
 
 
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -108,13 +111,6 @@ def check(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
 def config_for(described: Described) -> dict[str, Any]:
     """The `quantization_config` of config.json, as gptqmodel writes it."""
     default = described.default
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{_escape(name)}$": {} for name in described.excluded}
-    for name, scheme in described.exceptions.items():
-        dynamic[f"+:^{_escape(name)}$"] = {
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "sym": scheme.symmetric,
-        }
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "method": "gptq",
@@ -124,15 +120,34 @@ def config_for(described: Described) -> dict[str, Any]:
         "group_size": default.group_size,
         "sym": default.symmetric,
         "desc_act": described.desc_act,
-        "lm_head": described.lm_head,
+        "lm_head": described.head is not None,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [described.producer]},
+        "meta": {"quantizer": [described.producer, _WRITES_ALIKE]},
     }
     if described.damp_percent is not None:
         config["damp_percent"] = described.damp_percent
-    if dynamic:
-        config["dynamic"] = dynamic
+    if described.excluded or described.exceptions:
+        config["dynamic"] = _rules(described)
+    if described.excluded and (alike := _names_in_each_block(described)) is not None:
+        config["modules_in_block_to_quantize"] = [alike]
     return config
+
+
+def _rules(described: Described) -> dict[str, dict[str, Any]]:
+    """What holds for single linears, and for those that servers run as one, where their shards agree."""
+    rules: dict[str, dict[str, Any] | None] = dict.fromkeys(described.excluded)
+    for name, scheme in described.exceptions.items():
+        rules[name] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+    for fused, shards in fused_shards([*described.quantized, *described.excluded]).items():
+        if shards[0] in rules and all(s in rules and rules[s] == rules[shards[0]] for s in shards):
+            rules[fused] = rules[shards[0]]
+    return {f"{'-' if rule is None else '+'}:^{_escape(name)}$": rule or {} for name, rule in rules.items()}
+
+
+def _names_in_each_block(described: Described) -> list[str] | None:
+    """Names within a block of its quantized linears, for transformers, which asks for them; None if blocks differ."""
+    inside = [[n.removeprefix(f"{b}.") for n in described.quantized if n.startswith(f"{b}.")] for b in described.blocks]
+    return inside[0] if inside and all(names == inside[0] for names in inside) else None
 
 
 def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:

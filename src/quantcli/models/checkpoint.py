@@ -10,30 +10,26 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.folder import write_json
 from quantcli.json_files import as_type, read_json
-from quantcli.models.online import restored_config
+from quantcli.models.marks import restored_config
 from quantcli.tensors.finite import require_finite
 
 __all__ = [
+    "INDEX",
     "Checkpoint",
-    "CheckpointWriter",
     "TensorEntry",
     "copy_companions",
     "read_config",
     "read_header",
-    "write_tensors",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +77,11 @@ class TensorEntry:
     def size_bytes(self) -> int:
         """Bytes on disk."""
         return self.stop - self.start
+
+    @property
+    def kind(self) -> str:
+        """The dtype's name in headers."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -234,54 +235,6 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         )
     names = sorted(p.name for p in folder.iterdir())[:5]
     raise InputError(f"{folder} holds no safetensors weights (found {', '.join(names)})")
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes one safetensors file.
-
-    Raises:
-        OSError: with its errno, which safetensors gives only inside a text.
-    """
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-class CheckpointWriter:
-    """Writes shards that appear whole or not at all, then the index."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def shard(self, number: int) -> Path:
-        """The file of one shard while the number of shards is not known yet."""
-        return self.folder / f"shard-{number:05d}.safetensors"
-
-    def write(self, number: int, tensors: Mapping[str, Tensor]) -> Path:
-        """Writes one shard."""
-        path = self.shard(number)
-        temporary = path.with_suffix(".tmp")
-        write_tensors({n: t.contiguous() for n, t in tensors.items()}, temporary)
-        os.replace(temporary, path)
-        return path
-
-    def finish(self, count: int) -> None:
-        """Gives shards 0..count-1 the names that transformers expects and writes the index; may be repeated."""
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number in range(count):
-            name = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            if self.shard(number).exists():
-                os.replace(self.shard(number), self.folder / name)
-            for tensor, entry in read_header(self.folder / name).items():
-                weight_map[tensor] = name
-                total += entry.size_bytes
-        if count > 1:
-            write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -4,8 +4,7 @@ QuaRot's R4 (https://arxiv.org/abs/2404.00456): the input x of each linear that 
 x R4, and its weight W R4, so the product is what it was. R3 turns queries and keys alike, after their position is in,
 so that scores stay; it touches no weight and matters only where keys are rounded (`models.simulate`).
 
-No one but our loader computes R4. A folder that needs it names a model type and architectures that nobody else knows,
-so that others refuse it where they would compute nonsense; `read_config` gives the real ones back.
+No one but our loader computes R4: a folder that needs it is marked, so that others refuse it (`models.marks`).
 """
 
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import InputError
+from quantcli.models.marks import add_mark, find_mark
 from quantcli.tensors.hadamard import Rotation, make_rotation
 
-__all__ = ["OnlineRotations", "RunningRotation", "down_linears", "refuse_online", "restored_config", "rotate_inputs"]
+__all__ = ["OnlineRotations", "RunningRotation", "down_linears", "refuse_online", "rotate_inputs"]
 
-_KEY, _ENTRY, _VERSION = "quantcli", "online_rotations", 1
-_TYPE_MARK, _CLASS_MARK = "_online_rotated", "OnlineRotated"
+_MARK, _VERSION = "online_rotations", 1
 _DOWN = ("down_proj", "w2")
 
 
@@ -42,13 +41,13 @@ class OnlineRotations:
         Raises:
             InputError: an entry that we do not know how to read.
         """
-        entry = _entry(config)
+        entry = find_mark(config, _MARK)
         if entry is None:
             return None
         mode, seed = entry.get("mode"), entry.get("seed")
         if entry.get("version") != _VERSION or mode not in ("hadamard", "random") or type(seed) is not int:
             raise InputError(
-                f"config.json: {_KEY}.{_ENTRY} is {entry!r}, version {_VERSION} with mode and seed is read",
+                f"config.json: quantcli.{_MARK} is {entry!r}, version {_VERSION} with mode and seed is read",
                 hint="it may be of a newer quantcli",
             )
         return cls(mode, seed)
@@ -62,27 +61,8 @@ class OnlineRotations:
         return make_rotation(size, self.mode, self.seed + 3)
 
     def mark(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json of a folder whose weights expect R4; takes one that is not marked."""
-        kept = {"model_type": config["model_type"], "architectures": config.get("architectures")}
-        entry = {"version": _VERSION, **asdict(self), **kept}
-        out = dict(config) | {_KEY: dict(config.get(_KEY) or {}) | {_ENTRY: entry}}
-        out["model_type"] = f"{kept['model_type']}{_TYPE_MARK}"
-        out["architectures"] = [f"{name}{_CLASS_MARK}" for name in kept["architectures"] or []]
-        return out
-
-
-def restored_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as it is read, with the model type and architectures that a mark has hidden."""
-    entry = _entry(config) or {}
-    hidden = {name: entry[name] for name in ("model_type", "architectures") if entry.get(name) is not None}
-    return config | hidden
-
-
-def _entry(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The mark, as far as it is one."""
-    ours = config.get(_KEY)
-    entry = ours.get(_ENTRY) if isinstance(ours, dict) else None
-    return entry if isinstance(entry, dict) else None
+        """config.json of a folder whose weights expect R4."""
+        return add_mark(config, _MARK, {"version": _VERSION, **asdict(self)})
 
 
 def refuse_online(config: Mapping[str, Any], folder: Path, why: str) -> None:

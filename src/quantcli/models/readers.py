@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats import awq, bnb, compressed_tensors, gptq, olive
+from quantcli.formats import auto_round, awq, bnb, compressed_tensors, gptq, olive
 from quantcli.formats.bitpack import packed_words
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.codebook_linear import CodebookLinear
 from quantcli.models.linear import PackedLinear, QuantizedLinear
-from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.scheme import CODEBOOKS, PER_CHANNEL, Scheme
 
-__all__ = ["READERS", "Reader", "packed_names", "reader_of"]
+__all__ = ["READERS", "Reader", "packed_names", "readable", "reader_of"]
 
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
@@ -31,8 +31,8 @@ class Reader:
     """All parts that it may have, `bias` aside."""
     read: Callable[[Mapping[str, Any], str, dict[str, Tensor], Tensor | None, bool], QuantizedLinear]
     """(quantization_config, module name, tensors by part, bias, cache) -> layer."""
-    weights: Callable[[Mapping[str, Any], str, Mapping[str, TensorEntry]], tuple[int, int]]
-    """(quantization_config, module name, headers by part) -> bits of a weight, number of weights."""
+    linear: Callable[[Mapping[str, Any], str, Mapping[str, TensorEntry]], tuple[Scheme, int, int]]
+    """(quantization_config, module name, headers by part) -> scheme, outputs N, inputs K."""
     uncounted: tuple[str, ...] = ()
     """Parts that are left out of the stored size: column indexes repeat their order."""
     refuse: Callable[[Mapping[str, Any]], str | None] = lambda config: None
@@ -62,6 +62,11 @@ def reader_of(checkpoint: Checkpoint) -> Reader:
     return reader
 
 
+def readable(reader: Reader, config: Mapping[str, Any]) -> bool:
+    """Whether what a quantization_config says is read."""
+    return reader.refuse(config) is None
+
+
 def packed_names(checkpoint: Checkpoint, reader: Reader) -> list[str]:
     """The modules that are packed, by name."""
     return sorted(n.removesuffix(f".{reader.mark}") for n in checkpoint.entries if n.endswith(f".{reader.mark}"))
@@ -87,19 +92,14 @@ def _gptq_scheme(config: Mapping[str, Any], name: str) -> Scheme:
     return scheme
 
 
-def _gptq_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
-    embedding = (config.get("quantcli") or {}).get("embedding")
-    if embedding is not None and embedding["name"] == name:
-        bits = int(embedding["bits"])
-    else:
-        scheme = gptq.scheme_of(config, name)
-        bits = int(config.get("bits", 4)) if scheme is None else scheme.bits
+def _gptq_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    scheme = _gptq_scheme(config, name)
     words, rows = entries["qweight"].shape
     index = entries.get("g_idx")
-    columns = index.shape[0] if index is not None else words * 32 // bits
-    if packed_words(columns, bits) != words:
-        columns = words * 32 // bits
-    return bits, columns * rows
+    columns = index.shape[0] if index is not None else words * 32 // scheme.bits
+    if packed_words(columns, scheme.bits) != words:
+        columns = words * 32 // scheme.bits
+    return scheme, rows, columns
 
 
 def _read_awq(
@@ -108,10 +108,31 @@ def _read_awq(
     return PackedLinear.from_quantized(awq.unpack(tensors, awq.scheme_of(config)), bias=bias, cache=cache)
 
 
-def _awq_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
-    bits = awq.scheme_of(config).bits
+def _awq_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    scheme = awq.scheme_of(config)
     columns, words = entries["qweight"].shape
-    return bits, columns * words * (32 // bits)
+    return scheme, words * (32 // scheme.bits), columns
+
+
+def _read_auto_round(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> PackedLinear:
+    read = _read_gptq if auto_round.packing_of(config) == "gptq" else _read_awq
+    return read(auto_round.as_packed(config, name), name, tensors, bias, cache)
+
+
+def _auto_round_linear(
+    config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]
+) -> tuple[Scheme, int, int]:
+    linear = _gptq_linear if auto_round.packing_of(config) == "gptq" else _awq_linear
+    return linear(auto_round.as_packed(config, name), name, entries)
+
+
+def _refuse_auto_round(config: Mapping[str, Any]) -> str | None:
+    if auto_round.packing_of(config) is None:
+        known = ", ".join(auto_round.PACKINGS)
+        return f"auto-round checkpoint of layout {config.get('packing_format')!r}: {known} are read"
+    return None
 
 
 def _read_bnb(
@@ -120,8 +141,10 @@ def _read_bnb(
     return CodebookLinear(tensors, bias=bias, cache=cache)
 
 
-def _bnb_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
-    return 4, 2 * entries["weight"].size_bytes
+def _bnb_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    """As one row: the shape is no header."""
+    codebook = config.get("bnb_4bit_quant_type", "fp4")
+    return Scheme(4, 64, codebook=codebook if codebook in CODEBOOKS else "fp4"), 1, 2 * entries["weight"].size_bytes
 
 
 def _refuse_bnb(config: Mapping[str, Any]) -> str | None:
@@ -137,14 +160,14 @@ def _read_compressed_tensors(
     return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
 
 
-def _compressed_tensors_weights(
+def _compressed_tensors_linear(
     config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]
-) -> tuple[int, int]:
+) -> tuple[Scheme, int, int]:
     scheme, scales = compressed_tensors.scheme_of(config, name), entries.get("weight_scale")
     rows, words = entries["weight_packed"].shape
     if scheme.group_size == PER_CHANNEL or scales is None:  # to the word: weight_shape is no header
-        return scheme.bits, rows * (words * 32 // scheme.bits)
-    return scheme.bits, rows * scales.shape[1] * scheme.group_size
+        return scheme, rows, words * 32 // scheme.bits
+    return scheme, rows, scales.shape[1] * scheme.group_size
 
 
 def _read_olive(
@@ -154,30 +177,40 @@ def _read_olive(
     return PackedLinear.from_quantized(tensor, bias=bias, cache=cache)
 
 
-def _olive_weights(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[int, int]:
-    bits = olive.scheme_of(config, name).bits
+def _olive_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    scheme = olive.scheme_of(config, name)
     rows, stored = entries["qweight"].shape
-    return bits, rows * stored * 8 // bits
+    return scheme, rows, stored * 8 // scheme.bits
 
 
 READERS: Mapping[str, Reader] = {
-    "gptq": Reader("gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_weights, uncounted=("g_idx",)),
-    "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_weights),
+    "gptq": Reader("gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",)),
+    "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_linear),
     compressed_tensors.METHOD: Reader(
         "compressed-tensors (pack-quantized)",
         "weight_packed",
         compressed_tensors.PARTS,
         _read_compressed_tensors,
-        _compressed_tensors_weights,
+        _compressed_tensors_linear,
         uncounted=("weight_g_idx", "weight_shape"),
+        refuse=compressed_tensors.refuse_config,
     ),
-    olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_weights),
+    olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_linear),
+    auto_round.METHOD: Reader(
+        "auto-round (auto_gptq, auto_awq)",
+        "qweight",
+        gptq.PARTS,
+        _read_auto_round,
+        _auto_round_linear,
+        uncounted=("g_idx",),
+        refuse=_refuse_auto_round,
+    ),
     "bitsandbytes": Reader(
         "bitsandbytes (nf4, fp4)",
         "weight.absmax",
         bnb.PARTS,
         _read_bnb,
-        _bnb_weights,
+        _bnb_linear,
         refuse=_refuse_bnb,
         uniform=False,
     ),

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import TensorEntry, read_config
 from quantcli.models.experts import unfuse_experts
-from quantcli.models.online import OnlineRotations
+from quantcli.models.marks import is_marked
 
 __all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "has_experts", "load_config", "materialize"]
 
@@ -46,7 +46,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if "auto_map" not in raw and model_type not in _known_types():
         raise InputError(f"model type {model_type!r} is not known to the installed transformers")
     try:
-        if OnlineRotations.of(raw) is not None:  # the file names a type that transformers is not to know
+        if is_marked(raw):  # the file names a type that transformers is not to know
             config = AutoConfig.for_model(**raw)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

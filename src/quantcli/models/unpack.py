@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from quantcli.folder import write_json
-from quantcli.models.checkpoint import Checkpoint, CheckpointWriter, copy_companions
+from quantcli.models.checkpoint import Checkpoint, copy_companions
 from quantcli.models.load import read_packed
+from quantcli.models.marks import without_mark
 from quantcli.models.readers import packed_names, reader_of
+from quantcli.models.writer import CheckpointWriter
 
 __all__ = ["write_float"]
 
@@ -30,6 +32,6 @@ def write_float(source: Path, target: Path) -> None:
         writer.write(number, {f"{name}.weight": read_packed(checkpoint, name).dequantize()})
     writer.finish(len(packed) + 1)
     left_out = ("quantization_config", "torch_dtype")
-    config = {k: v for k, v in checkpoint.config.items() if k not in left_out}
+    config = without_mark({k: v for k, v in checkpoint.config.items() if k not in left_out}, "quantized_embedding")
     write_json(target / "config.json", config | {"dtype": "float32"})
     copy_companions(source, target)

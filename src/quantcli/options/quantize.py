@@ -14,10 +14,13 @@ from quantcli.options.regex import compile_regex
 from quantcli.options.simulation import SimulationOptions
 from quantcli.scheme import PER_CHANNEL
 
-__all__ = ["FORMATS", "MIXED_BITS", "PRESETS", "QuantizeOptions"]
+__all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
 PRESETS = ("fast", "balanced", "best")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "quantcli")
+GRAPH_READERS = ("genai", "onnxruntime", "quantcli")
+"""Those of the readers that open ONNX graphs."""
 MIXED_BITS = (2, 3, 4, 8)
 
 
@@ -47,7 +50,8 @@ class QuantizeOptions:
     """Input columns that share a scale; -1 is one scale per output row. Default: 64; for -a awq 128, where that divides
     the columns of every linear."""
     symmetric: bool | None = None
-    """Symmetric grid (zero point fixed in the middle) or asymmetric. Default: asym."""
+    """Symmetric grid (zero point fixed in the middle) or asymmetric. Default: sym for gptq and compressed-tensors at
+    4 bits and more, which every server reads; else asym, as on ONNX graphs."""
     target_bits: float | None = None
     """Mixed bits: the average of stored bits per quantized weight, scales and zero points included, as runs report it;
     met within 1% below. Which linear gets how many bits is chosen by measuring what each costs."""
@@ -67,11 +71,16 @@ class QuantizeOptions:
     """Calibration text."""
     format: str | None = None
     """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
-    nf4 and fp4) or float (dequantized, which every tool reads). Default: bnb for nf4 and fp4, gptq for the others."""
+    nf4 and fp4) or float (dequantized, which every tool reads). Default: what can hold the result and most of
+    transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is said, bnb for nf4 and fp4."""
+    readers: tuple[str, ...] = ()
+    """Program that has to open the result (repeatable): transformers, gptqmodel, vllm, sglang, peft, genai, onnxruntime
+    or quantcli. Checked before the run; decides format and sym or asym where they are not given."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
-    dtype: str = "keep"
-    """Type of the tensors that stay float: keep, float32, float16 or bfloat16."""
+    dtype: str | None = None
+    """Type of the tensors that stay float: keep, float32, float16 or bfloat16. Default: keep, but bfloat16 beside the
+    packed linears of a float32 model: servers run that."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: cuda where there is one."""
     max_memory: int | None = None
@@ -92,7 +101,10 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
-        if self.dtype not in DTYPES:
+        for name in self.readers:
+            if name not in READER_NAMES:
+                raise UsageError(f"unknown reader {name!r} in --for, {nearest(name, READER_NAMES)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")

@@ -138,7 +138,7 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
             raise UsageError(f"--resume: no interrupted run left anything for {options.output}", hint="leave it out")
         place_base(checkpoint, partial, options, quantizes, progress)
         model = load(
-            partial.model,
+            partial.model if quantizes else folder,  # the same files, under the name that errors should have
             device=options.device,
             dtype=options.torch_dtype,
             trust_remote_code=options.trust_remote_code,
@@ -201,7 +201,7 @@ def _train(
     curve = train(adapted, sets.train, sets.eval, options, pad, partial.state / "trainer", progress)
     after = judge("loss with the adapter")
     adapter = partial.root / "adapter"
-    save_lora(adapted, adapter)
+    save_lora(adapted, adapter, options.output / "model")
     return {
         "train_examples": len(sets.train),
         "eval_examples": len(sets.eval),

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import UsageError
 from quantcli.folder import MANIFEST, Manifest, file_digest, fingerprint, read_manifest, resolve_model_folder
 from quantcli.json_files import read_json
+from quantcli.options import GRAPH_READERS, READER_NAMES
 from quantcli.tensors.inventory import (
     BitsRow,
     WeightRecord,
     bits_histogram,
+    parameter_count,
     quantized_bits_per_weight,
     total_bits_per_weight,
 )
@@ -20,10 +22,12 @@ from quantcli.tensors.inventory import (
 if TYPE_CHECKING:
     from quantcli.graphs.model.inspect import GraphContents, NodeRecord
 
-__all__ = ["FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
+__all__ = ["ONLY_CHECKPOINTS", "FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
 
 _WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.bin.data")
 _MAX_STEPS = 32
+ONLY_CHECKPOINTS = "it opens checkpoints"
+"""Why a reader does not open a graph."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Inspection:
     """Weights by bits."""
     operators: dict[str, int]
     """Nodes of a graph by operator, most first; empty for checkpoints."""
+    opens: dict[str, str | None]
+    """By reader, why it does not open the folder as it is; None where it does. Empty for formats of others."""
     nodes: list["NodeRecord"]
     """A graph's nodes with weights, where they were asked for."""
     history: list[Step]
@@ -118,12 +124,13 @@ def run(folder: Path, *, nodes: bool = False) -> Inspection:
         what=what,
         format=stored,
         model_type=_model_type(model),
-        parameters=sum(r.parameters for r in records),
+        parameters=parameter_count(records),
         size_bytes=_file_size_bytes(model, graphs[0].data) if is_file else weight_size_bytes(model),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
         histogram=bits_histogram(records),
         operators=dict(sum((g.operators for g in graphs), Counter[str]()).most_common()),
+        opens=_opens(model, graphs),
         nodes=[node for g in graphs for node in g.nodes] if nodes else [],
         history=_history(folder, manifest),
         files=[] if manifest is None else _check_files(_root(folder), manifest),
@@ -182,18 +189,39 @@ def _describe(model: Path, graphs: list["GraphContents"]) -> tuple[str, str]:
         dtypes = sorted({str(e.dtype).removeprefix("torch.") for e in checkpoint.entries.values()})
         return "float checkpoint", f"safetensors, {', '.join(dtypes)}"
     method = str(config.get("quant_method"))
-    layout = config.get("checkpoint_format") or config.get("format") or config.get("version")
-    layout = layout or config.get("bnb_4bit_quant_type")
+    names = ("checkpoint_format", "format", "packing_format", "version")
+    layout = next((config[name] for name in names if config.get(name)), None)
+    if method == "bitsandbytes":
+        layout = "int8" if config.get("load_in_8bit") else config.get("bnb_4bit_quant_type")
     keys = ("bits", "group_size", "sym", "zero_point", "desc_act", "bnb_4bit_use_double_quant")
     details = [f"{k.removeprefix('bnb_4bit_')} {config[k]}" for k in keys if k in config]
     name = method if layout in (None, method) else f"{method} ({layout})"
     return f"{method.upper()} checkpoint", ", ".join(["safetensors", name, *details])
 
 
+def _opens(model: Path, graphs: list["GraphContents"]) -> dict[str, str | None]:
+    """Who opens it, by the table of readers; a checkpoint reaches those of graphs through a command of ours."""
+    if graphs:
+        folder = (model / "genai_config.json").is_file()
+        missing = {"genai": None if folder else "no genai_config.json stands beside it"}
+        return {name: missing.get(name) if name in GRAPH_READERS else ONLY_CHECKPOINTS for name in READER_NAMES}
+    from quantcli.formats.opening import opens_in
+    from quantcli.models.checkpoint import Checkpoint
+    from quantcli.models.inspect import checkpoint_contents
+
+    contents = checkpoint_contents(Checkpoint.open(model))
+    if contents is None:
+        return {}
+    return {name: None if why is None else why.words for name, why in opens_in(contents).items()}
+
+
 def _model_type(model: Path) -> str | None:
     model = model.parent if model.is_file() else model
     if (model / "config.json").is_file():
-        found = read_json(model / "config.json", dict[str, Any], "a model configuration").get("model_type")
+        from quantcli.models.marks import restored_config
+
+        config = read_json(model / "config.json", dict[str, Any], "a model configuration")
+        found = restored_config(config).get("model_type")
         if isinstance(found, str):
             return found
     if (model / "genai_config.json").is_file():

@@ -94,6 +94,11 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
         torch.inference_mode(),
     ):
         progress.plan("Plan", plan.rows())
+        if plan.untie_head and (own := plan.targets.get(plan.layout.head or "")) is not None:
+            progress.warn(
+                "the head shared the embedding's matrix and gets codes of its own: the files grow by "
+                f"{own.stored_bytes / 1e6:.1f} MB, since the embedding stays"
+            )
         heap, journal, training = Heap(), Journal(partial), None
         if journal.done:
             progress.note(f"continuing after {journal.done} finished blocks")

@@ -2,9 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["BitsRow", "WeightRecord", "bits_histogram", "quantized_bits_per_weight", "total_bits_per_weight"]
+__all__ = [
+    "BitsRow",
+    "WeightRecord",
+    "bits_histogram",
+    "parameter_count",
+    "quantized_bits_per_weight",
+    "total_bits_per_weight",
+]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,10 @@ class WeightRecord:
     """Numbers that it stands for."""
     size_bytes: int
     """Stored bytes: codes, scales and zero points; column indexes that only repeat their order are not counted."""
+    dtype: str | None = None
+    """Name of the type of a float weight, where it is known."""
+    shared: bool = False
+    """Whether it stands for numbers that another record stands for too: a head that was untied from the embedding."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +50,33 @@ class BitsRow:
 
 def bits_histogram(records: Sequence[WeightRecord]) -> list[BitsRow]:
     """Counts weights by bits: codes first, fewest bits first."""
-    groups: dict[tuple[bool, float], list[WeightRecord]] = defaultdict(list)
+    groups: dict[tuple[bool, float, str], list[WeightRecord]] = defaultdict(list)
     for record in records:
-        groups[not record.quantized, record.bits].append(record)
+        kind = f"{record.bits:g}-bit" if record.quantized else record.dtype or f"float{record.bits:g}"
+        groups[not record.quantized, record.bits, kind].append(record)
     return [
         BitsRow(
-            label=f"{'float' if is_float else ''}{bits:g}{'' if is_float else '-bit'}",
+            label=label,
             tensors=len(found),
             parameters=sum(r.parameters for r in found),
             size_bytes=sum(r.size_bytes for r in found),
         )
-        for (is_float, bits), found in sorted(groups.items())
+        for (_, _, label), found in sorted(groups.items())
     ]
+
+
+def parameter_count(records: Sequence[WeightRecord]) -> int:
+    """Numbers that all records stand for; those that two stand for count once."""
+    return sum(r.parameters for r in records if not r.shared)
 
 
 def quantized_bits_per_weight(records: Sequence[WeightRecord]) -> float | None:
     """Stored bits per weight of what is quantized, scales and zero points included; None where nothing is."""
-    return total_bits_per_weight([r for r in records if r.quantized])
+    found = [replace(r, shared=False) for r in records if r.quantized]
+    return total_bits_per_weight(found)
 
 
 def total_bits_per_weight(records: Sequence[WeightRecord]) -> float | None:
-    """Stored bits per weight of all records; None where there are none."""
-    parameters = sum(r.parameters for r in records)
+    """Stored bits per weight of all records, weights that are stored twice counted once; None where there are none."""
+    parameters = parameter_count(records)
     return 8 * sum(r.size_bytes for r in records) / parameters if parameters else None

@@ -5,6 +5,7 @@ from typing import Any
 from quantcli import __version__
 from quantcli.formats.codec import Described
 from quantcli.models.layout import is_linear
+from quantcli.models.marks import add_mark
 from quantcli.pipelines.planning.plan import Plan
 
 __all__ = ["result_config"]
@@ -21,10 +22,11 @@ def result_config(plan: Plan) -> dict[str, Any]:
             {t.stem: t.scheme for t in targets.values() if t.scheme != plan.default},
             [n for n in plan.layout.linears if n not in targets],
             desc_act=getattr(plan.settings, "order", "") == "desc_act",
-            lm_head=plan.layout.head in targets,
+            head=targets[plan.layout.head].stem if plan.layout.head in targets else None,
             producer=f"quantcli:{__version__}",
             damp_percent=damp,
             quantized=list(targets),
+            blocks=plan.layout.blocks,
             float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
             dtype=plan.float_dtype_of(next(iter(targets.values()))) if targets else plan.dtype,
         )
@@ -43,7 +45,11 @@ def result_config(plan: Plan) -> dict[str, Any]:
         config["quantization_config"] = quantization
     if plan.untie_head:
         config["tie_word_embeddings"] = False
+        # who counts weights is to know that these are the embedding's
+        config["quantcli"] = dict(config.get("quantcli") or {}) | {"untied_head": plan.layout.head}
     if plan.options.dtype != "keep":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.options.dtype
+    if plan.embedding is not None:  # others would take it for one that is missing, and make one up
+        config = add_mark(config, "quantized_embedding", {})
     return config if plan.online is None else plan.online.mark(config)

@@ -17,7 +17,7 @@ __all__ = ["load_block", "outside_loaded", "read_float"]
 
 
 def read_float(plan: Plan, disk: str) -> Tensor:
-    """A tensor of the file in the dtype and on the device that blocks run in.
+    """A tensor of the file in the dtype and on the device that blocks run in; as it will be written, if it stays float.
 
     Raises:
         InputError: it holds NaN or infinity.
@@ -25,6 +25,8 @@ def read_float(plan: Plan, disk: str) -> Tensor:
     tensor = plan.checkpoint.read(disk)
     require_finite(tensor, disk)
     if tensor.is_floating_point():
+        if disk not in plan.replaced:
+            tensor = tensor.to(plan.float_dtype(tensor.dtype))
         tensor = tensor.to(plan.dtype)
     return tensor.to(plan.device)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
-from quantcli.models.checkpoint import CheckpointWriter
 from quantcli.models.skeleton import disk_name
+from quantcli.models.writer import CheckpointWriter
 from quantcli.pipelines.planning.plan import DTYPES, Plan
 from quantcli.pipelines.planning.target import Target
 from quantcli.tensors.finite import all_finite, require_finite
@@ -47,7 +47,7 @@ class ShardWriter:
         quantized = {t.disk: t for t in plan.targets.values() if t.name in results}
         if plan.embedding is not None and plan.embedding.name in results:
             quantized[plan.embedding.disk] = plan.embedding
-        keep = DTYPES.get(plan.options.dtype)
+        keep = DTYPES.get(plan.options.dtype or "")
         tensors: dict[str, Tensor] = {}
         changed: set[str] = set()
         for target in quantized.values():
@@ -68,7 +68,7 @@ class ShardWriter:
         self._compare(path, list(quantized.values()), results, tensors)
 
     def finish(self) -> None:
-        """Gives the shards their names and writes the index."""
+        """Joins the shards to files of the usual names and writes the index."""
         self._writer.finish(len(self._names))
 
     def _compare(

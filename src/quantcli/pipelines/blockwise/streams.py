@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quantcli.models.block import BlockCall
-from quantcli.models.checkpoint import write_tensors
 from quantcli.models.gathering import StageMoments
 from quantcli.models.walk import embed_tokens
+from quantcli.models.writer import write_tensors
 from quantcli.pipelines.blockwise.loading import outside_loaded
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.target import HELD_OUT_SHARE

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli.data.calibration import calibration_rows
-from quantcli.models.checkpoint import write_tensors
+from quantcli.models.writer import write_tensors
 from quantcli.options import CalibrationOptions
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.progress import Progress

@@ -7,6 +7,8 @@ import torch
 from quantcli.errors import UsageError
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Held
+from quantcli.formats.readers import READERS
+from quantcli.models.writer import FILE_BYTES
 from quantcli.options import MIXED_BITS
 from quantcli.pipelines.mixed_bits.budget import TOLERANCE, Budget
 from quantcli.pipelines.planning.plan import Plan
@@ -15,9 +17,9 @@ from quantcli.pipelines.planning.targets import held_as, is_expert
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
 
-__all__ = ["make_budget"]
+__all__ = ["holds_mixed", "make_budget"]
 
-_SHARD_HEADER = 64  # its length, the metadata and the padding of a safetensors file
+_FILE_HEADER = 64  # its length, the metadata and the padding of a safetensors file
 
 
 def make_budget(plan: Plan) -> Budget:
@@ -76,14 +78,14 @@ def _widths(plan: Plan) -> tuple[int, ...]:
     widths = tuple(sorted(bits for bits in why if bits not in refused))
     if len(widths) < 2:
         reason = next(iter(refused.values()))
-        able = [n for n, c in CODECS.items() if n != options.format and _mixes(c) and n in algorithm.formats]
+        able = [n for n, c in CODECS.items() if n != options.format and holds_mixed(c) and n in algorithm.formats]
         one = len(set(algorithm.bits) & set(MIXED_BITS)) < 2
         hint = "name another algorithm" if one or not able else f"use --format {' or '.join(able)}"
         raise UsageError(f"widths cannot be mixed: {reason}", hint=hint)
     return widths
 
 
-def _mixes(codec: Codec) -> bool:
+def holds_mixed(codec: Codec) -> bool:
     """Whether a format holds linears of several widths."""
     return all(codec.why_not(Held(32, 128, Scheme(bits, 32), False, True)) is None for bits in (4, 8))
 
@@ -93,6 +95,10 @@ def _refusal(plan: Plan, bits: int) -> str | None:
     for algorithm in (*(step.algorithm for step in plan.transforms), plan.algorithm):
         if bits not in algorithm.bits:
             return f"{algorithm.name} makes {', '.join(map(str, algorithm.bits))} bits"
+    for name in plan.options.readers:
+        takes = READERS[name].formats[plan.codec.name]
+        if bits not in takes.bits:
+            return f"{name} takes {', '.join(map(str, takes.bits))} bits"
     for target in plan.targets.values():
         other = replace(target, scheme=replace(target.scheme, bits=bits))
         held = held_as(other, plan.settings, default=False, expert=is_expert(target, plan.skeleton))
@@ -109,10 +115,10 @@ def _size(target: Target, scheme: Scheme, codec: Codec, in_bytes: bool) -> int:
 
 def _header_bytes(plan: Plan) -> int:
     """What the headers of the written files take, to within a few bytes per tensor: a tenth of a tiny model."""
-    digits = len(str(plan.size_bytes // len(plan.layout.blocks)))
+    digits = len(str(plan.size_bytes))
     replaced = [*plan.targets.values(), *([plan.embedding] if plan.embedding else [])]
     written = {t.disk for t in replaced}
-    total = _SHARD_HEADER * (len(plan.layout.blocks) + 1)
+    total = _FILE_HEADER * (1 + plan.size_bytes // FILE_BYTES)
     for name, entry in plan.checkpoint.entries.items():
         if name not in written:
             total += _entry_bytes(name, list(entry.shape), digits)

@@ -2,10 +2,8 @@
 
 from dataclasses import fields, replace
 
-from quantcli.algorithms import Step
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
-from quantcli.formats import CODECS
 from quantcli.models.layout import weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import QuantizeOptions
@@ -13,16 +11,9 @@ from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import written_bytes
-from quantcli.pipelines.planning.steps import resolve_format, resolve_group_size, resolve_steps
-from quantcli.pipelines.planning.targets import (
-    choose_zero_points,
-    find_embedding,
-    find_scaled,
-    find_targets,
-    refuse_format,
-    refuse_unmatched,
-)
-from quantcli.scheme import Scheme
+from quantcli.pipelines.planning.steps import allowed_formats, resolve_group_size, resolve_steps
+from quantcli.pipelines.planning.storage import choose_storage
+from quantcli.pipelines.planning.targets import find_embedding, find_scaled, refuse_unmatched
 
 __all__ = ["make_plan"]
 
@@ -37,27 +28,17 @@ def make_plan(options: QuantizeOptions) -> Plan:
     """
     _refuse_graph_flags(options)
     *transforms, rounder = resolve_steps(options)
-    algorithm, settings = rounder.algorithm, rounder.settings
-    bits = None if options.mixes else options.weight_bits
-    options = replace(options, format=resolve_format(options.format, algorithm), bits=bits)
-    codec = CODECS[options.format or ""]
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
+    allowed_formats(options.format, rounder.algorithm)
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
     columns = (weight_shape(model.skeleton.get_submodule(name))[1] for name in model.layout.linears)
-    group_size = resolve_group_size(options, transforms, columns)
-    symmetric = None if algorithm.codebook else options.weight_symmetric
-    options = replace(options, group_size=group_size, symmetric=symmetric)
-    default = Scheme(
-        options.weight_bits,
-        group_size,
-        options.weight_symmetric,
-        codec.lowest_zero,
-        algorithm.codebook,
-        getattr(settings, "double_quant", False),
+    options = replace(
+        options,
+        bits=None if options.mixes else options.weight_bits,
+        group_size=resolve_group_size(options, transforms, columns),
     )
-    targets = find_targets(options, model, default, algorithm)
-    settings = choose_zero_points(settings, codec, targets)
-    refuse_format(codec, options, targets, default, Step(algorithm, settings), model)
+    storage = choose_storage(options, model, rounder)
+    options, targets = storage.options, storage.targets
     scaling = next((step for step in transforms if step.algorithm.scope == "stage"), None)
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
@@ -66,14 +47,15 @@ def make_plan(options: QuantizeOptions) -> Plan:
     plan = Plan(
         folder=model.folder,
         transforms=tuple(transforms),
-        algorithm=algorithm,
-        settings=settings,
+        algorithm=rounder.algorithm,
+        settings=storage.settings,
         options=options,
         checkpoint=model.checkpoint,
         skeleton=model.skeleton,
         layout=model.layout,
-        default=default,
+        default=storage.default,
         targets=targets,
+        opens=storage.opens,
         scaled=scaled,
         embedding=embedding,
         untie_head=model.tied and (model.layout.head in targets or rotation is not None),

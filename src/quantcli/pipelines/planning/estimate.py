@@ -12,6 +12,7 @@ from quantcli.errors import ResourceError, UsageError
 from quantcli.folder import require_free_bytes
 from quantcli.models.machine import free_bytes, matmul_flops
 from quantcli.models.skeleton import disk_name
+from quantcli.models.writer import FILE_BYTES
 from quantcli.options import BUILTIN, SELF, CalibrationOptions
 from quantcli.pipelines.mixed_bits.widths import make_budget
 from quantcli.pipelines.planning.plan import Plan
@@ -223,5 +224,6 @@ def _checked(plan: Plan, budget: int) -> Plan:
             f"the run needs about {plan.peak_bytes / 1e9:.2f} GB of memory, {budget / 1e9:.2f} GB are free",
             hint="lower --num-samples or --seq-len, or use --preset fast",
         )
-    require_free_bytes(Path(plan.options.output).absolute().parent, int(1.1 * plan.size_bytes))
+    joining = min(plan.size_bytes, FILE_BYTES)  # a file stands beside the shards that it is made of
+    require_free_bytes(Path(plan.options.output).absolute().parent, int(1.1 * plan.size_bytes) + joining)
     return plan

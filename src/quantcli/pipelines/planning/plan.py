@@ -1,6 +1,8 @@
 """What a quantize run will do: algorithm, scheme of every linear, text, size, memory, time. `planning` decides it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from quantcli.algorithms import Algorithm, Step
 from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
+from quantcli.formats.opening import Obstacle
+from quantcli.formats.readers import DEFAULT_READERS
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.gathering import Gathering
 from quantcli.models.layout import Layout
@@ -47,6 +51,8 @@ class Plan:
     default: Scheme
     targets: dict[str, Target]
     """By module path: block linears in order, then the head where it is quantized."""
+    opens: Mapping[str, Obstacle | None]
+    """By reader, what keeps it from opening the result; None where nothing does."""
     scaled: dict[str, Target]
     """The same of the block linears whose inputs are scaled where none is quantized; their schemes are what scales are
     searched for."""
@@ -83,7 +89,12 @@ class Plan:
 
     def float_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What a float tensor of the input is written in."""
-        return DTYPES.get(self.options.dtype, stored)
+        return DTYPES.get(self.options.dtype or "", stored)
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Names on disk of the tensors that codes take the place of."""
+        return frozenset(t.disk for t in (*self.targets.values(), *([self.embedding] if self.embedding else [])))
 
     def block_targets(self, number: int) -> list[Target]:
         """The linears of one block that are quantized."""
@@ -224,8 +235,15 @@ class Plan:
             ("scheme", f"{bits} bits, group size {group}, {kind}"),
             *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
             ("format", self.codec.name),
+            ("opens in", self._opens_words()),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
         ]
+
+    def _opens_words(self) -> str:
+        named = self.options.readers or DEFAULT_READERS
+        able = [name for name, why in self.opens.items() if why is None]
+        others = [f"{name} ({why.why})" for name in named if (why := self.opens[name]) is not None]
+        return ", ".join(able) + (f"; not in {', '.join(others)}" if others else "")
 
     def _mixed_words(self, budget: Budget) -> str:
         text = "the calibration text"
@@ -246,6 +264,7 @@ class Plan:
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
             "online_rotations": None if self.online is None else asdict(self.online),
             "mixed_bits": None if self.budget is None else self.budget.to_dict(self.choice),
+            "opens_in": {name: why is None or why.why for name, why in self.opens.items()},
             "calibration": self.source,
             "device": str(self.device),
             "estimated_size_bytes": self.size_bytes,
@@ -257,7 +276,18 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the written codes: a run resumes only what has the same."""
         options = asdict(self.options)
-        for name in ("config", "output", "force", "dry_run", "evaluate", "simulation", "max_memory", "model", "graph"):
+        for name in (
+            "config",
+            "readers",
+            "output",
+            "force",
+            "dry_run",
+            "evaluate",
+            "simulation",
+            "max_memory",
+            "model",
+            "graph",
+        ):
             options.pop(name)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
 

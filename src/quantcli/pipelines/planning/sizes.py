@@ -11,11 +11,10 @@ __all__ = ["with_bits", "with_choice", "written_bytes"]
 
 def written_bytes(plan: Plan) -> int:
     """What the weights take as they are planned."""
-    replaced = {t.disk for t in plan.targets.values()} | ({plan.embedding.disk} if plan.embedding else set())
     total = sum(t.stored_bytes for t in plan.targets.values())
     total += plan.embedding.stored_bytes if plan.embedding else 0
     for name, entry in plan.checkpoint.entries.items():
-        if name not in replaced:
+        if name not in plan.replaced:
             count = entry.size_bytes // entry.dtype.itemsize
             total += count * (plan.float_dtype(entry.dtype) if entry.dtype.is_floating_point else entry.dtype).itemsize
     return total

@@ -8,7 +8,7 @@ from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
 from quantcli.options import CalibrationOptions, QuantizeOptions
 
-__all__ = ["check_ranges", "resolve_format", "resolve_group_size", "resolve_steps"]
+__all__ = ["allowed_formats", "check_ranges", "resolve_group_size", "resolve_steps"]
 
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -77,21 +77,21 @@ def check_ranges(options: QuantizeOptions, step: Step) -> None:
         replace(step.settings, clip_ratio=override.clip_ratio)
 
 
-def resolve_format(asked: str | None, algorithm: Algorithm) -> str:
-    """The format that was asked for, or the algorithm's own.
+def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
+    """The format that was asked for, or those that are smaller than floats and may hold what the algorithm makes.
 
     Raises:
         UsageError: it cannot hold what the algorithm makes.
     """
     if asked is None:
-        return algorithm.formats[0]
+        return tuple(name for name in algorithm.formats if name != "float") or algorithm.formats
     if asked not in algorithm.formats:
         able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
         raise UsageError(
             f"format {asked} cannot hold what {algorithm.name} makes: {', '.join(algorithm.formats)} can",
             hint=f"use --format {algorithm.formats[0]}, or -a {' or '.join(able)}",
         )
-    return asked
+    return (asked,)
 
 
 def resolve_group_size(options: QuantizeOptions, steps: Sequence[Step], columns: Iterable[int]) -> int:

@@ -147,7 +147,7 @@ def find_embedding(options: QuantizeOptions, model: FloatModel) -> Target | None
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
     packed = CODECS[options.format or ""].packed_bytes
     if packed is None:
-        return rows * columns * DTYPES.get(options.dtype, stored).itemsize
+        return rows * columns * DTYPES.get(options.dtype or "", stored).itemsize
     return packed(rows, columns, scheme)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from quantcli.folder import read_state, write_json
-from quantcli.models.checkpoint import write_tensors
 from quantcli.models.rotate import RotatedCheckpoint
+from quantcli.models.writer import write_tensors
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.blockwise.tokens import saved_tokens
 from quantcli.pipelines.planning.plan import Plan
