@@ -5,7 +5,7 @@ import pytest
 from quantcli.formats.fused import fused_shards
 from quantcli.formats.opening import Contents, StoredLinear, opens_in, why_not
 from quantcli.formats.readers import DEFAULT_READERS, READERS
-from quantcli.options import FORMATS, READER_NAMES
+from quantcli.options import FORMATS, GRAPH_READERS, READER_NAMES
 from quantcli.scheme import Scheme
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -90,6 +90,7 @@ def test_every_obstacle_names_a_change():
 
 def test_names():
     assert tuple(READERS) == READER_NAMES
+    assert tuple(name for name, reader in READERS.items() if reader.graphs) == GRAPH_READERS
     assert set(DEFAULT_READERS) < set(READERS)
     assert all(set(reader.formats) <= set(FORMATS) and reader.version for reader in READERS.values())
 

@@ -95,15 +95,14 @@ def _readers_in_words(opens: Mapping[str, str | None]) -> list[tuple[str, str]]:
     """Who opens it and, of each that does not, why."""
     if not opens:
         return []
-    from quantcli.formats.readers import READERS
     from quantcli.pipelines.inspect import ONLY_CHECKPOINTS
 
-    is_graph = opens["transformers"] == ONLY_CHECKPOINTS
-    able = [
-        name if is_graph or not READERS[name].through else f"{name} (through {READERS[name].through})"
-        for name, why in opens.items()
-        if why is None
-    ]
+    through: dict[str, str] = {}
+    if opens["transformers"] != ONLY_CHECKPOINTS:
+        from quantcli.formats.readers import READERS
+
+        through = {name: f" (through {reader.through})" for name, reader in READERS.items() if reader.through}
+    able = [name + through.get(name, "") for name, why in opens.items() if why is None]
     rows = [("opens in", ", ".join(able))] if able else []
     return rows + [(f"not in {name}", why) for name, why in opens.items() if why is not None]
 

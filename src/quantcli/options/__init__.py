@@ -13,7 +13,7 @@ from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
 from quantcli.options.generate import GenerateOptions
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
-from quantcli.options.quantize import FORMATS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
+from quantcli.options.quantize import FORMATS, GRAPH_READERS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
 from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "FORMATS",
     "GRAPH_ENCODINGS",
     "GRAPH_OP_TYPES",
+    "GRAPH_READERS",
     "INITS",
     "METHODS",
     "MIXED_BITS",

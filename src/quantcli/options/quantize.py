@@ -14,11 +14,13 @@ from quantcli.options.regex import compile_regex
 from quantcli.options.simulation import SimulationOptions
 from quantcli.scheme import PER_CHANNEL
 
-__all__ = ["FORMATS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
+__all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
 PRESETS = ("fast", "balanced", "best")
 FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
 READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "quantcli")
+GRAPH_READERS = ("genai", "onnxruntime", "quantcli")
+"""Those of the readers that open ONNX graphs."""
 MIXED_BITS = (2, 3, 4, 8)
 
 

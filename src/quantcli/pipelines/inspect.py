@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import UsageError
 from quantcli.folder import MANIFEST, Manifest, file_digest, fingerprint, read_manifest, resolve_model_folder
 from quantcli.json_files import read_json
+from quantcli.options import GRAPH_READERS, READER_NAMES
 from quantcli.tensors.inventory import (
     BitsRow,
     WeightRecord,
@@ -200,14 +201,11 @@ def _describe(model: Path, graphs: list["GraphContents"]) -> tuple[str, str]:
 
 def _opens(model: Path, graphs: list["GraphContents"]) -> dict[str, str | None]:
     """Who opens it, by the table of readers; a checkpoint reaches those of graphs through a command of ours."""
-    from quantcli.formats.opening import opens_in
-    from quantcli.formats.readers import READERS
-
     if graphs:
         folder = (model / "genai_config.json").is_file()
         missing = {"genai": None if folder else "no genai_config.json stands beside it"}
-        able = {name: missing.get(name) for name, reader in READERS.items() if reader.graphs}
-        return {name: able.get(name, ONLY_CHECKPOINTS) for name in READERS}
+        return {name: missing.get(name) if name in GRAPH_READERS else ONLY_CHECKPOINTS for name in READER_NAMES}
+    from quantcli.formats.opening import opens_in
     from quantcli.models.checkpoint import Checkpoint
     from quantcli.models.inspect import checkpoint_contents
 
@@ -218,14 +216,14 @@ def _opens(model: Path, graphs: list["GraphContents"]) -> dict[str, str | None]:
 
 
 def _model_type(model: Path) -> str | None:
-    from quantcli.models.marks import restored_config
-
     model = model.parent if model.is_file() else model
     if (model / "config.json").is_file():
-        found = read_json(model / "config.json", dict[str, Any], "a model configuration")
-        kind = restored_config(found).get("model_type")
-        if isinstance(kind, str):
-            return kind
+        from quantcli.models.marks import restored_config
+
+        config = read_json(model / "config.json", dict[str, Any], "a model configuration")
+        found = restored_config(config).get("model_type")
+        if isinstance(found, str):
+            return found
     if (model / "genai_config.json").is_file():
         from quantcli.graphs.model.genai_config import read_genai_config
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantcli.options import QuantizeOptions
+from quantcli.errors import UsageError
+from quantcli.options import GRAPH_READERS, QuantizeOptions
 from quantcli.pipelines.graph.source import is_graph
 from quantcli.progress import Progress
 
@@ -24,13 +25,19 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
         QuantcliError: see `errors`; nothing half-written stays behind.
     """
     if is_graph(options.model):
+        _refuse_readers_of_checkpoints(options)
         from quantcli.pipelines import quantize_graph
 
-        if options.readers:
-            from quantcli.pipelines.planning.storage import refuse_graph_readers
-
-            refuse_graph_readers(options)
         return quantize_graph.run(options, progress)
     from quantcli.pipelines import quantize_checkpoint
 
     return quantize_checkpoint.run(options, progress)
+
+
+def _refuse_readers_of_checkpoints(options: QuantizeOptions) -> None:
+    for name in options.readers:
+        if name not in GRAPH_READERS:
+            raise UsageError(
+                f"{name} opens checkpoints, {options.model} is an ONNX graph",
+                hint=f"use --for {' or '.join(GRAPH_READERS)}",
+            )

@@ -96,7 +96,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
         progress.plan("Plan", plan.rows())
         if plan.untie_head and (own := plan.targets.get(plan.layout.head or "")) is not None:
             progress.warn(
-                f"the head shared the embedding's matrix and gets codes of its own: the files grow by "
+                "the head shared the embedding's matrix and gets codes of its own: the files grow by "
                 f"{own.stored_bytes / 1e6:.1f} MB, since the embedding stays"
             )
         heap, journal, training = Heap(), Journal(partial), None

@@ -17,7 +17,7 @@ from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.planning.targets import choose_zero_points, find_targets, refuse_format
 from quantcli.scheme import Scheme
 
-__all__ = ["Storage", "choose_storage", "refuse_graph_readers"]
+__all__ = ["Storage", "choose_storage"]
 
 _FULL_BITS = 4
 """From so many bits on a symmetric grid costs little."""
@@ -78,18 +78,6 @@ def choose_storage(options: QuantizeOptions, model: FloatModel, rounder: Step) -
     if not loud:
         raise _opened_wrong(preferred[0], options, model, rounder)
     return max(loud, key=lambda way: sum(way.opens[name] is None for name in DEFAULT_READERS))
-
-
-def refuse_graph_readers(options: QuantizeOptions) -> None:
-    """Refuses readers of checkpoints where the model is an ONNX graph.
-
-    Raises:
-        UsageError: naming the first.
-    """
-    for name in options.readers:
-        if not READERS[name].graphs:
-            able = " or ".join(reader.name for reader in READERS.values() if reader.graphs)
-            raise UsageError(f"{name} opens checkpoints, {options.model} is an ONNX graph", hint=f"use --for {able}")
 
 
 def _ways(options: QuantizeOptions, rounder: Step) -> Iterator[tuple[str, bool | None]]:
