@@ -172,3 +172,12 @@ def test_faster_leaves_float_what_is_timed_slower(place, capfd):
 @pytest.mark.parametrize("words", [("-a", "rtn", "--faster"), ("-a", "static", "--min-sqnr", "-1")])
 def test_flags_without_effect_are_refused(words, place):
     assert quantize(*words, *(CALIBRATED["static"] if "static" in words else [])) == 2
+
+
+def test_a_float_graph_that_gives_no_numbers_is_said_to(place, capfd):
+    nodes = [N("MatMul", "x a", "h", "p"), N("Add", "h bias", "y", "add")]
+    bias = np.zeros(WIDTH, np.float32)
+    bias[3] = np.nan
+    save_graph(graph_model(nodes, {"a": weights()["a"], "bias": bias}), place / "m.onnx")
+    assert quantize("-a", "rtn") == 0
+    assert "weight 'bias' holds NaN" in capfd.readouterr().err

@@ -61,6 +61,8 @@ class OutputDifference:
     """Whether it is finite wherever the float graph's is."""
     reshaped: int = 0
     """Samples on which it had another shape, as what is left of a selection has: they are not compared."""
+    float_nan: bool = False
+    """Whether the float graph's own output is no number somewhere."""
 
     def __str__(self) -> str:
         """For people."""
@@ -165,7 +167,7 @@ class _Sums:
         self._scored = scored
         self._signal = self._noise = self._largest = 0.0
         self._rows = self._same = self._reshaped = 0
-        self._floats, self._finite = False, True
+        self._floats, self._finite, self._nan = False, True, False
 
     def add(self, expected: np.ndarray, found: np.ndarray) -> None:
         """One array of both graphs."""
@@ -178,6 +180,7 @@ class _Sums:
         self._floats = True
         one, other = expected.astype(np.float64), found.astype(np.float64)
         finite = np.isfinite(one)
+        self._nan |= bool(np.isnan(one).any())
         self._finite &= bool(np.isfinite(other[finite]).all())
         if not self._finite:
             return
@@ -193,7 +196,7 @@ class _Sums:
         """What came of it."""
         ratio = decibels(self._signal, self._noise) if self._floats else None
         top1 = self._same / self._rows if self._rows else None
-        return OutputDifference(name, ratio, self._largest, top1, self._finite, self._reshaped)
+        return OutputDifference(name, ratio, self._largest, top1, self._finite, self._reshaped, self._nan)
 
 
 def _add(

@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, QualityError, UsageError
 from quantcli.graphs.checking.side_by_side import GraphRunError, SideBySide, Turn, run_side_by_side
+from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.finite import name_not_finite
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import sample_inputs
 from quantcli.pipelines.graph.plan import GraphPlan
@@ -62,6 +64,7 @@ class Beside:
         """
         self._source, self._turn, self._outputs, self._progress = plan.source.path, turn, turned, progress
         self._feeds: list[Feed] = []
+        self._told = False
         try:
             self._feeds = (
                 list(islice(samples, _SAMPLES))
@@ -89,13 +92,20 @@ class Beside:
         if not self._feeds:
             return None
         try:
-            return run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._outputs)
+            found = run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._outputs)
         except GraphRunError:
             raise
         except InputError as error:  # the float graph itself
             self._feeds = []
             self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
             return None
+        lost = [o.name for o in found.outputs if o.float_nan]
+        if lost and not self._told:
+            self._told = True
+            named = name_not_finite(open_graph(self._source))
+            why = f": weight {named!r} holds NaN or infinite values" if named is not None else ""
+            self._progress.warn(f"output {lost[0]} of the float graph itself is not a number on these samples{why}")
+        return found
 
 
 def hold_outputs(
