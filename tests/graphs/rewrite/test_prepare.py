@@ -94,7 +94,7 @@ def test_types_that_contradict_are_an_error(tmp_path):
         prepare(b.save(tmp_path / "f.onnx", y), tmp_path / "ready.onnx")
 
 
-def test_an_opset_from_before_is_an_error(tmp_path):
+def test_the_oldest_opsets_are_brought_along(tmp_path):
     b = small_graphs.Builder("n", 8, opset=6)
-    with pytest.raises(InputError, match="has opset 6"):
-        prepare(b.save(tmp_path / "f.onnx", b.node("Relu", [b.x], "y")), tmp_path / "ready.onnx")
+    done = prepare(b.save(tmp_path / "f.onnx", b.node("Relu", [b.x], "y")), tmp_path / "ready.onnx")
+    assert done.conversion is not None and (done.conversion.before, done.conversion.after) == (6, 13)

@@ -6,6 +6,7 @@ converter drops (metadata, weights' places) is put back.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +72,12 @@ def convert_opset(model: ir.Model, wanted: int, hint: str | None = None) -> ir.M
     if model.functions:
         InlinePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+    bare = _structure(model)
     try:
-        found: ir.Model = ir.from_proto(onnx.version_converter.convert_version(_structure(model), wanted))
+        found: ir.Model = ir.from_proto(onnx.version_converter.convert_version(bare, wanted))
     except Exception as error:  # the converter raises RuntimeError and its own types
         reason = first_line(error).rpartition("failed: ")[2]  # behind its own source line
-        raise InputError(f"{refused}: {reason}", hint=hint) from error
+        raise InputError(f"{refused}: {_culprit(bare, wanted)}{reason}", hint=hint) from error
     if found.opset_imports.get("") != wanted:
         raise InputError(refused, hint=hint)
     _restore(found, model)
@@ -142,6 +144,10 @@ def _structure(model: ir.Model) -> onnx.ModelProto:
     bare = model.clone()
     # before version 4 weights had to be inputs too, which the converter relies on
     bare.ir_version = max(bare.ir_version, _OLDEST_IR_VERSION)
+    if bare.opset_imports.get("", 0) < _OLDEST_KNOWN:
+        for value in bare.graph.inputs:  # the converter asks old Add and Gemm for lengths: `_restore` puts names back
+            if value.shape is not None:
+                value.shape = ir.Shape([n if isinstance(n, int) else 1 for n in value.shape])
     for node in bare.graph.all_nodes():
         if node.domain == "" and not onnx.defs.has(node.op_type):
             node.domain = _ASIDE
@@ -152,6 +158,26 @@ def _structure(model: ir.Model) -> onnx.ModelProto:
             place = (0, math.ceil(stored.nbytes), stored.dtype)
             value.const_value = ir.ExternalTensor("weights", *place, shape=ir.Shape(stored.shape.numpy()), name=name)
     return ir.to_proto(bare)
+
+
+def _culprit(bare: onnx.ModelProto, wanted: int) -> str:
+    """The first node without which everything in front of it can be converted, in words; empty where there is none."""
+
+    def fails(count: int) -> bool:
+        part = onnx.ModelProto()
+        part.CopyFrom(bare)
+        del part.graph.node[count:], part.graph.output[:]
+        try:
+            onnx.version_converter.convert_version(part, wanted)
+        except Exception:  # the converter raises RuntimeError and its own types
+            return True
+        return False
+
+    count = bisect_left(range(len(bare.graph.node) + 1), True, key=fails)
+    if not 0 < count <= len(bare.graph.node):
+        return ""
+    node = bare.graph.node[count - 1]
+    return f"{node.op_type} {node.name!r}: " if node.name else f"{node.op_type}: "
 
 
 def _restore(found: ir.Model, model: ir.Model) -> None:
