@@ -312,3 +312,24 @@ def test_not_smaller(tmp_path):
     assert [text for text in said if text.startswith("the result is not smaller: it takes")]
     with pytest.raises(InputError, match="the result is not smaller"):
         quantize(tmp_path / "again", proto, "rtn", smaller_only=True)
+
+
+TIED = {
+    "float32": "m = Identity(t) k = Gather(m, ids)",
+    "float16, cast before": "m = Cast<to: int = 1>(t) k = Gather(m, ids)",
+    "float16, cast behind": "m = Cast<to: int = 1>(t) h = Gather(t, ids) k = Cast<to: int = 1>(h)",
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_table_that_is_the_head_too(kind, tmp_path):
+    """A tied embedding: quantized where both its readers are, float and said where one stays."""
+    nodes = f"{TIED[kind]} w = Transpose<perm = [1,0]>(m) z = Add(x, k) [head] y = MatMul(z, w)"
+    table = weight(96, 64).astype(np.float16 if "16" in kind else np.float32)
+    stored = {"t": table, "ids": np.array([0, 3, 95, 3])}
+    proto = text_proto(f"(float[4,64] x) => (float[4,96] y) {{ {nodes} }}", stored, opset=21, ir_version=10)
+    result, _ = quantize(tmp_path / "both", proto, "rtn", op_types=("MatMul", "Gather"))
+    assert len(result.layers) == (2 if "behind" in kind else 1) and not result.kept
+    assert signal_to_noise(tmp_path / "both", proto) > 35
+    with pytest.raises(InputError, match="Gather is not among the operators to quantize"):
+        quantize(tmp_path / "one", proto, "rtn")

@@ -86,7 +86,8 @@ def test_a_later_file_format_stays():
 def test_an_operator_that_cannot_be_converted():
     model = parsed(7, "{ y = BatchNormalization <spatial = 0> (x, x, x, x, x) }")
     with pytest.raises(
-        InputError, match=r"^opset 7 cannot be converted to 21: BatchNormalization: Attribute spatial must have value 1$"
+        InputError,
+        match=r"^opset 7 cannot be converted to 21: BatchNormalization: Attribute spatial must have value 1$",
     ) as e:
         convert_opset(model, 21)
     assert e.value.hint == "export the model with opset 21 or later"
