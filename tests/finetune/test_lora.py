@@ -101,7 +101,7 @@ def test_dora_is_that_of_the_dequantized_model(tmp_path, model_type):
     assert any("lora_magnitude_vector" in name for name in found)
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
-    save_lora(ours, tmp_path / "adapter", source)
+    save_lora(ours, tmp_path / "adapter", tmp_path / "base")
     again = open_lora(load(tmp_path / "q"), tmp_path / "adapter")
     torch.testing.assert_close(again(TOKENS).logits, ours.eval()(TOKENS).logits, rtol=1e-6, atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_gradcheck_of_one_adapted_layer(packed, algorithm, rows):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_plain_peft_opens_the_adapter_on_the_float_model(source, packed, tmp_path, algorithm):
     adapted = shaken(add_lora(load(packed / algorithm), r=4, alpha=8))
-    save_lora(adapted, tmp_path / "adapter", source)
+    save_lora(adapted, tmp_path / "adapter", tmp_path / "base")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -150,7 +150,7 @@ def test_plain_peft_opens_the_adapter_on_the_float_model(source, packed, tmp_pat
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_adapter_of_the_float_model_opens_on_a_packed_one(source, packed, tmp_path, algorithm):
-    save_lora(shaken(add_lora(load(source), r=4, alpha=8)), tmp_path / "adapter", source)
+    save_lora(shaken(add_lora(load(source), r=4, alpha=8)), tmp_path / "adapter", tmp_path / "base")
     ours = open_lora(load(packed / algorithm), tmp_path / "adapter")
     plain = peft.PeftModel.from_pretrained(dequantized(load(packed / algorithm)), tmp_path / "adapter")
     assert (ours(TOKENS).logits - plain(TOKENS).logits).abs().max() < 1e-4
@@ -164,7 +164,7 @@ def test_every_family_has_targets(family, tmp_path):
     with adapted.disable_adapter():
         base = adapted(tokens).logits
     assert (adapted(tokens).logits - base).abs().max() > 0
-    save_lora(adapted, tmp_path / "adapter", source)
+    save_lora(adapted, tmp_path / "adapter", tmp_path / "base")
     assert any("lora_B" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 

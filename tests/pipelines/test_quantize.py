@@ -245,7 +245,7 @@ def test_two_runs_are_equal_and_batches_do_not_matter(models, text, tmp_path):
 def test_forwards_run_again_give_the_same_codes(models, text, tmp_path, monkeypatch):
     """Little memory changes how often forwards run, not the result."""
     quantize.run(options(models("llama"), tmp_path / "a", text))
-    made = quantize.make_plan
+    made = make_plan
 
     def sparing(given):
         return dataclasses.replace(made(given), keep_paused=False)

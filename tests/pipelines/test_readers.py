@@ -149,7 +149,7 @@ def test_a_quantized_embedding_is_hidden_from_those_who_would_make_one_up(models
     with pytest.raises(ValueError, match="llama_quantized_embedding"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "q/model")
     found = inspect.run(tmp_path / "q")
-    assert found.model_type == "llama"
+    assert found.model_type == "llama_quantized_embedding"
     assert found.opens["quantcli"] is None and "embedding" in found.opens["transformers"]
     assert torch.isfinite(quantcli.load(tmp_path / "q")(TOKENS).logits).all()
 

@@ -218,10 +218,7 @@ def _opens(model: Path, graphs: list["GraphContents"]) -> dict[str, str | None]:
 def _model_type(model: Path) -> str | None:
     model = model.parent if model.is_file() else model
     if (model / "config.json").is_file():
-        from quantcli.models.marks import restored_config
-
-        config = read_json(model / "config.json", dict[str, Any], "a model configuration")
-        found = restored_config(config).get("model_type")
+        found = read_json(model / "config.json", dict[str, Any], "a model configuration").get("model_type")
         if isinstance(found, str):
             return found
     if (model / "genai_config.json").is_file():
