@@ -55,7 +55,7 @@ def root(tmp_path_factory):
     (root / "text.txt").write_text(tiny.words(2000))
     text = CalibrationOptions(data=str(root / "text.txt"), num_samples=4, seq_len=32)
     # groups along the order of the columns: the nodes read their input in another order than A does
-    order, settings = {"order": "desc_act"}, {"algorithm": "gptq", "group_size": 32, "device": "cpu"}
+    order, settings = {"order": "desc_act"}, {"algorithm": "gptq", "group_size": 32, "device": "cpu", "dtype": "keep"}
     quantize.run(QuantizeOptions(str(root / "float"), root / "Q", settings=order, calibration=text, **settings))
     for name, values in ADAPTERS.items():
         model = peft.get_peft_model(
@@ -413,7 +413,7 @@ class Snapshot(Silent):
 
 
 def test_a_base_on_a_codebook_is_written_as_float_also_after_a_kill(root, tmp_path):
-    quantize.run(QuantizeOptions(str(root / "float"), root / "nf4", algorithm="nf4", group_size=32))
+    quantize.run(QuantizeOptions(str(root / "float"), root / "nf4", algorithm="nf4", group_size=32, dtype="keep"))
     work, killed = tmp_path / "A.partial-work", tmp_path / "killed"
     progress = Snapshot(work, killed)
     options = GenerateAdapterOptions(str(root / "nf4"), tmp_path / "A", (str(root / "qv"),))
