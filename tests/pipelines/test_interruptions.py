@@ -188,7 +188,7 @@ def test_a_killed_run_does_not_lock_the_output(scene, tmp_path):
     ("more", "named"),
     [
         (["--bits", "3"], "bits was 4, is 3"),
-        (["--asym", "--format", "gptq"], "symmetric was True, is False"),
+        (["--asym", "--format", "compressed-tensors"], "symmetric was True, is False"),
         (["--seed", "1"], "calibration"),
         (["--set", "grid_steps=30"], "settings"),
         (["--exclude", "o_proj"], "exclude was [], is ['o_proj']"),
