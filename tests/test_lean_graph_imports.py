@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from small_graphs import cnn, mlp
 
 HEAVY = ["torch", "transformers", "safetensors", "tokenizers", "scipy", "numba"]

@@ -42,7 +42,7 @@ def test_integers_are_as_good_as_floats(words, place):
 def test_equalization_saves_a_network_of_uneven_channels(place):
     before = accuracy(place / "uneven.onnx", *draw(1000, 1002))
     assert before == pytest.approx(accuracy(place / "cnn.onnx", *draw(1000, 1002)), abs=0.003)
-    assert scored(place, "uneven", "-a", "static") < 0.5
+    assert scored(place, "uneven", "-a", "static", "--min-sqnr", "0") < 0.5
     assert scored(place, "uneven", "-a", "static", "--equalize") > before - 0.02
 
 

@@ -203,7 +203,7 @@ def test_forwards_that_are_run_again_find_the_same(loud, text, tmp_path, monkeyp
     """Where memory does not allow paused forwards to be kept."""
     from dataclasses import replace
 
-    from quantcli.pipelines import quantize as pipeline
+    from quantcli.pipelines import quantize_checkpoint as pipeline
 
     quantize.run(options(loud, tmp_path / "kept", text))
     monkeypatch.setattr(pipeline, "make_plan", lambda asked: replace(make_plan(asked), keep_paused=False))

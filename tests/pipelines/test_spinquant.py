@@ -10,7 +10,7 @@ import quantcli
 from quantcli.errors import InputError, InterruptedRunError, ResourceError, UsageError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import CalibrationOptions, QuantizeOptions
-from quantcli.pipelines import quantize
+from quantcli.pipelines import quantize, quantize_checkpoint
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.blockwise.shards import ShardWriter
 from quantcli.pipelines.planning.decide import make_plan
@@ -59,7 +59,7 @@ class Heard:
 
     def track(self, label, total, start=0):
         self.tasks.append((label, total))
-        return quantize.Silent().track(label, total, start)
+        return quantize_checkpoint.Silent().track(label, total, start)
 
 
 def logits(folder, dtype=torch.float32):
@@ -155,7 +155,8 @@ def test_stopped_and_continued(model, text, tmp_path, monkeypatch):
     trainings = []
     train = train_rotation.train_rotations
     monkeypatch.setattr(trained, "train_rotations", lambda *a: trainings.append(1) or train(*a))
-    for home, name in ((quantize, "learn_rotations"), (Journal, "remember")):  # after training, then the first block
+    # after training, then the first block
+    for home, name in ((quantize_checkpoint, "learn_rotations"), (Journal, "remember")):
         original = getattr(home, name)
 
         def stop(*args, original=original):
