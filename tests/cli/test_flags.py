@@ -128,6 +128,7 @@ GIVEN = {
         "graph.exclude_worst": (["--exclude-worst", "2"], 2),
         "graph.min_sqnr": (["--min-sqnr", "20"], 20.0),
         "graph.faster": (["--faster"], True),
+        "graph.smaller_only": (["--smaller-only"], True),
     },
     "capture-onnx-graph": {
         "model": (["--model", "other"], "other"),

@@ -22,7 +22,7 @@ def pair(request, tmp_path_factory):
     """A float model, and the same in 2 bits."""
     root = tmp_path_factory.mktemp("loftq")
     tiny.checkpoint(root / "float", request.param)
-    quantize.run(QuantizeOptions(str(root / "float"), root / "q", "rtn", bits=2, group_size=32))
+    quantize.run(QuantizeOptions(str(root / "float"), root / "q", "rtn", bits=2, group_size=32, dtype="keep"))
     return root
 
 

@@ -312,7 +312,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda f: _config(f, bits=9), "bits must be 2 to 8"),
         (lambda f: _tensors(f, lambda t: t.pop(f"{Q}.scales")), f"linear {Q}: scales is missing"),
         (lambda f: _tensors(f, lambda t: t[f"{Q}.g_idx"].add_(5)), "g_idx names groups 5"),
-        (lambda f: _tensors(f, lambda t: t[f"{Q}.scales"].fill_(float("nan"))), "not finite"),
+        (lambda f: _tensors(f, lambda t: t[f"{Q}.scales"].fill_(float("nan"))), "NaN or infinite"),
         (lambda f: _tensors(f, lambda t: t.pop("model.norm.weight")), "lacks tensor model.norm.weight"),
         (lambda f: _tensors(f, lambda t: t.update(extra=torch.zeros(2))), "unexpected tensor extra"),
         (lambda f: _tensors(f, lambda t: t.update({f"{Q}.bias": torch.zeros(64)})), f"{Q}.bias is unexpected"),

@@ -176,7 +176,7 @@ KINDS = {  # the file that is damaged, and how; the command that reads it
         "evaluate -m model --num-samples 1 --seq-len 8 --no-speed --data text.txt",
     ),
     "tensor, packed": (
-        "Q/model/model-00001-of-00002.safetensors",
+        "Q/model/model.safetensors",
         "evaluate -m Q --num-samples 1 --seq-len 8 --no-speed --data text.txt",
     ),
     "tensor, generate-adapter": (

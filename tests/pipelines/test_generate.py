@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tiny.checkpoint(root / "float", vocab_size=260, eos_token_id=259)
     byte_tokenizer().save_pretrained(root / "float")
-    quantize.run(QuantizeOptions(str(root / "float"), root / "Q", algorithm="rtn", group_size=32))
+    quantize.run(QuantizeOptions(str(root / "float"), root / "Q", algorithm="rtn", group_size=32, dtype="keep"))
     for name in ("float", "Q"):
         capture.run(CaptureOptions(str(root / name), root / f"{name}-onnx"))
     return root

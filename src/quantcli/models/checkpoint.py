@@ -157,7 +157,7 @@ class Checkpoint:
         """
         for name, entry in self.entries.items():
             if entry.dtype.is_floating_point:
-                require_finite(self.read(name), name)
+                require_finite(self.read(name), f"{name} of {self.folder}")
 
     @property
     def size_bytes(self) -> int:
