@@ -21,8 +21,8 @@ GATE_DB = 10.0
 """What the product holds itself to on the inputs that it has: --min-sqnr."""
 UNSEEN_DB = 3.0
 """What an output may lose beside that on inputs that were not there."""
-SLACK_DB = 6.0
-"""By how much a result may be worse than every tensor rounded by the letter: one bit."""
+SLACK_DB = 3.0
+"""By how much a result may be worse than every tensor rounded by the letter to one bit less."""
 HEADROOM_DB = 25.0
 """What lies between a grid's 6.02 dB a bit and what is asked of a graph: 7 for a range of four standard deviations
 instead of an even spread, 11 for errors of a dozen nodes, one bit for grids that onnxruntime fixes (Softmax)."""
@@ -133,9 +133,10 @@ def _names_part(proto: onnx.ModelProto, said: str) -> bool:
 def floors_db(case: Case, method: Method) -> dict[str, float]:
     """The least SQNR of each output.
 
-    Every tensor that the method may round is rounded by the letter: a grid of 2^bits steps over its range, a range for
-    each group of a weight, or one for all of a tensor, activations too. A result may be a bit worse than that. Of the
-    static ones, which have the calibration inputs, no output may be worse than the gate lets pass.
+    Every tensor that the method may round is rounded by the letter: a grid over its range, a range for each group of a
+    weight, or one for all of a tensor, activations too. The grid has one bit less than the method's, since a Softmax or
+    a product of products makes much of how each number happens to fall. Of the static ones, which have the calibration
+    inputs, no output may be worse than the gate lets pass.
     """
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -150,7 +151,7 @@ def floors_db(case: Case, method: Method) -> dict[str, float]:
         if array.dtype.kind != "f" or name not in ranges or is_size:
             return array
         if method.group is None:
-            return _on_grid(array, *ranges[name], method.bits)
+            return _on_grid(array, *ranges[name], method.bits - 1)
         is_weight = step is not None and step.node.op_type in WEIGHTS and step.node.inputs[1].name == name
         return _in_groups(step, array, method) if is_weight and array.ndim == 2 else array
 
@@ -189,5 +190,5 @@ def _in_groups(step: Step, array: np.ndarray, method: Method) -> np.ndarray:
     for start in range(0, len(rows), method.group or 1):
         for column in range(rows.shape[1]):
             part = rows[start : start + (method.group or 1), column]
-            part[...] = _on_grid(part, min(0.0, float(part.min())), max(0.0, float(part.max())), method.bits)
+            part[...] = _on_grid(part, min(0.0, float(part.min())), max(0.0, float(part.max())), method.bits - 1)
     return rows.T if across else rows

@@ -1,4 +1,4 @@
-"""The models with weights in the onnx wheel's backend tests, brought to opset 17, with their own inputs."""
+"""The models with weights in onnx's own backend tests, brought to opset 17, with the inputs that lie beside them."""
 
 from pathlib import Path
 

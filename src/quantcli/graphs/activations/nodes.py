@@ -224,6 +224,7 @@ def finish(made: Path, target: Path, names: Collection[str]) -> None:
     """
     model = open_graph(made)
     passes.RemoveUnusedNodesPass()(model)
+    _part_names(model.graph)
     save_graph(model, target)
     try:
         open_session(target, what="the quantized graph")
@@ -232,6 +233,22 @@ def finish(made: Path, target: Path, names: Collection[str]) -> None:
         target.with_name(target.name + DATA_SUFFIX).unlink(missing_ok=True)
         hint = "choose other types, or exclude the node with nodes_exclude"
         raise GraphRunError(error.message, hint=hint, nodes=names) from error
+
+
+def _part_names(graph: ir.Graph) -> None:
+    """Gives nodes of the same name different ones: a tensor that is rounded twice has two nodes of one name, which
+    onnxruntime's quantizer writes and its sessions refuse.
+    """
+    names = {str(node.name) for node in graph.all_nodes()}
+    seen: set[str] = set()
+    for node in graph.all_nodes():
+        base, number = str(node.name), 1
+        while node.name in seen:
+            number += 1
+            name = f"{base}_{number}"
+            if name not in names:
+                node.name = name
+        seen.add(str(node.name))
 
 
 def full_int8(target: Path, reduced: bool) -> list[str]:

@@ -144,4 +144,6 @@ def _add(sums: list[float], expected: np.ndarray, found: np.ndarray) -> None:
 def _decibels(signal: float, noise: float) -> float:
     if noise <= signal * 10 ** (-_MOST_DB / 10):
         return _MOST_DB
-    return max(-_MOST_DB, 10 * math.log10(signal / noise)) if signal > 0 else -_MOST_DB
+    if signal <= 0 or not math.isfinite(noise):
+        return -_MOST_DB
+    return max(-_MOST_DB, 10 * (math.log10(signal) - math.log10(noise)))
