@@ -94,6 +94,7 @@ class FoldedWeight(ir.LazyTensor):
             for step in steps:
                 array = step.apply(array)
             made = ir.Tensor(np.array(array, order="C"), dtype=steps[-1].dtype, name=name)
+            del array  # a file that something looks into cannot be let go
             if isinstance(stored, ir.ExternalTensor):
                 stored.release()
             return made
