@@ -134,10 +134,10 @@ def _names_part(proto: onnx.ModelProto, said: str) -> bool:
 def floors_db(case: Case, method: Method) -> dict[str, float]:
     """The least SQNR of each output.
 
-    Every tensor that the method may round is rounded by the letter: a grid over its range, a range for each group of a
-    weight, or one for all of a tensor, activations too. The grid has one bit less than the method's, since a Softmax or
-    a product of products makes much of how each number happens to fall. Of the static ones, which have the calibration
-    inputs, no output may be worse than the gate lets pass.
+    Every tensor that the method may round is rounded by the letter: a grid over its range; a range, and a scale in
+    float16, for each group of a weight, or one for all of a tensor, activations too. The grid has one bit less than the
+    method's, since a Softmax or a product of products makes much of how each number happens to fall. Of the static
+    ones, which have the calibration inputs, no output may be worse than the gate lets pass.
     """
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -193,5 +193,9 @@ def _in_groups(step: Step, array: np.ndarray, method: Method) -> np.ndarray:
     for start in range(0, len(rows), method.group or 1):
         for column in range(rows.shape[1]):
             part = rows[start : start + (method.group or 1), column]
-            part[...] = _on_grid(part, min(0.0, float(part.min())), max(0.0, float(part.max())), method.bits - 1)
+            low, high = min(0.0, float(part.min())), max(0.0, float(part.max()))
+            size = np.float64(np.float16((high - low) / (2 ** (method.bits - 1) - 1)))  # as the file holds it
+            if high > low and np.isfinite(size):
+                size = max(size, 2.0**-24)
+                part[...] = np.round(part / size) * size
     return rows.T if across else rows

@@ -7,7 +7,6 @@ Two figures for each node, as signal-to-quantization-noise ratios in dB, 10 log1
 - model: y' is the tensor inside the quantized graph, the errors of all earlier nodes included.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.graphs.checking.node_errors import Grids, measure_twins
+from quantcli.graphs.checking.side_by_side import decibels
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader, rewound
 from quantcli.graphs.model.session import open_session, run_sample
@@ -25,8 +25,6 @@ from quantcli.graphs.walk.channels import constant_of
 __all__ = ["Comparison", "NodeError", "compare"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-_MOST_DB = 200.0
-"""Said where there is no difference at all."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,13 @@ def compare(ready: Path, made: Path, names: Collection[str], reader: Calibration
         NodeError(
             name,
             kinds[name].op_type,
-            _decibels(twin.signal, twin.noise),
-            _decibels(*inside[tensors[name]]) if tensors[name] in inside else None,
+            decibels(twin.signal, twin.noise),
+            decibels(*inside[tensors[name]]) if tensors[name] in inside else None,
         )
         for name, twin in twins.items()
     ]
     nodes.sort(key=lambda n: n.own_db)
-    return Comparison(tuple(nodes), {t: _decibels(*sums) for t, sums in outside.items()}, samples)
+    return Comparison(tuple(nodes), {t: decibels(*sums) for t, sums in outside.items()}, samples)
 
 
 _Grid = tuple[np.ndarray, np.ndarray] | None
@@ -139,11 +137,3 @@ def _add(sums: list[float], expected: np.ndarray, found: np.ndarray) -> None:
     expected = expected.astype(np.float64)
     sums[0] += float(np.square(expected).sum())
     sums[1] += float(np.square(found.astype(np.float64) - expected).sum())
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise <= signal * 10 ** (-_MOST_DB / 10):
-        return _MOST_DB
-    if signal <= 0 or not math.isfinite(noise):
-        return -_MOST_DB
-    return max(-_MOST_DB, 10 * (math.log10(signal) - math.log10(noise)))

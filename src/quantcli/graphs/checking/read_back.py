@@ -3,7 +3,7 @@
 The arithmetic here is written apart from `blocks`: a mistake in packing must not hide behind the same mistake.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,12 +13,23 @@ import onnx_ir as ir
 from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.weights.matmul_nbits import Placement, ReadMatrix
 
-__all__ = ["dequantize_node", "verify_weights"]
+__all__ = ["dequantize_node", "stored_codes", "verify_weights"]
 
 _ROWS = 256
 
 
-def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix, expected: dict[str, int]) -> None:
+def stored_codes(graph: ir.Graph) -> set[str]:
+    """The initializers of a graph that hold codes."""
+    return set(_quantized_nodes(graph))
+
+
+def verify_weights(
+    path: Path,
+    placements: Sequence[Placement],
+    read: ReadMatrix,
+    expected: dict[str, int],
+    before: Collection[str] = (),
+) -> None:
     """Compares the graph's weights with the checkpoint's.
 
     Args:
@@ -26,6 +37,7 @@ def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix
         placements: What the rewrite says is where.
         read: Gives the checkpoint's matrices.
         expected: Rows of every matrix that must be in the graph, by module name.
+        before: Initializers with codes that were in the graph before.
 
     Raises:
         AssertionError: a weight differs, is missing or is there twice: a bug of ours, not of the input.
@@ -55,7 +67,7 @@ def verify_weights(path: Path, placements: Sequence[Placement], read: ReadMatrix
             raise AssertionError(f"{name} is not whole in the graph: rows {covered} of {rows}")
         if any(a[1] != b[0] for a, b in pairwise(covered)):
             raise AssertionError(f"{name} is not in the graph exactly once: rows {covered}")
-    unknown = set(nodes) - {p.weight for p in placements}
+    unknown = set(nodes) - {p.weight for p in placements} - set(before)
     if unknown:
         raise AssertionError(f"the graph holds quantized weights of unknown origin: {sorted(unknown)[:3]}")
 
@@ -82,7 +94,8 @@ def _quantized_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
 def _parameters(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Codes, scales and zeros."""
     if node.op_type == "DequantizeLinear":
-        codes, scales, zeros = node.inputs[0], node.inputs[1], node.inputs[2]
+        codes, scales = node.inputs[0], node.inputs[1]
+        zeros = node.inputs[2] if len(node.inputs) > 2 else None
     elif node.op_type in ("MatMulNBits", "MatMulBnb4"):
         codes, scales = node.inputs[1], node.inputs[2]
         zeros = node.inputs[3] if len(node.inputs) > 3 else None

@@ -18,8 +18,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from quantcli.errors import InputError, first_line
-from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.files import INLINE_BYTES, open_graph
 from quantcli.graphs.model.inputs import Feed
+from quantcli.graphs.model.made_inputs import graph_session
 from quantcli.graphs.model.session import open_session
 
 __all__ = ["MOST_DB", "GraphRunError", "OutputDifference", "SideBySide", "decibels", "run_side_by_side", "timed"]
@@ -134,7 +135,7 @@ def run_side_by_side(
         GraphRunError: the other one does not load, or does not run.
     """
     turn = turn or (lambda feed: feed)
-    wanted = _open(source, InputError)
+    wanted = _open_source(source)
     scored = _scored(source)
     sums = {str(o.name): _Sums(str(o.name) in scored) for o in wanted.get_outputs()}
     size = sum(p.stat().st_size for p in source.parent.glob(source.name + "*"))
@@ -157,7 +158,9 @@ def decibels(signal: float, noise: float) -> float:
     """10 log10 of a ratio, within what is said."""
     if noise <= signal * 10 ** (-MOST_DB / 10):
         return MOST_DB
-    return max(-MOST_DB, 10 * math.log10(signal / noise)) if signal > 0 else -MOST_DB
+    if signal <= 0 or not math.isfinite(noise):
+        return -MOST_DB
+    return max(-MOST_DB, 10 * (math.log10(signal) - math.log10(noise)))  # their ratio may be too small for a float
 
 
 class _Sums:
@@ -222,6 +225,22 @@ def _arrays(value: Any) -> Iterator[np.ndarray]:
             yield from _arrays(item)
     elif value is not None:
         yield np.asarray(value)
+
+
+def _open_source(path: Path) -> ort.InferenceSession:
+    """The float graph; onnxruntime takes none whose shapes and axes lie in the data file, so these are brought in."""
+    try:
+        return _open(path, InputError)
+    except InputError:
+        model = open_graph(path)
+        values = [v for graph in model.graphs() for v in graph.initializers.values()]
+        stored = {v: v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)}
+        if not any(tensor.nbytes <= INLINE_BYTES for tensor in stored.values()):
+            raise
+    for value, tensor in stored.items():
+        if tensor.nbytes <= INLINE_BYTES:
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), name=value.name)
+    return graph_session(model, path.parent)
 
 
 def _open(path: Path, error: type[InputError]) -> ort.InferenceSession:

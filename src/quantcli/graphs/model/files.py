@@ -13,6 +13,7 @@ from quantcli.graphs.model.validate import refuse_broken
 
 __all__ = [
     "DATA_SUFFIX",
+    "INLINE_BYTES",
     "Graph",
     "LazyTensor",
     "Model",
@@ -28,7 +29,7 @@ Model: TypeAlias = ir.Model
 LazyTensor: TypeAlias = ir.LazyTensor
 
 DATA_SUFFIX = ".data"
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -42,7 +43,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
             model,
             path,
             external_data=path.name + DATA_SUFFIX,
-            size_threshold_bytes=_INLINE_BYTES,
+            size_threshold_bytes=INLINE_BYTES,
             max_workers=1,
             max_in_flight_bytes=1 << 28,
         )

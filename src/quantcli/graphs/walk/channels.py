@@ -193,6 +193,8 @@ def _linear(node: ir.Node, axis: int, output: ir.Value) -> Maker | None:
         return None
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
+    if len(weight.shape) < 2:  # a vector leaves no channels
+        return None
     edits = [Edit(node, 1, weight_rows(node) - len(weight.shape))]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         if constant_of(node.inputs[2]) is None:
