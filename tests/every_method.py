@@ -21,7 +21,7 @@ GATE_DB = 10.0
 """What the product holds itself to on the inputs that it has: --min-sqnr."""
 UNSEEN_DB = 3.0
 """What an output may lose beside that on inputs that were not there."""
-SLACK_DB = 3.0
+SLACK_DB = 6.0
 """By how much a result may be worse than every tensor rounded by the letter to one bit less."""
 HEADROOM_DB = 28.0
 """What lies between a grid's 6.02 dB a bit and what is asked of a graph: 7 for a range of four standard deviations

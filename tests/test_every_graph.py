@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from every_method import METHODS, judge
 from graph_strategy import Case, graphs
@@ -30,7 +30,6 @@ IN_SUITE = (
 
 def check(case: Case) -> None:
     for name, method in METHODS.items():
-        note(name)
         with tempfile.TemporaryDirectory() as folder:
             verdict = judge(case, method, Path(folder))
         assert not verdict.faults, (name, verdict)

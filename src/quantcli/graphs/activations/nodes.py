@@ -236,9 +236,7 @@ def finish(made: Path, target: Path, names: Collection[str]) -> None:
 
 
 def _part_names(graph: ir.Graph) -> None:
-    """Gives nodes of the same name different ones: a tensor that is rounded twice has two nodes of one name, which
-    onnxruntime's quantizer writes and its sessions refuse.
-    """
+    """Gives nodes of the same name different ones: onnxruntime writes the same for all that round one tensor."""
     names = {str(node.name) for node in graph.all_nodes()}
     seen: set[str] = set()
     for node in graph.all_nodes():

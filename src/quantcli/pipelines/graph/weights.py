@@ -16,6 +16,7 @@ from quantcli.evaluate.memory import peak_memory
 from quantcli.graphs.checking.read_back import stored_codes, verify_weights
 from quantcli.graphs.model.files import Model, open_graph, save_graph
 from quantcli.graphs.model.opset import prove_conversion
+from quantcli.graphs.rewrite.fold_weights import unfold_weights
 from quantcli.graphs.walk.matrices import find_targets
 from quantcli.graphs.weights.blocks import container_bits
 from quantcli.graphs.weights.matmul_nbits import Placement
@@ -111,19 +112,21 @@ class _Placing:
 
     def __init__(self, plan: GraphPlan, model: Model, results: Mapping[str, Codes], written: Path):
         self._plan, self._model, self._results, self._written = plan, model, results, written
+        plain = model.clone()
+        unfold_weights(plain)
+        self._before = stored_codes(plain.graph)
 
     def attempt(self, excluded: Sequence[str]) -> list[Placement]:
         """Writes the graph without codes for these, and compares every weight of it with what was computed."""
         plan, graph = self._plan, self._plan.options.graph
         model = self._model.clone()
-        before = stored_codes(model.graph)
         found = [t for t in find_targets(model.graph, selection(plan.options))[0] if t.name in self._results]
         found = [t for t in found if t.name not in excluded]
         read = self._results.__getitem__
         placements = replace_matrices(model, found, read, str(graph.encoding), graph.accuracy_level)
         note_bits(model.graph, placements, {t.name: (plan.targets or {})[t.name].scheme.bits for t in found})
         save_graph(model, self._written)
-        verify_weights(self._written, placements, read, {t.name: t.rows for t in found}, before)
+        verify_weights(self._written, placements, read, {t.name: t.rows for t in found}, self._before)
         return placements
 
 
