@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -68,6 +69,10 @@ def open_graph(path: Path) -> ir.Model:
     for value in (*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph for v in n.outputs)):
         if value.shape is not None and any(_any_length(axis) for axis in value.shape):
             value.shape = ir.Shape([None if _any_length(axis) else axis for axis in value.shape])
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor) and stored.size == 0:  # nothing to map, at which onnx_ir fails
+            value.const_value = ir.Tensor(np.empty(stored.shape.numpy(), stored.dtype.numpy()), name=value.name)
     return model
 
 
