@@ -76,7 +76,7 @@ class Case:
         return values
 
     def __repr__(self) -> str:
-        return onnx.printer.to_text(self.proto)
+        return "\n".join(line[:160] for line in onnx.printer.to_text(self.proto).splitlines())
 
 
 def open_session(model: bytes | str) -> ort.InferenceSession:
