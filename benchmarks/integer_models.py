@@ -13,7 +13,7 @@ from running import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-__all__ = ["MODELS", "Feed", "Subject"]
+__all__ = ["MODELS", "Feed", "Subject", "draw_words", "some_words", "write_batches"]
 
 Feed = Mapping[str, np.ndarray]
 _LINE = (48, 192)
@@ -33,8 +33,8 @@ class Subject:
     """Folder of .npz files, one batch each."""
     tests: Sequence[Feed]
     """Batches to test on."""
-    truth: np.ndarray
-    """The right answers [n]."""
+    truth: np.ndarray | None
+    """The right answers [n], where they are known."""
     timed: Feed
     """What a run is timed on."""
     vectors: Callable[[np.ndarray, Feed], np.ndarray] = lambda output, _: output
@@ -43,7 +43,7 @@ class Subject:
     """Of vectors [n, d]: an answer each."""
 
 
-def _write_batches(folder: Path, batches: Sequence[Feed]) -> Path:
+def write_batches(folder: Path, batches: Sequence[Feed]) -> Path:
     folder.mkdir(parents=True)
     for number, batch in enumerate(batches):
         np.savez(folder / f"{number:03}.npz", **batch)
@@ -55,7 +55,7 @@ def _images(
 ) -> Subject:
     batches = [{"x": samples[i : i + 32]} for i in range(0, len(samples), 32)]
     tests = [{"x": images[i : i + 100]} for i in range(0, len(images), 100)]
-    return Subject(title, graph, _write_batches(place / "samples", batches), tests, truth, {"x": images[:8]})
+    return Subject(title, graph, write_batches(place / "samples", batches), tests, truth, {"x": images[:8]})
 
 
 def digits(place: Path, uneven: bool = False) -> Subject:
@@ -90,14 +90,14 @@ def ppocr(place: Path) -> Subject:
     import fetch_demo_ocr
 
     graph = fetch_demo_ocr.main() / "cls.onnx"
-    words = _words()
+    words = some_words()
     samples, _ = draw_words(words[:128], 1)
     images, truth = draw_words(words[128:928], 2)
     title = "PP-OCR's text direction classifier: 53 convolutions, 800 drawn words, upright or upside down"
     return _images(title, graph, place, samples, images, truth)
 
 
-def _words() -> list[str]:
+def some_words() -> list[str]:
     """Distinct words of Python's own documentation in random order."""
     from pydoc_data.topics import topics
 
@@ -105,18 +105,18 @@ def _words() -> list[str]:
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
-def draw_words(words: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_words(words: Sequence[str], seed: int, turning: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Images as PP-OCR prepares them, [n, 3, 48, 192] float32 from -1 to 1, and whether they are turned, [n] int64.
 
     A word is drawn in Pillow's own font on a background of some brightness, blurred, covered with noise, scaled to the
-    height of a line, and what is left of its width is 0.
+    height of a line, and what is left of its width is 0. Half of them are upside down, none without `turning`.
     """
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
     random = np.random.default_rng(seed)
     height, width = _LINE
     lines = np.zeros((len(words), 3, height, width), np.float32)
-    turned = random.integers(0, 2, len(words))
+    turned = random.integers(0, 2 if turning else 1, len(words))
     for line, word, turn in zip(lines, words, turned, strict=True):
         text = (word, word.title(), word.upper())[random.integers(3)]
         font = ImageFont.load_default(size=int(random.integers(20, 44)))
@@ -173,7 +173,7 @@ def minilm(place: Path) -> Subject:
     return Subject(
         "all-MiniLM-L6-v2: 22.7 million weights, a probe for the tone of film reviews on 400 sentences",
         folder,
-        _write_batches(place / "samples", list(batches(sentences[-64:], 8))),
+        write_batches(place / "samples", list(batches(sentences[-64:], 8))),
         list(batches([test[i] for i in order], 20)),
         right[order],
         {name: array[:, :32] for name, array in next(batches([" ".join(sentences[-4:])], 1)).items()},

@@ -30,6 +30,7 @@ from integer_models import MODELS, Feed, Subject
 from integers_page import write_section
 from kept import Kept, cell_arguments
 from peer_integers import quantize_with_onnxruntime
+from published_graphs import ppocr_det, ppocr_rec, silero
 from quantcli.cli import app
 
 FLOAT = "float32"
@@ -67,6 +68,10 @@ _THEIRS: Mapping[str, dict[str, Any]] = {
     "ort static, per channel": {"kind": "static", "per_channel": True},
     "ort static, products": {"kind": "static", "op_types": ["MatMul", "Gather"]},
 }
+_WEIGHTS: Mapping[str, tuple[str, ...]] = {"rtn, 8 bits": ("-a", "rtn", "--bits", "8", "--group-size", "32")}
+_PUBLISHED = (
+    "dynamic", "ort dynamic", "static", "ort static", "static, per channel", "ort static, per channel",
+)  # fmt: skip
 _METHODS: Mapping[str, Sequence[str]] = {
     "digits": (FLOAT, *_IMAGES, *_FOUR, "ort dynamic", "ort static"),
     "uneven": (FLOAT, *_IMAGES, *_FOUR, "ort dynamic", "ort static", "ort static, per channel"),
@@ -75,9 +80,13 @@ _METHODS: Mapping[str, Sequence[str]] = {
     "minilm": (
         FLOAT, "dynamic", "ort dynamic", "static", "ort static", "ort static, products", "smoothquant, static",
         "static, per channel", "smoothquant, dynamic", "dynamic, per channel", "static, percentile",
-        "smoothquant, static, per channel",
+        "smoothquant, static, per channel", "rtn, 8 bits",
     ),
+    "ppocr-det": (FLOAT, *_PUBLISHED),
+    "ppocr-rec": (FLOAT, *_PUBLISHED, "rtn, 8 bits"),
+    "silero": (FLOAT, *_PUBLISHED),
 }  # fmt: skip
+_MODELS = {**MODELS, "ppocr-det": ppocr_det, "ppocr-rec": ppocr_rec, "silero": silero}
 _PAIRS = 31
 _PAIR_SECONDS = 0.02
 """Of one run in a pair, at least: short ones are repeated."""
@@ -119,8 +128,8 @@ class IntegerBench(Kept):
         source = _graph(subject)
         if cell.method == FLOAT:
             answers = subject.answers(expected)
-            values = {"title": subject.title, "rows": len(subject.truth)}
-            return values | {"accuracy": float((answers == subject.truth).mean()), "size_bytes": source.stat().st_size}
+            values = {"title": subject.title, "rows": len(answers), "size_bytes": source.stat().st_size}
+            return values | _accuracy(subject, answers)
         output = self.work / "quantized"
         shutil.rmtree(output, ignore_errors=True)
         begun = time.process_time()
@@ -140,8 +149,9 @@ class IntegerBench(Kept):
         ratios = _ratios(before, after, subject.timed)
         low, middle, high = statistics.quantiles(ratios, n=4)
         return {
-            "accuracy": float((answers == subject.truth).mean()),
+            **_accuracy(subject, answers),
             "agreement": float((answers == subject.answers(expected)).mean()),
+            "sqnr_db": _sqnr_db(expected, vectors),
             "cosine": float(((vectors * expected).sum(1) / np.maximum(lengths, 1e-30)).mean()),
             "size_bytes": sum(sizes),
             "latency_ratio": middle,
@@ -151,13 +161,14 @@ class IntegerBench(Kept):
 
     def said(self, values: Mapping[str, Any]) -> str:
         """Of a cell, for the log."""
-        return f"accuracy {values['accuracy']:.2%}, agreement {values.get('agreement', 1):.2%}"
+        right = f"accuracy {values['accuracy']:.2%}, " if "accuracy" in values else ""
+        return f"{right}agreement {values.get('agreement', 1):.2%}, {values.get('sqnr_db', float('inf')):.1f} dB"
 
     def _subject(self, name: str) -> tuple[Subject, np.ndarray]:
         if name not in self.made:
             place = self.work / name
             place.mkdir()
-            subject = MODELS[name](place)
+            subject = _MODELS[name](place)
             self.made[name] = subject, _vectors(subject, _session(_graph(subject)))
         return self.made[name]
 
@@ -170,13 +181,24 @@ class IntegerBench(Kept):
             except Exception as error:  # whatever it raises is a result
                 return f"{type(error).__name__}: {error}"[:300]
             return None
-        flags = {**_IMAGES, **_FOUR, **_SENTENCES}[cell.method]
-        if cell.method.split(",")[0] != "dynamic":
+        flags = {**_IMAGES, **_FOUR, **_SENTENCES, **_WEIGHTS}[cell.method]
+        if cell.method.split(",")[0] not in ("dynamic", "rtn"):
             flags = (*flags, "--calibration-inputs", str(subject.calibration), "--batch-size", "64")
         words = ["quantize", "-m", str(subject.graph), "-o", str(output), "--quiet", *flags]
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
             code = app.run(words)
         return f"exit {code}: {said.getvalue().strip()[-300:]}" if code else None
+
+
+def _accuracy(subject: Subject, answers: np.ndarray) -> dict[str, float]:
+    return {} if subject.truth is None else {"accuracy": float((answers == subject.truth).mean())}
+
+
+def _sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Signal to quantization noise; 200 where there is none."""
+    wanted = expected.astype(np.float64)
+    noise = float(np.square(found.astype(np.float64) - wanted).sum())
+    return 10 * float(np.log10(np.square(wanted).sum() / noise)) if noise else 200.0
 
 
 def _graph(subject: Subject) -> Path:
