@@ -78,6 +78,9 @@ class Case:
     def __repr__(self) -> str:
         return "\n".join(line[:160] for line in onnx.printer.to_text(self.proto).splitlines())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every weight
+
 
 def open_session(model: bytes | str) -> ort.InferenceSession:
     """As a user opens it: on the CPU, with all optimizations."""
