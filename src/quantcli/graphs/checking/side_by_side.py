@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from quantcli.errors import InputError, first_line
-from quantcli.graphs.model.files import INLINE_BYTES, open_graph
+from quantcli.graphs.model.files import INLINE_BYTES, data_files, open_graph
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import graph_session
 from quantcli.graphs.model.session import open_session
@@ -228,18 +228,17 @@ def _arrays(value: Any) -> Iterator[np.ndarray]:
 
 
 def _open_source(path: Path) -> ort.InferenceSession:
-    """The float graph; onnxruntime takes none whose shapes and axes lie in the data file, so these are brought in."""
+    """The float graph; onnxruntime takes none whose shapes or empty tensors lie in the data file."""
     try:
         return _open(path, InputError)
     except InputError:
         model = open_graph(path)
-        values = [v for graph in model.graphs() for v in graph.initializers.values()]
-        stored = {v: v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)}
-        if not any(tensor.nbytes <= INLINE_BYTES for tensor in stored.values()):
+        if not data_files(model):
             raise
-    for value, tensor in stored.items():
-        if tensor.nbytes <= INLINE_BYTES:
-            value.const_value = ir.Tensor(np.array(tensor.numpy()), name=value.name)
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor) and stored.nbytes <= INLINE_BYTES:
+            value.const_value = ir.Tensor(np.array(stored.numpy()), name=value.name)
     return graph_session(model, path.parent)
 
 
