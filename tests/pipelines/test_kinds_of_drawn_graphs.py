@@ -13,15 +13,15 @@ from quantcli.pipelines import quantize
 RANDOM = np.random.default_rng(0)
 
 
-def made(folder, method, nodes, weights, *, outputs="y", opset=17, columns=32, external=False):
+def made(folder, method, nodes, weights, *, shape=(32,), external=False):
     """The graph that a method makes of these nodes, and its result."""
-    model = graph_model(nodes, weights, outputs=outputs, opset=opset)
+    model = graph_model(nodes, weights, opset=17, ranks={"x": 1 + len(shape), "y": 3 if len(shape) > 1 else 2})
     path = folder / "model.onnx"
     if external:
         onnx.save(ir.to_proto(model), path, save_as_external_data=True, location="model.data", size_threshold=0)
     else:
         ir.save(model, path)
-    np.savez(folder / "samples.npz", x=RANDOM.standard_normal((16, columns), np.float32))
+    np.savez(folder / "samples.npz", x=RANDOM.standard_normal((16, *shape), np.float32))
     result = quantize.run(options_of(METHODS[method], path, folder / "Q", 2))
     return ir.load(folder / "Q" / "model" / "model.onnx").graph, result
 
@@ -31,17 +31,16 @@ def normal(*shape):
 
 
 def test_a_tensor_that_is_rounded_twice_has_nodes_of_two_names(tmp_path):
-    """An operator that has no kernel on integers and one that has read the same tensor."""
+    """An operator that stands between conversions and one that computes with integers read the same tensor."""
     nodes = [
-        N("MatMul", "x w", "a", "first"),
-        N("LeakyRelu", "a", "b", "leaky"),
-        N("Transpose", "b", "c", "turn"),
-        N("MatMul", "b c", "d", "product"),
-        N("Softmax", "d", "y", "soft"),
+        N("ConvTranspose", "x w", "a", "up"),
+        N("Add", "x c", "b", "add"),
+        N("Concat", "a b", "y", "join", {"axis": 2}),
     ]
-    graph, result = made(tmp_path, "static, qoperator", nodes, {"w": normal(32, 32)})
+    weights = {"w": normal(32, 32, 3), "c": normal(32, 1)}
+    graph, result = made(tmp_path, "static, qoperator", nodes, weights, shape=(32, 8))
     names = [node.name for node in graph]
-    assert len(set(names)) == len(names) and "product" not in result.kept
+    assert len(set(names)) == len(names) and not result.kept
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1e-300, 1e300), (1.0, float("inf")), (1.0, float("nan"))])
@@ -81,17 +80,14 @@ def test_an_empty_tensor_in_the_data_file(tmp_path):
 
 
 def test_a_product_with_a_vector_takes_no_factors(tmp_path):
-    """It leaves no channels, so what is behind it is smoothed by a Mul or not at all."""
+    """It leaves no channels: what reads it is smoothed by a Mul or not at all."""
     nodes = [
         N("MatMul", "x v", "a", "vector"),
-        N("Unsqueeze", "a axis", "b", "row"),
-        N("MatMul", "b w", "y", "product"),
+        N("MatMul", "a w", "b", "product"),
+        N("Unsqueeze", "b axis", "y", "row"),
     ]
-    weights = {"v": normal(32), "w": normal(1, 48), "axis": np.array([1], np.int64)}
-    nodes_of_rows = [N("MatMul", "x u", "a", "first"), N("MatMul", "a v", "b", "vector"), *nodes[1:]]
-    nodes_of_rows[2] = N("Unsqueeze", "b axis", "c", "row")
-    nodes_of_rows[3] = N("MatMul", "c w", "y", "product")
-    _, result = made(tmp_path, "smoothquant,static", nodes_of_rows, {"u": normal(32, 32), **weights})
+    weights = {"v": normal(32), "w": normal(8, 48), "axis": np.array([1], np.int64)}
+    _, result = made(tmp_path, "smoothquant,static", nodes, weights, shape=(8, 32))
     assert result.outputs.outputs[0].sqnr_db > 20
 
 
