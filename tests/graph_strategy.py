@@ -50,6 +50,11 @@ class Case:
         """Rows of a sample."""
         return len(next(iter(self.calibration[0].values())))
 
+    @property
+    def judged(self) -> list[Feed]:
+        """What a result is judged by: what no method saw, unless the graph breaks."""
+        return self.calibration if self.breaks else self.held_out
+
     def save(self, folder: Path) -> Path:
         """The model file; beside it `samples.npz`."""
         path = folder / "model.onnx"
