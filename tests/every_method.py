@@ -143,7 +143,8 @@ def floors_db(case: Case, method: Method) -> dict[str, float]:
     names = [output.name for output in case.session.get_outputs()]
     if not case.steps:
         return dict.fromkeys(names, max(least, most))
-    if case.has_bodies:  # what is rounded inside them is not known here
+    moved = "smoothquant" in method.flags["algorithm"]
+    if case.has_bodies or moved:  # what is rounded inside them, and what weights become, is not known here
         return dict.fromkeys(names, least)
     reached = reached_db(case, method.bits, method.group)
     # an output that no rounding changes lies at the end of a Softmax, where the first change is a whole one
