@@ -1,6 +1,7 @@
 """onnxruntime's own dynamic and static quantizers, with its defaults behind its own preparation."""
 
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,13 @@ def quantize_with_onnxruntime(
         op_types: Of static: operators; all where None.
     """
     (output / "model").mkdir(parents=True)
+    graph, output = graph.resolve(), output.resolve()
     ready, made = output / "ready.onnx", output / "model" / graph.name
-    try:
-        quant_pre_process(graph, ready)
-    except Exception:  # its symbolic shape inference raises plain exceptions on graphs that it does not know
-        quant_pre_process(graph, ready, skip_symbolic_shape=True)
+    with chdir(output):  # where it fails, its weights stay behind in the current folder
+        try:
+            quant_pre_process(graph, ready)
+        except Exception:  # its symbolic shape inference raises plain exceptions on graphs that it does not know
+            quant_pre_process(graph, ready, skip_symbolic_shape=True)
     if kind == "dynamic":
         quantize_dynamic(ready, made, per_channel=per_channel)
         return
