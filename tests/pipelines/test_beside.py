@@ -114,7 +114,7 @@ def test_as_few_as_it_takes(needed):
         Silent(),
     )
     assert len(held.returned) == needed and held.made == tuple(held.returned) == tried[-1]
-    assert len(tried) <= 40
+    assert len(tried) <= 30
 
 
 def test_the_one_that_costs_is_found_wherever_it_stands():

@@ -4,12 +4,11 @@ Signal to quantization noise is 10 log10(sum y^2 / sum (y' - y)^2) in dB over al
 are opened with all optimizations on the CPU, since an operator that is right alone can be wrong once it is fused.
 """
 
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,23 @@ from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import graph_session
 from quantcli.graphs.model.session import open_session
 
-__all__ = ["MOST_DB", "GraphRunError", "OutputDifference", "SideBySide", "decibels", "run_side_by_side", "timed"]
+__all__ = [
+    "MOST_DB",
+    "FloatRun",
+    "GraphRunError",
+    "OutputDifference",
+    "SideBySide",
+    "decibels",
+    "run_side_by_side",
+    "timed",
+]
 
 MOST_DB = 200.0
 """Said where there is no difference at all; its negative where nothing of the signal is left."""
 _TOGETHER_BYTES = 1 << 29
 """Graphs of more are run one after the other: never are both in memory."""
+_KEPT_BYTES = 1 << 28
+"""Of the float graph's outputs: a language model has hundreds of MB of logits."""
 _TIMED_SECONDS, _MOST_TIMED = 0.4, 30
 _SCORES = ("Softmax", "LogSoftmax", "MatMul", "Gemm", "MatMulNBits")
 _SHAPE_ONLY = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Add", "Dropout")
@@ -134,24 +144,55 @@ def run_side_by_side(
         InputError: the float graph does not run on these samples.
         GraphRunError: the other one does not load, or does not run.
     """
-    turn = turn or (lambda feed: feed)
-    wanted = _open_source(source)
-    scored = _scored(source)
-    sums = {str(o.name): _Sums(str(o.name) in scored) for o in wanted.get_outputs()}
-    size = sum(p.stat().st_size for p in source.parent.glob(source.name + "*"))
-    if size > _TOGETHER_BYTES:
-        expected = [_run(wanted, feed, InputError) for feed in feeds]
-        del wanted
-        gc.collect()
+    run = FloatRun(source, feeds, turn=turn, turned=turned)
+    return run.timed(run.beside(made))
+
+
+class FloatRun:
+    """A float graph, run once on samples: what graphs that were made of it are held against."""
+
+    def __init__(self, source: Path, feeds: Sequence[Feed], *, turn: Turn | None = None, turned: Collection[str] = ()):
+        """Runs it; see `run_side_by_side` for the arguments.
+
+        Its outputs are kept for as many samples as memory is meant for them, the first at least.
+        """
+        self._turn, self._turned = turn or (lambda feed: feed), turned
+        session = _open_source(source)
+        self._names, self._scored = [str(o.name) for o in session.get_outputs()], _scored(source)
+        self._expected: list[dict[str, Any]] = []
+        kept = 0
+        for feed in feeds:
+            values = _run(session, feed, InputError)
+            kept += sum(array.nbytes for value in values.values() for array in _arrays(value))
+            if self._expected and kept > _KEPT_BYTES:
+                break
+            self._expected.append(values)
+        self._feeds = feeds[: len(self._expected)]
+        large = sum(p.stat().st_size for p in source.parent.glob(source.name + "*")) > _TOGETHER_BYTES
+        self._session = None if large else session
+        self._found: ort.InferenceSession | None = None
+
+    def beside(self, made: Path) -> SideBySide:
+        """Runs the samples through another graph, and compares; no times are taken.
+
+        Raises:
+            GraphRunError: it does not load, or does not run.
+        """
+        self._found = None
         found = _open(made, GraphRunError)
-        for feed, values in zip(feeds, expected, strict=True):
-            _add(sums, values, _run(found, turn(feed), GraphRunError), turned)
-        return SideBySide(tuple(s.difference(n) for n, s in sums.items()), len(feeds), None, None)
-    found = _open(made, GraphRunError)
-    for feed in feeds:
-        _add(sums, _run(wanted, feed, InputError), _run(found, turn(feed), GraphRunError), turned)
-    times = timed((wanted, found), (feeds[0], turn(feeds[0])))
-    return SideBySide(tuple(s.difference(n) for n, s in sums.items()), len(feeds), *times)
+        sums = {name: _Sums(name in self._scored) for name in self._names}
+        for feed, values in zip(self._feeds, self._expected, strict=True):
+            _add(sums, values, _run(found, self._turn(feed), GraphRunError), self._turned)
+        if self._session is not None:
+            self._found = found
+        return SideBySide(tuple(s.difference(n) for n, s in sums.items()), len(self._feeds), None, None)
+
+    def timed(self, compared: SideBySide) -> SideBySide:
+        """The same with the times of both graphs, where neither is large; of what `beside` ran last."""
+        if self._session is None or self._found is None:
+            return compared
+        times = timed((self._session, self._found), (self._feeds[0], self._turn(self._feeds[0])))
+        return replace(compared, float_ms=times[0], quantized_ms=times[1])
 
 
 def decibels(signal: float, noise: float) -> float:

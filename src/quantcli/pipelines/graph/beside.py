@@ -1,7 +1,7 @@
 """Runs a written graph beside the float one, and leaves nodes float until its outputs hold.
 
 What onnxruntime cannot open or run loses the node that it names; where an output falls below the limit, the nodes that
-lose most go back to float, as few as it takes. Nothing is kept that does not hold.
+lose most go back to float, as few as a search of bounded length finds. Nothing is kept that does not hold.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, QualityError, UsageError
-from quantcli.graphs.checking.side_by_side import GraphRunError, SideBySide, Turn, run_side_by_side
+from quantcli.graphs.checking.side_by_side import FloatRun, GraphRunError, SideBySide, Turn
 from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.model.finite import name_not_finite
 from quantcli.graphs.model.inputs import Feed
@@ -25,8 +25,8 @@ from quantcli.progress import Progress
 __all__ = ["Beside", "Held", "hold_outputs"]
 
 _SAMPLES = 8
-_ATTEMPTS = 32
-"""Of leaving fewer nodes float, once it holds."""
+_ATTEMPTS = 12
+"""Of leaving fewer nodes float, once it holds: each writes the graph once more."""
 Made = TypeVar("Made")
 
 
@@ -64,6 +64,7 @@ class Beside:
         """
         self._source, self._turn, self._outputs, self._progress = plan.source.path, turn, turned, progress
         self._feeds: list[Feed] = []
+        self._float: FloatRun | None = None
         self._told = False
         try:
             self._feeds = (
@@ -91,14 +92,14 @@ class Beside:
         """
         if not self._feeds:
             return None
-        try:
-            found = run_side_by_side(self._source, written, self._feeds, turn=self._turn, turned=self._outputs)
-        except GraphRunError:
-            raise
-        except InputError as error:  # the float graph itself
-            self._feeds = []
-            self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
-            return None
+        if self._float is None:
+            try:
+                self._float = FloatRun(self._source, self._feeds, turn=self._turn, turned=self._outputs)
+            except InputError as error:
+                self._feeds = []
+                self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
+                return None
+        found = self._float.beside(written)
         lost = [o.name for o in found.outputs if o.float_nan]
         if lost and not self._told:
             self._told = True
@@ -106,6 +107,10 @@ class Beside:
             why = f": weight {named!r} holds NaN or infinite values" if named is not None else ""
             self._progress.warn(f"output {lost[0]} of the float graph itself is not a number on these samples{why}")
         return found
+
+    def timed(self, found: SideBySide | None) -> SideBySide | None:
+        """What the last run found, with the times of both graphs."""
+        return found if found is None or self._float is None else self._float.timed(found)
 
 
 def hold_outputs(
@@ -159,7 +164,7 @@ def hold_outputs(
         good = _least(order, holds)
     if good is None:
         raise QualityError(
-            f"output {wanting[0]}, below {least_db:g} dB, whatever nodes stay float",
+            f"output {wanting[0]}, below {least_db:g} dB, also with nodes in float",
             hint="use more bits or --nodes-exclude; --min-sqnr 0 keeps it as it is",
         )
     for name in good[0]:
@@ -189,14 +194,22 @@ def _holds(
 def _least(
     order: Sequence[str], holds: Callable[[Sequence[str]], Outcome[Made] | None]
 ) -> tuple[Sequence[str], Outcome[Made]] | None:
-    """A small set with which it holds, tried last: a beginning of the order, or all, without what it holds without."""
+    """A small set with which it holds, tried last: the shortest beginning of the order, less what it holds without."""
     found: Outcome[Made] | None = None
-    count, tried = 1, list(order[:0])
+    tried = order[:0]
+    failed, count = 0, 1
     while found is None and count < len(order):
-        tried = list(order[:count])
+        tried = order[:count]
         found = holds(tried)
-        count *= 2
-    some = tried if found is not None else list(order)
+        failed, count = (failed, count) if found is not None else (count, 2 * count)
+    some = order[:count]
+    while len(some) - failed > 1:
+        tried = order[: (failed + len(some)) // 2]
+        better = holds(tried)
+        if better is None:
+            failed = len(tried)
+        else:
+            some, found = tried, better
     left, size = _ATTEMPTS, (len(some) + 1) // 2
     while size and left > 0:
         for start in range((len(some) - 1) // size * size, -1, -size):  # from the end: what is lost there is least
@@ -208,7 +221,7 @@ def _least(
             if better is not None:
                 some, found = fewer, better
         size //= 2
-    if found is not None and tried != some:  # what lies on disk is the last attempt
+    if found is not None and list(tried) != list(some):  # what lies on disk is the last attempt
         found = holds(some)
     return None if found is None else (some, found)
 

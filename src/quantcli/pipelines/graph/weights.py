@@ -84,7 +84,7 @@ def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
             conversion=asdict(conversion) if conversion is not None else None,
-            outputs=held.outputs,
+            outputs=beside.timed(held.outputs),
             bits_per_weight=8 * stored / weights,
             information_bits_per_weight=(8 * stored - spare) / weights,
         )

@@ -160,7 +160,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             peak_bytes=watched.above_start_bytes,
             plan=plan.to_dict(),
             conversion=asdict(conversion) if conversion is not None else None,
-            outputs=held.outputs,
+            outputs=work.beside.timed(held.outputs),
             quantized=made.quantized,
             excluded=excluded,
             comparison=asdict(made.comparison) if made.comparison is not None else None,
