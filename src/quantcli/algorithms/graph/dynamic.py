@@ -133,18 +133,20 @@ def quantize(
 
         with integers.captured_warnings() as notes:
             quantize_bodies(folder / "ready.onnx", folder / "made.onnx", names, part)
-        for float_name in integers.float_nodes(folder / "made.onnx", asked):
+        result = open_graph(folder / "made.onnx")
+        for float_name in integers.float_nodes(result, asked):
             reasons.setdefault(float_name, integers.NOT_QUANTIZED)
         done = {name for name, _ in asked} - set(reasons)
         told = unfit.list_float(model, reasons)
         if not done:
             raise InputError(f"no node with a weight is left to quantize: {told[0]}")
         names -= set(reasons)
-        integers.finish(folder / "made.onnx", target, names)
+        full = integers.full_int8(result, options.reduce_range)
+        integers.finish(result, target)
         compared = None
         if debug:
             compared = compare.compare(folder / "ready.onnx", target, names, rewound(reader, "a comparison"))
-    notes = [*told, *notes, *integers.full_int8(target, options.reduce_range)]
+    notes = [*told, *notes, *full]
     return integers.IntegerGraph(
         quantized=tuple(n for n in weighted if n in done),
         kept=tuple(n for n in weighted if n not in done),

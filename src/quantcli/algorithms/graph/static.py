@@ -270,16 +270,16 @@ def quantize(
             more, _ = _write(folder / "corrected.onnx", made, options, chosen, wide, file, odd.spans)
             told += [n for n in more if n not in told]
         reasons = odd.reasons | unfit.recurrent_without_integers(model, able) | failing
-        reasons |= dict.fromkeys(integers.float_nodes(made, asked), integers.NOT_QUANTIZED)
+        result = open_graph(made)
+        reasons |= dict.fromkeys(integers.float_nodes(result, asked), integers.NOT_QUANTIZED)
         done = {name for name, _ in asked} - set(reasons)
         if asked and not done:
             raise InputError(f"no node with a weight is left to quantize: {unfit.list_float(model, reasons)[0]}")
         names = {str(n.name) for n in chosen}
-        integers.finish(made, target, names)
+        full = integers.full_int8(result, options.reduce_range) if options.activation_type.endswith("int8") else []
+        integers.finish(result, target)
         compared = compare.compare(ready, target, names, rewound(reader, "a comparison")) if debug else None
-    notes = [*said, *unfit.list_float(model, reasons), *_left_out(model, chosen, options), *told]
-    if options.activation_type.endswith("int8"):
-        notes += integers.full_int8(target, options.reduce_range)
+    notes = [*said, *unfit.list_float(model, reasons), *_left_out(model, chosen, options), *told, *full]
     return integers.IntegerGraph(
         quantized=tuple(n for n in weighted if n in done),
         kept=tuple(n for n in weighted if n not in done),

@@ -46,8 +46,10 @@ def with_stand_ins(
         large_bytes: Float weights of more are replaced.
     """
     model = open_graph(source)
-    unshare_constants(model, names)
+    parted = unshare_constants(model, names)
     found = _replaceable(model, names, spans or {}, large_bytes)
+    if not parted and not found:
+        return run(source, made)
     kept = []
     for value, (rows, span) in found.items():
         assert value.const_value is not None
@@ -64,11 +66,12 @@ def with_stand_ins(
         save_graph(result, made)
 
 
-def unshare_constants(model: ir.Model, names: Collection[str]) -> None:
-    """Gives these nodes constants of their own where others use the same otherwise, in place.
+def unshare_constants(model: ir.Model, names: Collection[str]) -> bool:
+    """Gives these nodes constants of their own where others use the same otherwise, in place; whether any had to be.
 
     onnxruntime's quantizers keep one grid for each constant: that of the first node that they meet.
     """
+    parted = False
     for value in list(model.graph.initializers.values()):
         uses: dict[tuple[str, object], list[tuple[ir.Node, int]]] = {}
         for user, place in value.uses():
@@ -78,9 +81,11 @@ def unshare_constants(model: ir.Model, names: Collection[str]) -> None:
         kept = next(iter(uses), None) if alone else ("tensor", 0)
         for kind, users in uses.items():
             if kind != kept:
+                parted = True
                 new = _copied(model.graph, value, users[0][0])
                 for user, place in users:
                     user.replace_input_with(place, new)
+    return parted
 
 
 def _use(node: ir.Node, place: int) -> tuple[str, object]:

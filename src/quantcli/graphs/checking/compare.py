@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.graphs.checking.node_errors import Grids, measure_twins
-from quantcli.graphs.checking.side_by_side import decibels
+from quantcli.graphs.checking.side_by_side import GraphRunError, decibels
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader, rewound
 from quantcli.graphs.model.session import open_session, run_sample
@@ -65,6 +65,7 @@ def compare(ready: Path, made: Path, names: Collection[str], reader: Calibration
     Raises:
         UsageError: the reader cannot begin again.
         InputError: no samples, or one that a graph cannot run.
+        GraphRunError: onnxruntime cannot open the quantized graph.
     """
     twins = measure_twins(ready, made, names, rewound(reader, "a comparison"))
     model, told = open_graph(ready), open_graph(made)
@@ -82,7 +83,7 @@ def compare(ready: Path, made: Path, names: Collection[str], reader: Calibration
         save_graph(model, Path(folder) / "float.onnx")
         save_graph(told, Path(folder) / "integers.onnx")
         sessions = [open_session(Path(folder) / n, optimized=False) for n in ("float.onnx", "integers.onnx")]
-        fused = open_session(made)
+        fused = open_session(made, what="the quantized graph", error=GraphRunError)
         reader = rewound(reader, "a comparison")
         while feed := reader.get_next():
             float_values, values, final = (

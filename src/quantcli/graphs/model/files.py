@@ -58,12 +58,13 @@ def open_graph(path: Path) -> ir.Model:
     Raises:
         InputError: the file is no ONNX graph, or its data lies outside the folder.
     """
-    check_external_data(path)
+    proto = _checked(path)
     try:
         with warnings.catch_warnings():
             # runtimes leave notes of their own with a tensor's place, which are no concern of ours
             warnings.filterwarnings("ignore", "Ignoring unknown external data key")
-            model = ir.load(path)
+            model: ir.Model = ir.from_proto(proto)
+            ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # onnx_ir raises types of its own for what a graph cannot be
         raise InputError(f"{path} is not an ONNX graph: {_line(error)}") from error
     for value in (*model.graph.inputs, *model.graph.outputs, *(v for n in model.graph for v in n.outputs)):
@@ -87,6 +88,10 @@ def check_external_data(path: Path) -> None:
     Raises:
         InputError: the file is no ONNX graph, or a weight's path, offset or length points outside the folder's files.
     """
+    _checked(path)
+
+
+def _checked(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise InputError(f"{path} is no file", hint="give an .onnx file or a folder with one")
     hint = "give a file that an exporter to ONNX wrote"
@@ -97,6 +102,7 @@ def check_external_data(path: Path) -> None:
     if not proto.graph.node:
         raise InputError(f"{path} is not an ONNX graph: it has no nodes", hint)
     refuse_broken(proto, path)
+    return proto
 
 
 def data_files(model: ir.Model) -> set[str]:

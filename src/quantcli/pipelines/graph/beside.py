@@ -18,6 +18,7 @@ from quantcli.graphs.model.files import open_graph
 from quantcli.graphs.model.finite import name_not_finite
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import sample_inputs
+from quantcli.graphs.model.session import open_session
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.pipelines.graph.source import axis_lengths
 from quantcli.progress import Progress
@@ -90,15 +91,15 @@ class Beside:
         Raises:
             GraphRunError: it does not load or run.
         """
-        if not self._feeds:
-            return None
-        if self._float is None:
+        if self._feeds and self._float is None:
             try:
                 self._float = FloatRun(self._source, self._feeds, turn=self._turn, turned=self._outputs)
             except InputError as error:
                 self._feeds = []
                 self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
-                return None
+        if self._float is None:
+            open_session(written, what="the quantized graph", error=GraphRunError)
+            return None
         found = self._float.beside(written)
         lost = [o.name for o in found.outputs if o.float_nan]
         if lost and not self._told:
