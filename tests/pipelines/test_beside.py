@@ -169,6 +169,22 @@ def test_faster_leaves_float_what_is_timed_slower(place, capfd):
     assert report["outputs"]["float_ms"] > 0
 
 
+@pytest.mark.parametrize("asked", [(), ("--weight-type", "uint8"), ("--bits", "8")])
+def test_faster_says_the_type_of_weights_that_it_took(asked, place, capfd):
+    """Which one is faster depends on the processor; the report and the graph agree, and what was asked for stays."""
+    wide = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
+    nodes = [N("MatMul", "x a", "h", "p"), *(N("MatMul", f"{x} b", y, f"p{y}") for x, y in ("ht", "tu", "uy"))]
+    first = np.random.default_rng(1).normal(size=(WIDTH, 512)).astype(np.float32)
+    save_graph(graph_model(nodes, {"a": first, "b": wide}), place / "m.onnx")
+    assert quantize("-a", "dynamic", *asked, "--faster", "--min-sqnr", "0") == 0
+    told = json.loads((place / "out" / "report.json").read_text())["plan"]["settings"]["weight_type"]
+    held = {t.data_type for t in onnx.load(place / "out" / "model" / "m.onnx").graph.initializer if len(t.dims) == 2}
+    kind = onnx.TensorProto.INT8 if told == "int8" else onnx.TensorProto.UINT8
+    assert kind in held and len(held - {onnx.TensorProto.FLOAT}) == 1
+    assert ("faster with int8 weights" in capfd.readouterr().err) == (told == "int8")
+    assert told == "uint8" or not asked
+
+
 @pytest.mark.parametrize("words", [("-a", "rtn", "--faster"), ("-a", "static", "--min-sqnr", "-1")])
 def test_flags_without_effect_are_refused(words, place):
     assert quantize(*words, *(CALIBRATED["static"] if "static" in words else [])) == 2

@@ -58,7 +58,8 @@ class GraphOptions:
     alone where the graph is below 1 MB; both are said."""
 
     faster: bool = False
-    """Leave kinds of nodes float with which the graph is faster on this machine, as timed; dynamic and static only."""
+    """Take what is faster on this machine, as timed: int8 weights for uint8, and kinds of nodes in float; dynamic and
+    static only."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_sqnr < 200:

@@ -50,6 +50,11 @@ class Attempts:
         inputs, outputs = (tuple(getattr(plan.step.settings, name, ())) for name in _TURNED)
         self.beside = Beside(plan, samples, progress, lambda feed: turn_feed(feed, inputs), outputs)
 
+    @property
+    def plan(self) -> GraphPlan:
+        """With the settings of the attempts as they are now."""
+        return replace(self._plan, step=replace(self._plan.step, settings=self._settings))
+
     def attempt(self, excluded: Sequence[str], compares: bool | None = None) -> IntegerGraph:
         """Writes the graph, with these nodes in float."""
         graph = self._plan.options.graph
@@ -74,32 +79,56 @@ class Attempts:
         self._progress.note(f"once more without {', '.join(excluded)}")
         return excluded
 
-    def leave_slow(self) -> tuple[str, ...]:
-        """What --faster leaves float, from here on in every attempt: kinds of nodes, each left out and timed."""
+    def take_faster(self) -> tuple[str, ...]:
+        """What --faster changes, from here on in every attempt: int8 weights, and kinds of nodes that stay float.
+
+        Returns:
+            Nodes that stay float. Each change is timed beside the graph without it.
+        """
         if not self.beside.feeds:
             raise UsageError("--faster times the graph, no input can be made for it", hint="add --calibration-inputs")
-        feed = self.beside.turned(self.beside.feeds[0])
         kinds: dict[str, list[str]] = defaultdict(list)
         for name, kind in self.attempt(()).nodes.items():
             kinds[kind].append(name)
         slow: list[str] = []
         said: list[str] = []
         best = open_session(self._files.written)
-        with self._progress.track("Timing without", len(kinds)) as task:
+        with self._progress.track("Timing", len(kinds) + 1) as task:
+            best = self._take_int8(best)
+            task.advance(detail="int8 weights")
             for kind, names in kinds.items():
                 other = self._session((*slow, *names))
-                if other is not None:
-                    before, after = timed((best, other), (feed, feed))
-                    if after < _FASTER * before:
-                        best, slow = other, [*slow, *names]
-                        said.append(f"{len(names)} {kind} ({before:.3g} to {after:.3g} ms)")
+                if other is not None and (times := self._faster(best, other)):
+                    best, slow = other, [*slow, *names]
+                    said.append(f"{len(names)} {kind} ({times})")
                 task.advance(detail=kind)
         self._progress.note(f"faster in float: {', '.join(said) or 'no kind of node'}")
         self._exclude(slow)
         return tuple(slow)
 
+    def _take_int8(self, best: Any) -> Any:
+        """The faster of two sessions: weights of uint8 as they are, or of int8 on the same grid, unless one was asked."""
+        asked = self._plan.options.settings.get("weight_type") is not None or self._plan.options.bits is not None
+        if asked or self._settings.weight_type != "uint8":
+            return best
+        grid = "asym" if self._settings.weight_grid == "auto" else self._settings.weight_grid
+        before, self._settings = self._settings, replace(self._settings, weight_type="int8", weight_grid=grid)
+        other = self._session(())
+        times = self._faster(best, other) if other is not None else ""
+        if not times:
+            self._settings = before
+            return best
+        self._progress.note(f"faster with int8 weights: {times}")
+        return other
+
+    def _faster(self, best: Any, other: Any) -> str:
+        """Both times where the second session is faster than the first, empty where it is not."""
+        feed = self.beside.turned(self.beside.feeds[0])
+        before, after = timed((best, other), (feed, feed))
+        return f"{before:.3g} to {after:.3g} ms" if after < _FASTER * before else ""
+
     def _session(self, excluded: Sequence[str]) -> Any:
-        """The graph with these nodes in float, opened; None where nothing is left that could be integers."""
+        """The graph with these nodes in float, opened; None where that cannot be made."""
         try:
             self.attempt(excluded)
         except (InputError, UsageError):

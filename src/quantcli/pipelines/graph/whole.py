@@ -132,7 +132,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             files = Files(path, written, folder / "ranges.json")
             work = Attempts(plan, files, samples, progress)
             excluded = work.exclude_worst()
-            slow = work.leave_slow() if graph.faster else ()
+            slow = work.take_faster() if graph.faster else ()
             held = hold_outputs(
                 work.attempt,
                 lambda: work.beside.run(written),
@@ -146,6 +146,9 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
         if conversion is not None:
             progress.note(str(conversion))
         notes += made.notes
+        outputs = work.beside.timed(held.outputs)
+        if outputs is not None and outputs.slower and not graph.faster:
+            progress.note("--faster tries what is faster on this machine: int8 weights, nodes in float")
         for note in notes:
             progress.warn(note)
         result = IntegerResult(
@@ -158,9 +161,9 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             parent_size_bytes=0,
             seconds=time.perf_counter() - begin,
             peak_bytes=watched.above_start_bytes,
-            plan=plan.to_dict(),
+            plan=work.plan.to_dict(),
             conversion=asdict(conversion) if conversion is not None else None,
-            outputs=work.beside.timed(held.outputs),
+            outputs=outputs,
             quantized=made.quantized,
             excluded=excluded,
             comparison=asdict(made.comparison) if made.comparison is not None else None,
