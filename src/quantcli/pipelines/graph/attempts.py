@@ -107,7 +107,7 @@ class Attempts:
         return tuple(slow)
 
     def _take_int8(self, best: Any) -> Any:
-        """The faster of two sessions: weights of uint8, or of int8 on the same grid; as they are where one was asked."""
+        """The faster of two sessions: weights of uint8, or of int8 on that grid; as they are where one was asked."""
         asked = self._plan.options.settings.get("weight_type") is not None or self._plan.options.bits is not None
         if asked or self._settings.weight_type != "uint8":
             return best
