@@ -42,7 +42,7 @@ _SIZES: dict[str, Any] = {
     "head_dim": _HEAD, "kv_channels": _HEAD, "d_kv": _HEAD, "global_head_dim": _HEAD, "attention_head_dim": _HEAD,
     "dim_head": _HEAD, "v_head_dim": _HEAD, "qk_nope_head_dim": _HEAD, "qk_rope_head_dim": 8, "qk_head_dim": 24,
     "q_lora_rank": 40, "kv_lora_rank": 32, "o_lora_rank": 32, "o_groups": 2, "linear_key_head_dim": _HEAD,
-    "linear_value_head_dim": _HEAD, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rotary_dim": 8,
+    "linear_value_head_dim": _HEAD, "linear_head_dim": _HEAD, "linear_num_heads": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rotary_dim": 8,
     "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "max_seq_len": 128, "block_size": 16,
     "seq_length": 128, "max_target_positions": 128, "max_sequence_length": 128, "context_length": 128,
     "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 32, "window_size": 16, "local_window": 16,
@@ -63,6 +63,24 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 # what one kind needs beside the sizes
 _OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 1.0}, "cohere2": {"logit_scale": 1.0}, "cohere2_moe": {"logit_scale": 1.0},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "dots3_note": {"num_key_value_heads": _HEADS}, "dots3_note_text": {"num_key_value_heads": _HEADS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    "reformer": {"is_decoder": True},
+    "roc_bert": {"pronunciation_vocab_size": 16, "shape_vocab_size": 16},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+              "num_hidden_layers": 4, "attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+               "num_hidden_layers": 4, "attention_head_dim": 32, "attention_hidden_size": 128, "n_mamba_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "qwen4_exp_text": {"indexer_budget": 32, "indexer_compress_ratio": 4},
+    "qwen4_exp": {"text_config": {"indexer_budget": 32, "indexer_compress_ratio": 4}},
 }  # fmt: skip
 
 
@@ -75,6 +93,8 @@ def _shrink(kind: type, own: dict[str, Any]) -> Any:
     default = kind()
     known = {**default.to_dict(), **default.__dict__, **dict.fromkeys(default.attribute_map)}
     values = {name: value for name, value in _SIZES.items() if name in known}
+    if "qk_rope_head_dim" in known and "head_dim" in values:  # of the rotated part, where there is one
+        values |= {"head_dim": values["qk_rope_head_dim"], "num_key_value_heads": _HEADS}
     for alias, name in default.attribute_map.items():  # one of the two names is enough
         if alias in values and name in values:
             del values[alias]
@@ -84,7 +104,9 @@ def _shrink(kind: type, own: dict[str, Any]) -> Any:
         elif re.search("layer_types|layers_block_type", name) and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
             values[name] = (kinds * 2)[: max(2, len(kinds))]
-            values[next(n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in known)] = len(values[name])
+            for count in ("num_hidden_layers", "n_layer", "num_layers"):
+                if count in values and name not in own:
+                    values[count] = len(values[name])
     return kind(**(values | own))
 
 
