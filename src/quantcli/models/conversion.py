@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.experts import Stacked
 
@@ -217,7 +217,9 @@ class ModelTensors(Checkpoint):
             if target not in state:
                 continue
             shape = tuple(state[target].shape)
-            self._add(target, target, TensorEntry(like.file, like.dtype, shape, 0, math.prod(shape) * like.dtype.itemsize))
+            self._add(
+                target, target, TensorEntry(like.file, like.dtype, shape, 0, math.prod(shape) * like.dtype.itemsize)
+            )
             self.origins[target] = group.names
             self._groups[target] = name, group
 
@@ -231,9 +233,8 @@ class ModelTensors(Checkpoint):
             try:
                 made = converter.convert(first, model=self._model, config=self._model.config)
             except Exception as error:  # transformers' operations raise whatever torch does
-                raise InputError(
-                    f"{self.folder}: {', '.join(group.names[:3])} cannot be made {first}: {type(error).__name__}: {error}"
-                ) from error
+                what = f"{self.folder}: {', '.join(group.names[:3])} cannot be made {first}"
+                raise InputError(f"{what}: {first_line(error)}") from error
             self._made = first, {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
         return self._made[1]
 

@@ -73,7 +73,7 @@ class _Matrix:
         return self.T
 
     def product(self, x: Tensor, transposed: bool, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] through the Linears, [..., N]."""
+        """X [..., K] through the Linears, [..., N]."""
         if transposed != self._transposed:
             raise InputError(f"{self._stack.what} is multiplied the other way round than its shape says")
         owner = self._stack.owner
@@ -176,7 +176,7 @@ def _leaves(module: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _is_transposed(module: nn.Module, name: str, stacks: Mapping[str, nn.Parameter]) -> bool | None:
-    """Whether the matrices are [K, N]; None where nothing tells. A product the other way round is refused as it runs."""
+    """Whether the matrices are [K, N]; None where nothing tells. Wrong, it is refused as it runs."""
     declared = getattr(module, "is_transposed", None)
     if declared is not None:
         return bool(declared)

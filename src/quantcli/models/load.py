@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
@@ -276,9 +276,10 @@ def _tie(model: Model) -> None:
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         to, _, leaf = target.rpartition(".")
         giver_path, _, given = source.rpartition(".")
-        if isinstance(model.get_submodule(to), QuantizedLinear | PackedEmbedding) or not (
-            old := getattr(model.get_submodule(to), leaf)
-        ).is_meta:
+        if (
+            isinstance(model.get_submodule(to), QuantizedLinear | PackedEmbedding)
+            or not (old := getattr(model.get_submodule(to), leaf)).is_meta
+        ):
             continue
         giver = model.get_submodule(giver_path)
         if isinstance(giver, PackedEmbedding):

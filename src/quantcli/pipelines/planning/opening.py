@@ -66,8 +66,9 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
     skeleton = build_skeleton(folder, config, trust_remote_code)
     checkpoint = as_in_model(checkpoint, skeleton)
     if checkpoint.unknown:
+        listed = first_names(checkpoint.unknown)
         raise InputError(
-            f"{folder} holds tensors that {type(skeleton).__name__} has no place for: {first_names(checkpoint.unknown)}",
+            f"{folder} holds tensors that {type(skeleton).__name__} has no place for: {listed}",
             hint="take them out, or name the class that they are for in config.json",
         )
     layout = find_layout(skeleton)
