@@ -47,7 +47,7 @@ def scene(family):
         hidden, calls = embed_tokens(model, layout, torch.arange(5, 29)[None], 1)
     block = model.get_submodule(layout.blocks[0])
     names = [n.removeprefix(layout.blocks[0] + ".") for n in layout.linears if n.startswith(layout.blocks[0] + ".")]
-    call = calls[1][0]
+    call = calls[0][0]
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.no_grad():

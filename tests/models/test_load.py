@@ -315,7 +315,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (lambda f: _tensors(f, lambda t: t[f"{Q}.scales"].fill_(float("nan"))), "NaN or infinite"),
         (lambda f: _tensors(f, lambda t: t.pop("model.norm.weight")), "lacks tensor model.norm.weight"),
         (lambda f: _tensors(f, lambda t: t.update(extra=torch.zeros(2))), "unexpected tensor extra"),
-        (lambda f: _tensors(f, lambda t: t.update({f"{Q}.bias": torch.zeros(64)})), f"{Q}.bias is unexpected"),
+        (lambda f: _tensors(f, lambda t: t.update({f"{Q}.bias": torch.zeros(64)})), f"unexpected tensor {Q}.bias"),
         (lambda f: _tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(3)})), "has shape [3]"),
     ],
 )

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 import families
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import as_in_model
 from quantcli.models.layout import find_layout
 from quantcli.models.rotate import rotate
 from quantcli.models.rotated_forward import RotatedForward
@@ -33,7 +34,7 @@ class Scene:
         config.tie_word_embeddings = False
         self.skeleton = build_skeleton(folder, config).double()
         self.layout = find_layout(self.skeleton)
-        self.blocks, checkpoint = len(self.layout.blocks), Checkpoint.open(folder)
+        self.blocks, checkpoint = len(self.layout.blocks), as_in_model(Checkpoint.open(folder), self.skeleton)
         config = self.skeleton.config
         self.sizes = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // 4
         size, head = map(Rotation.identity, self.sizes)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import families
-from quantcli.errors import InputError
 from quantcli.models.block import BlockCall, block_stages, forward
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import as_in_model
 from quantcli.models.layout import find_layout
 from quantcli.models.paused import BLOCK_INPUT, Shelf, study_pauses
 from quantcli.models.skeleton import build_skeleton, disk_name, materialize
@@ -28,8 +28,8 @@ class Opened:
     def __init__(self, family, folder):
         self.model = families.build(family)
         families.save(self.model, folder)
-        self.checkpoint = Checkpoint.open(folder)
         self.skeleton = build_skeleton(folder)
+        self.checkpoint = as_in_model(Checkpoint.open(folder), self.skeleton)
         self.layout = find_layout(self.skeleton)
         inside = tuple(b + "." for b in self.layout.blocks)
         outside = [n for n in self.skeleton.state_dict() if not n.startswith(inside)]
@@ -65,8 +65,8 @@ def test_blocks_in_a_row_give_what_the_model_gives(opened):
     assert torch.equal(torch.cat(hidden), expected[0])
     for number in range(len(opened.layout.blocks)):
         block, linears = opened.block(number)
-        call = {size: c[number] for size, c in calls.items()}
-        stages = block_stages(block, linears, hidden[0], call[2])
+        call = [c[number] for c in calls]
+        stages = block_stages(block, linears, hidden[0], call[0])
         assert sorted(n for names in stages for n in names) == sorted(linears)
         solved, reference = [], [h.clone() for h in hidden]
         run_block(
@@ -77,7 +77,7 @@ def test_blocks_in_a_row_give_what_the_model_gives(opened):
             lambda names, _, solved=solved: solved.append(names),
             held_out={1},
             keep=number == 0,
-            pauses=study_pauses(block, stages, hidden[0], call[2]),
+            pauses=study_pauses(block, stages, hidden[0], call[0]),
             shelf=shelf,
             reference=copy.deepcopy(block),
             reference_inputs=reference,
@@ -111,9 +111,9 @@ def test_each_stage_sees_the_quantized_weights_of_those_before(opened, keep):
     tokens = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(1))
     hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 4)
     block, linears = opened.block(0)
-    call = {size: c[0] for size, c in calls.items()}
+    call = [c[0] for c in calls]
     expected_block = copy.deepcopy(block)
-    stages = block_stages(block, linears, hidden[0], call[4])
+    stages = block_stages(block, linears, hidden[0], call[0])
     assert stages == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
@@ -137,7 +137,7 @@ def test_each_stage_sees_the_quantized_weights_of_those_before(opened, keep):
             lambda _m, args, inputs=inputs: inputs.append(args[0].reshape(-1, args[0].shape[-1]))
         )
         for h in before:
-            expected_block(h, *call[len(h)].args, **call[len(h)].kwargs)
+            expected_block(h, *call[0].args, **call[0].kwargs)
         hook.remove()
         x = torch.cat(inputs)
         matrix, count = seen[names[0]]
@@ -146,7 +146,7 @@ def test_each_stage_sees_the_quantized_weights_of_those_before(opened, keep):
         for name in names:
             expected_block.get_submodule(name).weight.data.mul_(0.5)
             changed.add(name)
-    out = [expected_block(h, *call[len(h)].args, **call[len(h)].kwargs) for h in before]
+    out = [expected_block(h, *call[0].args, **call[0].kwargs) for h in before]
     out = [o[0] if isinstance(o, tuple) else o for o in out]
     assert torch.allclose(torch.cat(hidden), torch.cat(out), atol=1e-5)
 
@@ -156,12 +156,12 @@ def test_held_out_batches_stay_out_of_training(opened):
     tokens = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(2))
     hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 2)
     block, linears = opened.block(0)
-    call = {size: c[0] for size, c in calls.items()}
+    call = [c[0] for c in calls]
     first = torch.cat([hidden[0], hidden[2]])
     normed = block.input_layernorm(first).reshape(-1, 64)
     held = block.input_layernorm(hidden[1]).reshape(-1, 64)
     seen = {}
-    stages = block_stages(block, linears, hidden[0], call[2])
+    stages = block_stages(block, linears, hidden[0], call[0])
     run_block(block, hidden, call, stages, lambda n, m: seen.setdefault(n[0], m), held_out={1})
     moments = seen["self_attn.q_proj"]
     assert torch.allclose(moments.train.matrix(), normed.T @ normed / len(normed), rtol=1e-4, atol=1e-6)
@@ -176,10 +176,10 @@ def test_cross_moments_pair_the_two_streams(opened):
     reference = [h.clone() for h in hidden]
     noisy = [h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(4)) for h in hidden]
     x, f = (block.input_layernorm(torch.cat(s)).reshape(-1, 64) for s in (noisy, reference))
-    call = {size: c[0] for size, c in calls.items()}
+    call = [c[0] for c in calls]
     seen = {}
     run_block(
-        block, noisy, call, block_stages(block, linears, hidden[0], call[2]),
+        block, noisy, call, block_stages(block, linears, hidden[0], call[0]),
         lambda n, m: seen.setdefault(n[0], m), reference=copy.deepcopy(block), reference_inputs=reference,
     )  # fmt: skip
     cross = seen["self_attn.q_proj"].train.cross()
@@ -192,10 +192,10 @@ def test_what_a_paused_forward_no_longer_reads_is_emptied(opened):
     tokens = torch.randint(3, 200, (4, 96), generator=torch.Generator().manual_seed(0))
     hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 1)
     block, linears = opened.block(0)
-    call = {size: c[0] for size, c in calls.items()}
-    shared = {id(t): t.clone() for t in call[1].kwargs["position_embeddings"]}
-    stages = block_stages(block, linears, hidden[0], call[1])
-    pauses = study_pauses(block, stages, hidden[0], call[1])
+    call = [c[0] for c in calls]
+    shared = {id(t): t.clone() for t in call[0].kwargs["position_embeddings"]}
+    stages = block_stages(block, linears, hidden[0], call[0])
+    pauses = study_pauses(block, stages, hidden[0], call[0])
     # q, k, v; o; gate, up; down: the residual needs the block's input until attention is added to it
     assert {0, ("LlamaAttention.forward", "query_states")} <= set(pauses[1].idle)
     assert {BLOCK_INPUT, 1} <= set(pauses[2].idle)
@@ -210,7 +210,7 @@ def test_what_a_paused_forward_no_longer_reads_is_emptied(opened):
     full = sum(h.numel() for h in plain)
     assert sizes == [full, full, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
-    assert all(torch.equal(t, shared[id(t)]) for t in call[1].kwargs["position_embeddings"])
+    assert all(torch.equal(t, shared[id(t)]) for t in call[0].kwargs["position_embeddings"])
 
 
 def tuple_of(held):
@@ -239,11 +239,11 @@ class Views(torch.nn.Module):
 
 def test_views_and_writing_in_place_keep_their_meaning():
     torch.manual_seed(0)
-    block, call, shelf = Views(), {1: BlockCall((), {})}, Shelf(5)
+    block, call, shelf = Views(), [BlockCall((), {})] * 5, Shelf(5)
     hidden = [torch.randn(1, 96, 64) for _ in range(5)]
     expected = [block(block(h)) for h in hidden]
-    stages = block_stages(block, ["first", "second", "third"], hidden[0], call[1])
-    pauses = study_pauses(block, stages, hidden[0], call[1])
+    stages = block_stages(block, ["first", "second", "third"], hidden[0], call[0])
+    pauses = study_pauses(block, stages, hidden[0], call[0])
     assert any(pause.idle for pause in pauses.values())
     for _ in range(2):
         run_block(block, hidden, call, stages, lambda *_: None, pauses=pauses, shelf=shelf)
@@ -286,8 +286,8 @@ def test_every_expert_sees_all_of_its_tokens(opened, keep):
         first = torch.full((1, 40), 3 + seed)  # one token over and over reaches two experts of four
         hidden, calls = embed_tokens(opened.skeleton, opened.layout, torch.cat([first, rows]), 1)
         block, linears = opened.block(0)
-        call = {size: c[0] for size, c in calls.items()}
-        stages = block_stages(block, linears, hidden[0], call[1])
+        call = [c[0] for c in calls]
+        stages = block_stages(block, linears, hidden[0], call[0])
         assert sorted(n for names in stages for n in names) == sorted(linears)
         pairs = {frozenset(n.rpartition(".")[2] for n in names) for names in stages if "experts" in names[0]}
         assert len(pairs) == 2  # gate and up share a stage in experts that were not reached, too
@@ -296,7 +296,7 @@ def test_every_expert_sees_all_of_its_tokens(opened, keep):
             block.get_submodule(name).register_forward_pre_hook(partial(count_tokens, wanted, name)) for name in linears
         ]
         for h in hidden:
-            forward(block, h, call[1])
+            forward(block, h, call[0])
         for hook in hooks:
             hook.remove()
         seen = {}
@@ -307,20 +307,27 @@ def test_every_expert_sees_all_of_its_tokens(opened, keep):
             stages,
             lambda names, moments, seen=seen: seen.update(dict.fromkeys(names, moments.train.tokens if moments else 0)),
             keep=keep,
-            pauses=study_pauses(block, stages, hidden[0], call[1]),
+            pauses=study_pauses(block, stages, hidden[0], call[0]),
         )
         assert seen == wanted
 
 
-def test_arguments_that_depend_on_the_text_are_refused(tmp_path):
+def test_arguments_that_depend_on_the_text_go_along_with_it(tmp_path):
     opened = Opened("llama", tmp_path)
     tokens = torch.randint(3, 200, (3, 24), generator=torch.Generator().manual_seed(0))
-    original = opened.skeleton.model.rotary_emb.forward
+    for holder in (opened.model.model, opened.skeleton.model):
+        original = holder.rotary_emb.forward
 
-    def moved(x, position_ids):
-        cos, sin = original(x, position_ids)
-        return cos + x.mean(), sin
+        def moved(x, position_ids, original=original):
+            cos, sin = original(x, position_ids)
+            return cos + x.mean(), sin
 
-    opened.skeleton.model.rotary_emb.forward = moved
-    with pytest.raises(InputError, match="what depends on the text"):
-        embed_tokens(opened.skeleton, opened.layout, tokens, 1)
+        holder.rotary_emb.forward = moved
+    expected = torch.cat([opened.model(row[None], output_hidden_states=True).hidden_states[1] for row in tokens])
+    hidden, calls = embed_tokens(opened.skeleton, opened.layout, tokens, 1)
+    (cos, sin), (other, same) = (calls[i][0].kwargs["position_embeddings"] for i in (0, 1))
+    assert not torch.equal(cos, other) and sin is same
+    block, linears = opened.block(0)
+    call = [c[0] for c in calls]
+    run_block(block, hidden, call, block_stages(block, linears, hidden[0], call[0]), lambda *_: None)
+    assert torch.equal(torch.cat(hidden), expected)

@@ -8,6 +8,7 @@ import torch
 import families
 from quantcli.algorithms.transforms.spinquant import fake_quantize
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import as_in_model
 from quantcli.models.layout import find_layout
 from quantcli.models.rotate import rotate
 from quantcli.models.rotated_forward import RotatedForward
@@ -28,7 +29,7 @@ class Scene:
         layout = find_layout(model)
         sizes = map(Rotation.identity, (64, 16))
         stream, head = sizes
-        checkpoint = rotate(Checkpoint.open(folder), model, layout, stream, [head] * 2)
+        checkpoint = rotate(as_in_model(Checkpoint.open(folder), model), model, layout, stream, [head] * 2)
         names = {name: disk_name(name, model, checkpoint.entries) for name in model.state_dict()}
         materialize(model, {name: checkpoint.read(disk) for name, disk in names.items()})
         self.quantize = partial(fake_quantize, bits=4, symmetric=False)

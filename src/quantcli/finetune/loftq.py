@@ -16,6 +16,7 @@ from torch import Tensor
 from quantcli.errors import InputError
 from quantcli.finetune.lora import PackedLoraLinear
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import as_in_model
 from quantcli.models.layout import is_transposed
 from quantcli.models.skeleton import build_skeleton, disk_name
 from quantcli.progress import Progress
@@ -71,6 +72,7 @@ def begin_with_residuals(
         InputError: a weight is missing, has another shape, or is nowhere near the base's.
     """
     skeleton = build_skeleton(source.folder, trust_remote_code=trust_remote_code)
+    source = as_in_model(source, skeleton)
     inner = adapted.get_base_model()
     layers = {n: m for n, m in inner.named_modules() if isinstance(m, PackedLoraLinear)}
     before = after = 0.0

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.entries = entries
+        self.origins: Mapping[str, tuple[str, ...]] = {}
+        """For tensors that do not stand on disk as they are read: the names of those that they are made of."""
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -133,7 +135,11 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, in memory of its own (no mapping that would count as resident)."""
-        entry = self.entries[name]
+        return self.read_entry(name, self.entries[name])
+
+    @staticmethod
+    def read_entry(name: str, entry: TensorEntry) -> Tensor:
+        """What stands at one place; `name` is for messages."""
         buffer = torch.empty(entry.size_bytes, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
@@ -148,6 +154,10 @@ class Checkpoint:
             if entry.size_bytes
             else torch.empty(entry.shape, dtype=entry.dtype)
         )
+
+    def read_original(self, name: str) -> Tensor:
+        """One tensor as it stands on disk."""
+        return self.read(name)
 
     def require_finite(self) -> None:
         """Reads every tensor once, one at a time.

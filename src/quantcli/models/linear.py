@@ -52,6 +52,12 @@ class QuantizedLinear(nn.Module, ABC):
         codes: Tensor = getattr(self, self.frozen[0])
         return codes
 
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] dequantized anew each time, for models that multiply by it themselves (Mamba's step sizes)."""
+        kinds = [t.dtype for t in (self.bias, *self.buffers()) if t is not None and t.dtype.is_floating_point]
+        return self.dequantize(torch.float32 if self.W_q.device.type == "cpu" or not kinds else kinds[0])
+
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
         """The codes and scales, unpacked."""

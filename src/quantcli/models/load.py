@@ -5,32 +5,30 @@ transformers takes part.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from quantcli.errors import InputError, UsageError, first_line
 from quantcli.folder import resolve_model_folder
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import ModelTensors, as_in_model
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
 from quantcli.models.linear import PackedEmbedding, PackedLinear, QuantizedLinear
 from quantcli.models.machine import pick_device
 from quantcli.models.online import OnlineRotations, rotate_inputs
 from quantcli.models.readers import packed_names, reader_of
 from quantcli.models.simulate import simulate
-from quantcli.models.skeleton import build_skeleton, disk_name, load_config
+from quantcli.models.skeleton import build_skeleton, first_names, load_config
 from quantcli.options import SimulationOptions
 
 __all__ = ["load", "read_packed"]
-
-# tensors that old checkpoints carry and that models compute themselves
-_LEGACY = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 
 Model: TypeAlias = Any  # transformers' PreTrainedModel; its stubs are not followed
 
@@ -166,18 +164,17 @@ def _load_piecewise(
             raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .{reader.mark}")
     model = _skeleton(checkpoint, packed, trust_remote_code)
     layout = find_layout(model)
-    model_names = _names_in_model(model, checkpoint.entries)
-    done: set[str] = set()
+    tensors = as_in_model(_with_weights(checkpoint, packed, reader.parts if packed else ()), model)
+    _refuse_unknown(checkpoint.folder, tensors.unknown, packed, reader.mark if packed else "")
+    placed = {disk: name for name, disk in reversed(tensors.names.items())}
     for name in packed:
-        target = model_names(name)
+        target = placed.get(f"{name}.weight")
         if target is None:
-            raise InputError(
-                f"{checkpoint.folder}: unexpected tensor {name}.{reader.mark}, the model has no module {name}"
-            )
+            raise InputError(f"{checkpoint.folder}: {name} is packed, the model makes other matrices of it")
         layer = read_packed(checkpoint, name, cache=cache).to(device)
-        _replace(model, target, layer, dtype, f"{checkpoint.folder}: {name}")
-        done.update(f"{name}.{part}" for part in (*reader.parts, "bias"))
-    _fill(model, checkpoint, [n for n in checkpoint.entries if n not in done], model_names, device, dtype)
+        _replace(model, target.removesuffix(".weight"), layer, dtype, f"{checkpoint.folder}: {name}")
+    done = {f"{name}.{part}" for name in packed for part in ("weight", "bias")}
+    _fill(model, tensors, done, device, dtype)
     _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     _refuse_missing(checkpoint.folder, left)
@@ -200,15 +197,25 @@ def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool
     return build_skeleton(checkpoint.folder, config, trust_remote_code)
 
 
-def _names_in_model(model: Model, stored: Iterable[str]) -> Callable[[str], str | None]:
-    """Maps module names on disk to the model's, which may differ in a prefix or by a table of renamings."""
-    stems = {name.rpartition(".")[0] + "." for name in stored}
-    found = {}
-    for name, _ in model.named_modules():
-        on_disk = disk_name(name + ".", model, stems) if name else None
-        if on_disk is not None:
-            found[on_disk.removesuffix(".")] = name
-    return found.get
+def _with_weights(checkpoint: Checkpoint, packed: list[str], parts: Iterable[str]) -> Checkpoint:
+    """The checkpoint as if every packed matrix were a weight: what transformers' tables of names know."""
+    written = {f"{name}.{part}" for name in packed for part in parts}
+    entries = {name: entry for name, entry in checkpoint.entries.items() if name not in written}
+    for name in packed:
+        any_part = next(checkpoint.entries[f"{name}.{part}"] for part in parts if f"{name}.{part}" in checkpoint)
+        entries[f"{name}.weight"] = any_part
+    return Checkpoint(checkpoint.folder, checkpoint.config, entries)
+
+
+def _refuse_unknown(folder: Path, unknown: list[str], packed: list[str], mark: str) -> None:
+    """Refuses tensors that the model has no place for."""
+    stems = {f"{name}.weight" for name in packed}
+    for name in unknown:
+        if name in stems:
+            stem = name.removesuffix(".weight")
+            raise InputError(f"{folder}: unexpected tensor {stem}.{mark}, the model has no module {stem}")
+    if unknown:
+        raise InputError(f"{folder}: unexpected tensor {first_names(unknown)}, the model has no such weight")
 
 
 def _replace(model: Model, name: str, layer: QuantizedLinear, dtype: torch.dtype, where: str) -> None:
@@ -234,32 +241,21 @@ def _replace(model: Model, name: str, layer: QuantizedLinear, dtype: torch.dtype
     model.set_submodule(name, new)
 
 
-def _fill(
-    model: Model,
-    checkpoint: Checkpoint,
-    names: list[str],
-    model_names: Callable[[str], str | None],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def _fill(model: Model, tensors: ModelTensors, done: set[str], device: torch.device, dtype: torch.dtype) -> None:
     """Reads the tensors that are not packed into the skeleton."""
-    ignored = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    unexpected = []
-    for name in names:
-        module_name, _, leaf = name.rpartition(".")
-        found = model_names(module_name)
-        module = None if found is None else model.get_submodule(found)
-        old = None if module is None else getattr(module, leaf, None)
-        if not isinstance(old, Tensor):
-            if not _LEGACY.search(name) and not any(p.search(name) for p in ignored):
-                unexpected.append(name)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, disk in tensors.names.items():
+        if disk in done or tensors.names.get(tied.get(name, "")) == disk:
             continue
-        entry = checkpoint.entries[name]
-        if tuple(old.shape) != entry.shape:
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        old = getattr(module, leaf)
+        entry = tensors.entries[disk]
+        if disk not in tensors.origins and tuple(old.shape) != entry.shape:
             raise InputError(
-                f"{checkpoint.folder}: tensor {name} has shape {list(entry.shape)}, the model expects {list(old.shape)}"
+                f"{tensors.folder}: tensor {disk} has shape {list(entry.shape)}, the model expects {list(old.shape)}"
             )
-        tensor = checkpoint.read(name)
+        tensor = tensors.read(disk)
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if _stays_float32(model, name) else dtype)
         tensor = tensor.to(device)
@@ -267,9 +263,6 @@ def _fill(
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         else:
             setattr(module, leaf, tensor)
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise InputError(f"{checkpoint.folder}: unexpected tensor {unexpected[0]}{more}, the model has no such weight")
 
 
 def _stays_float32(model: Model, name: str) -> bool:
@@ -279,18 +272,25 @@ def _stays_float32(model: Model, name: str) -> bool:
 
 
 def _tie(model: Model) -> None:
-    """Gives a tied head the embedding that was read."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, PackedEmbedding):
-        model.tie_weights()
-    elif head is not None and head.weight.is_meta:
-        model.set_output_embeddings(embedding.packed)
+    """Gives what shares another's matrix and has none of its own the one that was read."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        to, _, leaf = target.rpartition(".")
+        giver_path, _, given = source.rpartition(".")
+        if (
+            isinstance(model.get_submodule(to), QuantizedLinear | PackedEmbedding)
+            or not (old := getattr(model.get_submodule(to), leaf)).is_meta
+        ):
+            continue
+        giver = model.get_submodule(giver_path)
+        if isinstance(giver, PackedEmbedding):
+            model.set_submodule(to, giver.packed)
+        elif isinstance(giver, QuantizedLinear):
+            model.set_submodule(to, giver)
+        elif old is not None:
+            setattr(model.get_submodule(to), leaf, getattr(giver, given))
 
 
 def _refuse_missing(folder: Path, names: Any) -> None:
     missing = sorted(names)
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder} lacks tensor {missing[0]}{more} that the model needs")
+        raise InputError(f"{folder} lacks tensor {first_names(missing)} that the model needs")

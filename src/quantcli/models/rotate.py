@@ -86,22 +86,28 @@ class RotatedCheckpoint(Checkpoint):
             if part.source is not None and name not in entries:
                 entries[name] = entries[part.source]
         super().__init__(base.folder, base.config, entries)
+        turned = {base.origins[name] for name in parts if name in base.origins}
+        self.origins = {name: origin for name, origin in base.origins.items() if origin not in turned}
         self._base, self.parts, self._stream, self._heads, self._offset = base, parts, stream, heads, offset
 
     def read(self, name: str) -> Tensor:
         """One rotated tensor; products in float64, rounded once."""
         part = self.parts.get(name)
         if part is None:
-            return super().read(name)
-        tensor = super().read(part.source or name)
+            return self._base.read(name)
+        tensor = self._base.read(part.source or name)
         if part.is_gain:
             return torch.zeros_like(tensor) if self._offset else torch.ones_like(tensor)
-        gain = 1.0 if part.gain is None else super().read(part.gain).double() + self._offset
+        gain = 1.0 if part.gain is None else self._base.read(part.gain).double() + self._offset
         if part.rotate_columns and not part.value_rows:
             for rows in torch.split(tensor, _ROWS):  # in place: a vocabulary is not wanted in float64 at once
                 rows.copy_(self._stream.rows(rows.double() * gain))
             return tensor
         return self._turned(tensor.double() * gain, part).to(tensor.dtype).contiguous()
+
+    def read_original(self, name: str) -> Tensor:
+        """One tensor as it stands on disk."""
+        return self._base.read_original(name)
 
     def _turned(self, tensor: Tensor, part: Part) -> Tensor:
         """A float64 tensor through all rotations of its part: what is rounded between two is rounded twice."""

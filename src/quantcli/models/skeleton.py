@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Container, Mapping, Sized
+from collections.abc import Container, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import TensorEntry, read_config
+from quantcli.models.conversion import expert_names
 from quantcli.models.experts import unfuse_experts
 from quantcli.models.marks import is_marked
 
-__all__ = ["build_skeleton", "check_counts", "check_tensors", "disk_name", "has_experts", "load_config", "materialize"]
+__all__ = [
+    "build_skeleton",
+    "check_counts",
+    "check_tensors",
+    "disk_name",
+    "first_names",
+    "has_experts",
+    "load_config",
+    "materialize",
+]
 
-# module paths that differ between transformers 5 and the files, by model type: (in the module, on disk)
-_RENAMED = {
-    "mixtral": ((".mlp.", ".block_sparse_moe."),),
-    "gpt_neox": (("lm_head.", "embed_out."),),
-}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LISTED = 10
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -82,7 +88,8 @@ def build_skeleton(folder: Path, config: Any = None, trust_remote_code: bool = F
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
         except Exception as error:  # a value that cannot be shows up anywhere in a model's code
             raise InputError(f"no model can be built from {folder / 'config.json'}: {_reason(error)}") from error
-        unfuse_experts(model, config.model_type)
+        model.stacked = unfuse_experts(model, expert_names(model))
+    model.names_on_disk = {}
     return model.eval()
 
 
@@ -91,13 +98,8 @@ def disk_name(name: str, model: Any, stored: Container[str]) -> str | None:
 
     A head tied to the embedding has no tensor of its own.
     """
-    for inside, outside in _RENAMED.get(model.config.model_type, ()):
-        name = name.replace(inside, outside)
-    prefix = model.base_model_prefix + "."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in stored:
-            return candidate
-    return None
+    found = model.names_on_disk.get(name, name)
+    return found if found in stored else None
 
 
 def check_counts(config: Any, entries: Sized, folder: Path) -> None:
@@ -125,14 +127,13 @@ def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) 
     Raises:
         InputError: a tensor is missing, or has another shape than the configuration says, or is of integers.
     """
-    head = model.get_output_embeddings()
-    tied = getattr(head, "weight", None) if getattr(model.config, "tie_word_embeddings", False) else None
+    missing = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         disk = disk_name(name, model, entries)
         if disk is None:
-            if parameter is tied:
-                continue
-            raise InputError(f"tensor {name} is missing from {folder}", hint="copy or download the model again")
+            if name not in getattr(model, "all_tied_weights_keys", {}):
+                missing.append(name)
+            continue
         entry = entries[disk]
         if entry.shape != tuple(parameter.shape):
             raise InputError(
@@ -141,6 +142,16 @@ def check_tensors(model: Any, entries: Mapping[str, TensorEntry], folder: Path) 
         if entry.dtype not in _WEIGHT_DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in _WEIGHT_DTYPES)
             raise InputError(f"tensor {disk} is {str(entry.dtype).removeprefix('torch.')}, expected {allowed}")
+    if missing:
+        raise InputError(
+            f"tensor {first_names(missing)} is missing from {folder}", hint="copy or download the model again"
+        )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first ten of a list, and how many more there are."""
+    listed = ", ".join(names[:_LISTED])
+    return listed + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -5,19 +5,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantcli.models.layout import Layout
-from quantcli.models.walk import block_marks
+from quantcli.models.walk import StandIn
 
 __all__ = ["tail_logits"]
 
 
-class _Given(nn.Module):
-    """Stands in for a block: its output is given."""
+class _Given(StandIn):
+    """Its output is given."""
 
     def __init__(self, original: nn.Module, output: Tensor | tuple[Any, ...]):
-        super().__init__()
+        super().__init__(original)
         self._output = output
-        for name, value in block_marks(original).items():
-            setattr(self, name, value)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self._output

@@ -8,55 +8,64 @@ paused forward holds but no longer reads is emptied (`paused`). Where the rest d
 each stage and run again (`keep=False`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.models.block import BlockCall, stage_hooks
 from quantcli.models.gathering import MOMENTS, Gathering, StageMoments
 from quantcli.models.layout import Layout
 from quantcli.models.paused import END, Pass, Pause, Shelf, token_count
 
-__all__ = ["block_marks", "embed_tokens", "run_block"]
+__all__ = ["StandIn", "embed_tokens", "run_block", "shares_state"]
 
-_MARKS = ("attention_type", "layer_type", "is_sliding", "layer_idx", "is_linear_attn")
+_OUTPUTS = (0, 2, 3)  # a block gives its hidden state alone, or a tuple of so many that begins with it
+_MISFITS = (ValueError, TypeError, AttributeError, IndexError)
 
 
-def block_marks(block: nn.Module) -> dict[str, Any]:
-    """Attributes of a block by which models choose its mask: whatever stands in for it needs them too."""
-    return {name: getattr(block, name) for name in _MARKS if hasattr(block, name)}
+class StandIn(nn.Module):
+    """Stands in for a block; whatever a model asks of it but its output, the block answers."""
+
+    def __init__(self, original: nn.Module):
+        """Stands in for `original`, which does not become a part of it."""
+        super().__init__()
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"], name)
 
 
 class _EnoughError(Exception):
     """The blocks' inputs are known; the rest of the model need not run."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with, passes the hidden state on."""
+class _Recorder(StandIn):
+    """Notes what a block is called with, passes the hidden state on."""
 
-    def __init__(self, original: nn.Module, calls: list[tuple[Tensor, BlockCall]], last: bool):
-        super().__init__()
-        self._calls, self._last = calls, last
-        for name, value in block_marks(original).items():
-            setattr(self, name, value)
+    def __init__(self, original: nn.Module, calls: list[tuple[Tensor, BlockCall]], last: bool, outputs: int):
+        super().__init__(original)
+        self._calls, self._last, self._outputs = calls, last, outputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._calls.append((hidden_states, BlockCall(args, kwargs)))
         if self._last:
             raise _EnoughError
-        return hidden_states
+        return (hidden_states, *[None] * (self._outputs - 1)) if self._outputs else hidden_states
 
 
 def embed_tokens(
     model: Any, layout: Layout, tokens: Tensor, batch_size: int
-) -> tuple[list[Tensor], dict[int, list[BlockCall]]]:
-    """What the first block is given for each micro-batch of tokens [rows, T].
+) -> tuple[list[Tensor], list[list[BlockCall]]]:
+    """What the blocks are given for each micro-batch of tokens [rows, T].
 
     Args:
         model: Skeleton whose tensors outside the blocks are in place.
@@ -65,41 +74,72 @@ def embed_tokens(
         batch_size: Rows per micro-batch.
 
     Returns:
-        Hidden states [b, T, D] per micro-batch, and by batch size the further arguments of every block.
+        Per micro-batch, hidden states [b, T, D] in front of the first block, and the further arguments of every block;
+        tensors that do not depend on the text are the same for all.
+
+    Raises:
+        InputError: the model's blocks are not called one after another.
     """
     path = layout.blocks[0].rpartition(".")[0]
     originals = model.get_submodule(path)
     hidden: list[Tensor] = []
-    calls: dict[int, list[BlockCall]] = {}
+    calls: list[list[BlockCall]] = []
+    outputs = _OUTPUTS[0]
     try:
         for batch in torch.split(tokens, batch_size):
-            seen: list[tuple[Tensor, BlockCall]] = []
-            last = len(originals) - 1
-            recorders = nn.ModuleList(_Recorder(b, seen, i == last) for i, b in enumerate(originals))
-            model.set_submodule(path, recorders)
-            with suppress(_EnoughError):
-                getattr(model, model.base_model_prefix, model)(input_ids=batch, use_cache=False)
+            seen, outputs = _record(model, path, originals, batch, outputs)
             if len(seen) != len(originals):
                 raise InputError(f"{type(model).__name__} does not call its blocks one after another")
             hidden.append(seen[0][0].clone())
-            found = [call for _, call in seen]
-            _refuse_other_arguments(calls.setdefault(len(batch), found), found, model)
+            calls.append(
+                [_shared(call, one) for (_, call), one in zip(seen, calls[0], strict=True)]
+                if calls
+                else [call for _, call in seen]
+            )
     finally:
         model.set_submodule(path, originals)
     return hidden, calls
 
 
-def _refuse_other_arguments(first: list[BlockCall], found: list[BlockCall], model: Any) -> None:
-    """Blocks are run with the arguments of the first micro-batch; those that depend on the text cannot be."""
-    compared: set[tuple[int, int]] = set()
-    for one, other in zip(first, found, strict=True):
-        if any(isinstance(value, dict) for value in (*one.args, *one.kwargs.values())):
-            raise InputError(f"blocks of {type(model).__name__} write to what they are called with")
-        for a, b in zip(tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs)), strict=True):
-            if isinstance(a, Tensor) and a is not b and (id(a), id(b)) not in compared:
-                compared.add((id(a), id(b)))
-                if not torch.equal(a, b):
-                    raise InputError(f"blocks of {type(model).__name__} are called with what depends on the text")
+def _record(
+    model: Any, path: str, originals: Any, batch: Tensor, outputs: int
+) -> tuple[list[tuple[Tensor, BlockCall]], int]:
+    """Each block's hidden state and further arguments, and how many values the model takes from a block."""
+    last, failures = len(originals) - 1, []
+    for tried in _OUTPUTS[_OUTPUTS.index(outputs) :]:
+        seen: list[tuple[Tensor, BlockCall]] = []
+        recorders = nn.ModuleList(_Recorder(b, seen, i == last, tried) for i, b in enumerate(originals))
+        model.set_submodule(path, recorders)
+        try:
+            with suppress(_EnoughError):
+                getattr(model, model.base_model_prefix, model)(input_ids=batch, use_cache=False)
+        except _MISFITS as error:
+            failures.append(error)
+            continue
+        return seen, tried
+    raise InputError(
+        f"{type(model).__name__} cannot be followed block by block: {first_line(failures[0])}"
+    ) from failures[0]
+
+
+def _shared(call: BlockCall, first: BlockCall) -> BlockCall:
+    """The call with tensors that equal those of the first micro-batch replaced by these."""
+    found, spec = tree_flatten((call.args, call.kwargs))
+    before, same_spec = tree_flatten((first.args, first.kwargs))
+    if spec != same_spec:
+        return call
+    args, kwargs = tree_unflatten([b if _equal(a, b) else a for a, b in zip(found, before, strict=True)], spec)
+    kept = {name: call.kwargs[name] if isinstance(call.kwargs[name], dict) else value for name, value in kwargs.items()}
+    return BlockCall(tuple(a if isinstance(a, dict) else b for a, b in zip(call.args, args, strict=True)), kept)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+
+
+def shares_state(calls: list[list[BlockCall]]) -> bool:
+    """Whether blocks write to what they are called with, for later blocks to read (shared keys and values)."""
+    return any(isinstance(v, dict) for call in calls[0] for v in (*call.args, *call.kwargs.values()))
 
 
 def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> AbstractContextManager[None]:
@@ -118,7 +158,7 @@ def _stops(block: nn.Module, stages: list[list[str]], solved: set[int]) -> Abstr
 def run_block(
     block: nn.Module,
     inputs: list[Tensor],
-    calls: dict[int, BlockCall],
+    calls: Sequence[BlockCall],
     stages: list[list[str]],
     solve: Callable[[list[str], StageMoments | None], None],
     *,
@@ -137,7 +177,7 @@ def run_block(
     Args:
         block: The block with float weights; `solve` replaces them stage by stage.
         inputs: Hidden states [b, T, D] of the quantized stream, per micro-batch.
-        calls: Further arguments by batch size.
+        calls: Further arguments per micro-batch.
         stages: From `block_stages`.
         solve: Called with a stage's linears and moments; None where no token reached it.
         gathering: What of the inputs `solve` is to know.
@@ -164,9 +204,9 @@ def run_block(
         """Moves a micro-batch to its next unsolved stage and adds what it brings, or to the end."""
         current = passes[index]
         if current is None:
-            current = passes[index] = Pass(block, inputs[index], calls[len(inputs[index])], shelf)
+            current = passes[index] = Pass(block, inputs[index], calls[index], shelf)
             if reference is not None and reference_inputs is not None:
-                shadows[index] = Pass(reference, reference_inputs[index], calls[len(inputs[index])], shelf)
+                shadows[index] = Pass(reference, reference_inputs[index], calls[index], shelf)
         current.advance(handled)
         tensor = current.tensor
         shadow = shadows[index]

@@ -53,15 +53,15 @@ class CalibratedBlocks:
         block = load_block(plan, number)
         reference = deepcopy(block) if plan.options.correct_earlier else None
         linears = [t.name.removeprefix(path + ".") for t in plan.walked_linears(number)]
-        calls = {size: found[number] for size, found in streams.calls.items()}
+        calls = [found[number] for found in streams.calls]
         first = streams.hidden[0]
-        stages = block_stages(block, linears, first, calls[len(first)])
+        stages = block_stages(block, linears, first, calls[0])
         kind = (type(block), *map(tuple, stages))
         if kind not in self._pauses:
-            self._pauses[kind] = study_pauses(block, stages, first, calls[len(first)])
+            self._pauses[kind] = study_pauses(block, stages, first, calls[0])
             if plan.scaling is not None:
                 head_dim = head_size(plan.skeleton)
-                self._folds[kind] = find_folds(block, stages, first, calls[len(first)], head_dim)
+                self._folds[kind] = find_folds(block, stages, first, calls[0], head_dim)
         folds = self._folds.get(kind, {})
         results: dict[str, QuantizedTensor] = {}
 

@@ -53,8 +53,16 @@ class ShardWriter:
         for target in quantized.values():
             for part, tensor in self._packed(target, results[target.name]).items():
                 tensors[f"{target.stem}.{part}"] = tensor
-        for disk in self._names[number]:
-            if disk in quantized:
+        names = [disk for disk in self._names[number] if disk not in quantized]
+        origins = plan.checkpoint.origins
+        touched = {origins[disk] for disk in (*quantized, *edited) if disk in origins}
+        whole = {origins[disk] for disk in names if disk in origins} - touched
+        for original in dict.fromkeys(name for origin in whole for name in origin):
+            tensor = plan.checkpoint.read_original(original)
+            require_finite(tensor, original)
+            tensors[original] = tensor.to(keep) if tensor.is_floating_point() and keep is not None else tensor
+        for disk in names:
+            if origins.get(disk) in whole:
                 continue
             if disk in edited:
                 changed.add(disk)

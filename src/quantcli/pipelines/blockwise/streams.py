@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quantcli.errors import InputError
 from quantcli.models.block import BlockCall
 from quantcli.models.gathering import StageMoments
-from quantcli.models.walk import embed_tokens
+from quantcli.models.walk import embed_tokens, shares_state
 from quantcli.models.writer import write_tensors
 from quantcli.pipelines.blockwise.loading import outside_loaded
 from quantcli.pipelines.planning.plan import Plan
@@ -28,8 +29,8 @@ class Streams:
     """Behind the quantized blocks."""
     float_hidden: list[Tensor] | None = None
     """Behind the float ones."""
-    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    """By batch size, the further arguments of every block."""
+    calls: list[list[BlockCall]] = field(default_factory=list)
+    """Per micro-batch, the further arguments of every block."""
     held_out: set[int] = field(default_factory=set)
     """Micro-batches that only judge."""
     norm: nn.Module | None = None
@@ -52,7 +53,7 @@ class Streams:
 
     def finish_blocks(self, *, keep_hidden: bool) -> None:
         """Lets go of what only blocks need, and of the hidden states where the head does not need them."""
-        self.calls = {}
+        self.calls = []
         if not keep_hidden:
             self.hidden, self.float_hidden = [], None
 
@@ -83,6 +84,12 @@ def begin_streams(plan: Plan, saved: dict[str, Tensor], state: Path, done: int) 
         name = plan.layout.final_norm
         norm = deepcopy(plan.skeleton.get_submodule(name)) if name else None
         hidden, calls = embed_tokens(plan.skeleton, plan.layout, tokens.to(plan.device), batch)
+    if shares_state(calls) and (done or plan.options.correct_earlier):
+        what = "taken up again after an interruption" if done else "run beside its float self"
+        raise InputError(
+            f"{type(plan.skeleton).__name__} cannot be {what}: its blocks read what earlier ones have kept",
+            hint=f"remove {state.parent} and start anew" if done else "leave --correct-earlier out",
+        )
     float_hidden = None
     if done:
         kept = load_file(_saved(state, done))

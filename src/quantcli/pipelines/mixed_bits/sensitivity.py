@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantcli.errors import InputError
 from quantcli.evaluate.divergence import Scores, score_window
 from quantcli.models.block import BlockCall, block_stages, forward, stage_hooks
 from quantcli.models.layout import is_transposed
 from quantcli.models.tail import tail_logits
-from quantcli.models.walk import embed_tokens
+from quantcli.models.walk import embed_tokens, shares_state
 from quantcli.pipelines.blockwise.loading import load_block, outside_loaded
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.target import Target
@@ -80,6 +81,11 @@ def measure(plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, p
     layout, rows = plan.layout, tokens.to(plan.device)
     with outside_loaded(plan):
         (hidden,), calls = embed_tokens(plan.skeleton, layout, rows, len(rows))
+    if shares_state(calls):
+        raise InputError(
+            f"bits of {type(plan.skeleton).__name__} cannot be mixed: its blocks read what earlier ones have kept",
+            hint="leave --target-bits and --target-size out",
+        )
     streams: list[Tensor] = []
     groups: list[list[_Group]] = []
     tuples = False
@@ -87,7 +93,7 @@ def measure(plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, p
     tail = math.prod(plan.skeleton.get_submodule(layout.embedding).weight.shape) / max(_largest_block(plan), 1)
     with progress.track("measuring sensitivity", count * (count - 1) / 2 + (_TRIALS + tail) * count) as task:
         for number, path in enumerate(layout.blocks):
-            block, call = load_block(plan, number), calls[len(rows)][number]
+            block, call = load_block(plan, number), calls[0][number]
             streams = [forward(block, stream, call) for stream in streams]
             if number == count - 1:
                 tuples = isinstance(block(hidden, *call.args, **call.kwargs), tuple)

@@ -9,10 +9,11 @@ import torch
 from quantcli.algorithms import Step
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.conversion import as_in_model
 from quantcli.models.layout import Layout, find_layout, head_size
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
-from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, load_config
+from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, first_names, load_config
 from quantcli.models.source import locate_model
 from quantcli.pipelines.planning.plan import is_trained
 from quantcli.tensors.hadamard import Rotation
@@ -63,6 +64,13 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
     if rotation is not None:
         config.tie_word_embeddings = False
     skeleton = build_skeleton(folder, config, trust_remote_code)
+    checkpoint = as_in_model(checkpoint, skeleton)
+    if checkpoint.unknown:
+        listed = first_names(checkpoint.unknown)
+        raise InputError(
+            f"{folder} holds tensors that {type(skeleton).__name__} has no place for: {listed}",
+            hint="take them out, or name the class that they are for in config.json",
+        )
     layout = find_layout(skeleton)
     online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
