@@ -8,7 +8,7 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-finetune test quick large check format bench docs clean
+.PHONY: help demo demo-finetune test quick large check format bench docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,8 +46,12 @@ docs: $(INSTALLED) ## write docs/cli.md from the commands' help, docs/configurat
 	$(BIN)/python scripts/make_cli_docs.py
 	$(BIN)/python scripts/make_configuration_docs.py
 
+dist: $(INSTALLED) ## build wheel and source archive into dist/, and check them
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 clean: ## remove the environment, the demo's outputs and caches
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON=... names one")'
