@@ -24,7 +24,9 @@ from typer.main import get_command
 from quantcli import __version__
 from quantcli.cli import (
     algorithms,
+    backends,
     capture_onnx_graph,
+    compare,
     convert_adapter,
     evaluate,
     finetune,
@@ -56,6 +58,8 @@ COMMANDS: dict[str, Command] = {
         evaluate,
         inspect,
         algorithms,
+        backends,
+        compare,
     )
 }
 _EXAMPLES = (

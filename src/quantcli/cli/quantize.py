@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.evaluate import SIMULATION_STYLES
-from quantcli.cli.flags import parse_settings, parse_size
+from quantcli.cli.flags import parse_duration, parse_settings, parse_size
 from quantcli.errors import UsageError
 from quantcli.options import (
     DTYPES,
@@ -146,6 +146,8 @@ COMMAND = Command(
         "algorithm": FlagStyle(("-a", "--algorithm")),
         "config": FlagStyle(("-c", "--config"), metavar="FILE", read=_config),
         "preset": FlagStyle(choices=PRESETS, metavar="|".join(PRESETS)),
+        "backend": FlagStyle(metavar="NAME"),
+        "timeout": FlagStyle(metavar="TIME", read=parse_duration),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
         "symmetric": FlagStyle(("--sym/--asym",)),
         "target_size": FlagStyle(metavar="SIZE", read=parse_size),
@@ -215,5 +217,6 @@ COMMAND = Command(
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
         "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
         "quantcli quantize -m cnn.onnx -o Q -a static --preprocess qnn --calibration-inputs samples.npz",
+        "quantcli quantize -m SmolLM2-135M -o Q --backend gptqmodel -a gptq --data notes.txt",
     ),
 )

@@ -4,6 +4,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 """
 
 from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, GenerateAdapterOptions
+from quantcli.options.backends import BACKEND_ACTIONS, BACKEND_INSTALLERS, BackendsOptions, CompareOptions
 from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
 from quantcli.options.capture import CaptureOptions
 from quantcli.options.configuration import ConfigurationFile
@@ -18,6 +19,8 @@ from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 
 __all__ = [
     "ADAPTER_FORMATS",
+    "BACKEND_ACTIONS",
+    "BACKEND_INSTALLERS",
     "BUILTIN",
     "DTYPES",
     "FLOAT_BITS",
@@ -31,8 +34,10 @@ __all__ = [
     "PRESETS",
     "READER_NAMES",
     "SELF",
+    "BackendsOptions",
     "CalibrationOptions",
     "CaptureOptions",
+    "CompareOptions",
     "ConfigurationFile",
     "ConvertAdapterOptions",
     "EvaluateOptions",

@@ -36,6 +36,11 @@ class QuantizeOptions:
     algorithm: str | None = None
     """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
     what the preset says, gptq for balanced."""
+    backend: str | None = None
+    """External package that does the work instead of our own code, as `quantcli backends` lists them; -a is then one of
+    its methods. The result is verified, scored and kept as ours is."""
+    timeout: float | None = None
+    """Time that --backend may take, as 90s, 30m or 2h."""
     preset: str | None = None
     """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
     that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
@@ -99,6 +104,10 @@ class QuantizeOptions:
     """Print the plan with estimated size, memory and time, and do nothing."""
 
     def __post_init__(self) -> None:
+        if self.timeout is not None and self.backend is None:
+            raise UsageError(
+                "--timeout is for --backend", hint="leave it out: Ctrl-C stops a run, which can go on later"
+            )
         if self.preset is not None and self.preset not in PRESETS:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         for name in self.readers:

@@ -9,21 +9,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, QualityError, UsageError
 from quantcli.graphs.checking.side_by_side import FloatRun, GraphRunError, SideBySide, Turn
-from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.files import Model, open_graph
 from quantcli.graphs.model.finite import name_not_finite
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import sample_inputs
 from quantcli.graphs.model.session import open_session
-from quantcli.pipelines.graph.plan import GraphPlan
-from quantcli.pipelines.graph.source import axis_lengths
+from quantcli.pipelines.graph.source import GraphSource, axis_lengths
 from quantcli.progress import Progress
 
-__all__ = ["Beside", "Held", "hold_outputs"]
+__all__ = ["Beside", "FloatGraph", "Held", "hold_outputs"]
 
 _SAMPLES = 8
 _ATTEMPTS = 12
@@ -43,12 +42,26 @@ class Held(Generic[Made]):
     """Nodes that went back to float, with the reason."""
 
 
+class FloatGraph(Protocol):
+    """Where the float graph lies; a plan is one."""
+
+    @property
+    def source(self) -> GraphSource:
+        """The file and what belongs to it."""
+        ...
+
+    @property
+    def model(self) -> Model:
+        """The graph in it, opened."""
+        ...
+
+
 class Beside:
     """The float graph and samples for it."""
 
     def __init__(
         self,
-        plan: GraphPlan,
+        plan: FloatGraph,
         samples: Samples | None,
         progress: Progress,
         turn: Turn | None = None,
@@ -85,7 +98,7 @@ class Beside:
         """A sample as the written graph takes it."""
         return feed if self._turn is None else self._turn(feed)
 
-    def run(self, written: Path) -> SideBySide | None:
+    def run(self, written: Path, *, optimized: bool = True) -> SideBySide | None:
         """How far off the outputs of a written graph are; None without samples.
 
         Raises:
@@ -98,9 +111,9 @@ class Beside:
                 self._feeds = []
                 self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
         if self._float is None:
-            open_session(written, what="the quantized graph", error=GraphRunError)
+            open_session(written, optimized=optimized, what="the quantized graph", error=GraphRunError)
             return None
-        found = self._float.beside(written)
+        found = self._float.beside(written, optimized=optimized)
         lost = [o.name for o in found.outputs if o.float_nan]
         if lost and not self._told:
             self._told = True
