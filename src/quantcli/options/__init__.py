@@ -11,14 +11,17 @@ from quantcli.options.evaluate import EvaluateOptions, GraphEvaluationOptions
 from quantcli.options.examples import ExampleOptions
 from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
 from quantcli.options.generate import GenerateOptions
+from quantcli.options.goals import COSTS, METRICS, Goal, Metric
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
 from quantcli.options.quantize import FORMATS, GRAPH_READERS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
 from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
+from quantcli.options.tune import SAMPLERS, SETS, TuneOptions
 
 __all__ = [
     "ADAPTER_FORMATS",
     "BUILTIN",
+    "COSTS",
     "DTYPES",
     "FLOAT_BITS",
     "FORMATS",
@@ -27,10 +30,13 @@ __all__ = [
     "GRAPH_READERS",
     "INITS",
     "METHODS",
+    "METRICS",
     "MIXED_BITS",
     "PRESETS",
     "READER_NAMES",
+    "SAMPLERS",
     "SELF",
+    "SETS",
     "CalibrationOptions",
     "CaptureOptions",
     "ConfigurationFile",
@@ -40,9 +46,12 @@ __all__ = [
     "FinetuneOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
+    "Goal",
     "GraphEvaluationOptions",
     "GraphOptions",
+    "Metric",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
+    "TuneOptions",
 ]
