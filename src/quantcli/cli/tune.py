@@ -78,9 +78,9 @@ def _duration(text: str) -> float:
 
 
 def _graph_styles() -> dict[str, FlagStyle]:
-    names = ("encoding", "op_types", "nodes_include", "nodes_exclude", "min_sqnr", "calibration_inputs", "image_spec")
-    names += ("user_script", "data_function", "calibration_cache")
-    return {name: QUANTIZE.styles[name] for name in names}
+    names = "encoding op_types nodes_include nodes_exclude min_sqnr calibration_inputs image_spec"
+    names += " user_script data_function calibration_cache"
+    return {name: QUANTIZE.styles[name] for name in names.split()}
 
 
 COMMAND = Command(

@@ -50,8 +50,8 @@ class TuneOptions:
     timeout: float | None = None
     """Time after which no further trial begins, as 90s, 30min or 1h."""
     sampler: str = "auto"
-    """How the next trial is chosen: grid (all, in order), tpe, or nsga2. Default: grid where --trials suffice for all of
-    the space; else tpe with a goal, nsga2 without one."""
+    """How the next trial is chosen: grid (all, in order), tpe, or nsga2. Default: grid where --trials suffice for all;
+    else tpe with a goal, nsga2 without one."""
     stop_at_first: bool | None = None
     """End with the first trial that meets the goals. Default: with --set woq."""
     prune: bool = True

@@ -5,6 +5,7 @@ kill. The model of the best trial so far lies in its state, the others' are remo
 """
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def run(options: TuneOptions, progress: Progress | None = None, space: Space | N
             progress.note(f"continuing after {len(loop.records)} finished trials")
         runner = _runner(options, progress)
         try:
-            ended = loop.run(runner)
+            with _heap(plan):
+                ended = loop.run(runner)
         finally:
             runner.close()
         best = loop.best()
@@ -88,6 +90,15 @@ def run(options: TuneOptions, progress: Progress | None = None, space: Space | N
         )
         _commit(plan, result, partial)
     return result
+
+
+def _heap(plan: TunePlan) -> AbstractContextManager[None]:
+    """Trials of checkpoints collect garbage often."""
+    if plan.kind != "checkpoint":
+        return nullcontext()
+    from quantcli.models.machine import settled_heap
+
+    return settled_heap()
 
 
 def _runner(options: TuneOptions, progress: Progress) -> Runner:

@@ -93,7 +93,7 @@ class KeptMoments:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         for name, moments in found.items():
-            parts = {}
+            parts: dict[str, Tensor] = {}
             for part in ("train", "held_out"):
                 own: Moments = getattr(moments, part)
                 parts |= {part: own.sums, f"{part}_tokens": torch.tensor(own.tokens)}

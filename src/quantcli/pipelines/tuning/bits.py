@@ -7,7 +7,6 @@ line over the bits, and the next target is where that line meets the goal.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from quantcli.errors import InputError
 from quantcli.options import Goal, QuantizeOptions
@@ -98,13 +97,11 @@ class BitSearch:
         if self.goal is None:
             return None
         bound = self.goal.bound(self.reference.get(self.goal.name))
-        points: list[tuple[float, Any]] = [
-            (r.point[BITS], r.figures.get(self.goal.name)) for r in known if r.state == "complete"
-        ]
-        points = sorted((bits, math.log(value)) for bits, value in points if value is not None and value > 0)
-        if len(points) < 2 or bound <= 0:
+        points = [(r.point[BITS], r.figures.get(self.goal.name)) for r in known if r.state == "complete"]
+        line = sorted((float(bits), math.log(value)) for bits, value in points if value is not None and value > 0)
+        if len(line) < 2 or bound <= 0:
             return None
-        (a, first), (b, second) = points[0], points[-1]
+        (a, first), (b, second) = line[0], line[-1]
         if second >= first:
             return None
         return a + (math.log(bound) - first) * (b - a) / (second - first)

@@ -52,11 +52,16 @@ class Judging:
 class PrunedError(Exception):
     """The trial cannot become the best."""
 
+    def __init__(self, reason: str, figures: Mapping[str, float] | None = None):
+        """`figures`: what is known of it."""
+        super().__init__(reason)
+        self.figures = dict(figures or {})
+
 
 class Judge(Protocol):
     """Judges folders beside the original."""
 
-    reference: Mapping[str, float]
+    reference: dict[str, float]
     """The original's own figures, as far as goals may speak of them."""
 
     def __call__(self, folder: Path, progress: Progress, stop: Stop) -> tuple[dict[str, float], int | None]:

@@ -70,7 +70,7 @@ class Loop:
                 board.add(self._cells(record))
             while True:
                 while not ended and runner.free:
-                    ended = self._enough(begun) or ("" if self._begin(runner) else "everything was tried")
+                    ended = self._enough(begun) or ("" if self._begin(runner) else self._exhausted)
                 if not self._running:
                     return ended
                 record = runner.next()
@@ -80,6 +80,10 @@ class Loop:
                 self._search.tell(asked.number, record)
                 self._clean()
                 board.add(self._cells(record))
+
+    @property
+    def _exhausted(self) -> str:
+        return "all were tried" if self._bits is None else "the next bits would come to the same size"
 
     def folder(self, point: Point) -> Path:
         """Where the model of a trial lies, or is made: the same for the same choices, so that a run goes on with it."""
@@ -125,7 +129,7 @@ class Loop:
     def _enough(self, begun: float) -> str:
         options = self._plan.options
         if len(self.records) + len(self._running) >= self._plan.trials:
-            return f"{self._plan.trials} trials"
+            return "all were tried" if self._plan.points == self._plan.trials else f"{self._plan.trials} trials"
         if options.timeout is not None and time.monotonic() - begun >= options.timeout:
             return f"--timeout {options.timeout:g} s"
         if self._plan.stop_at_first and any(r.meets for r in self.records):

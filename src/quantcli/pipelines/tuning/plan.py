@@ -94,7 +94,7 @@ class TunePlan:
     def rows(self) -> list[tuple[str, str]]:
         """For people."""
         options = self.options
-        count = "" if self.points is None else f", {self.points} combinations"
+        count = "" if self.points is None else f", {self.points} combination{'s' * (self.points > 1)}"
         skipped = f" ({self.space.skipped} others do not go together: {self.space.why})" if self.space.skipped else ""
         rows = [
             ("model", options.model),
@@ -199,11 +199,20 @@ def _space(options: TuneOptions, kind: str, language: bool, *, mixed: bool) -> S
 def _checker(kind: str) -> Any:
     """Refuses options that cannot be: by what they say, and, while that is quick, by what the model says to them."""
     begun = time.perf_counter()
+    known: dict[str, UsageError | None] = {}
 
     def check(options: QuantizeOptions) -> None:
-        resolve_steps(options, kind)
-        if time.perf_counter() - begun < _PLANNING_SECONDS:
-            quantize.run(replace(options, dry_run=True))
+        key = repr(options)
+        if key not in known:
+            try:
+                known[key] = None
+                resolve_steps(options, kind)
+                if time.perf_counter() - begun < _PLANNING_SECONDS:
+                    quantize.run(replace(options, dry_run=True))
+            except UsageError as error:
+                known[key] = error
+        if (refusal := known[key]) is not None:
+            raise refusal
 
     return check
 

@@ -5,6 +5,7 @@ text; KL on all of them. A trial is given up where an earlier one is no larger a
 KL is out of reach.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ class Pruner:
             return None
         mean, deviation = known.kl
         least = mean - _ERRORS * (deviation or 0.0)
-        for goal in self.goals:
+        for goal in self.goals if any(r.figures.get("kl", math.inf) <= least for r in self.finished) else ():
+            # one that is closer is there, which is kept where nothing meets the goal
             if least > goal.bound(0.0):
                 return f"KL {mean:.3g} on {known.windows} windows, the goal is {goal}"
         for other in self.finished:

@@ -103,8 +103,8 @@ class Search:
             if _key(point) not in done:
                 return self._begin(point)
         if self._grid is not None:
-            point = next((p for p in self._grid if _key(p) not in done), None)  # type: ignore[assignment]
-            return None if point is None else self._begin(point)
+            following = next((p for p in self._grid if _key(p) not in done), None)
+            return None if following is None else self._begin(following)
         earlier = by_point(records)
         for _ in range(_SAME):
             trial = self._study.ask()

@@ -158,17 +158,17 @@ def checked(space: Space, check: Callable[[QuantizeOptions], None]) -> Space:
             refused.append((point, error))
         else:
             seen |= {_key(*item) for item in point.items()}
-    for point, error in refused:
+    for point, refusal in refused:
         for item in point.items():
-            reasons.setdefault(_key(*item), error)
+            reasons.setdefault(_key(*item), refusal)
+    if refused and not seen:
+        raise UsageError(f"{space.origin}: {refused[0][1].message}", hint=refused[0][1].hint)
     for dimension in space.dimensions:
         for value in dimension.ends():
             key = _key(dimension.name, value)
             if key not in seen and key in reasons:
-                said = f"{dimension.name} {_shown(value)}: " if len(space.dimensions) > 1 or dimension.values else ""
-                raise UsageError(f"{space.origin}: {said}{reasons[key].message}", hint=reasons[key].hint)
-    if refused and not seen:
-        raise UsageError(f"{space.origin}: {refused[0][1].message}", hint=refused[0][1].hint)
+                said = f"{dimension.name} {_shown(value)}: {reasons[key].message}"
+                raise UsageError(f"{space.origin}: {said}", hint=reasons[key].hint)
     why = refused[0][1].message if refused else ""
     return Space(space.dimensions, make, space.label, space.origin, len(refused), why)
 

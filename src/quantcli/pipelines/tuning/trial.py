@@ -55,7 +55,7 @@ def run_trial(job: Job, progress: Progress | None = None) -> Record:
     try:
         record = _judged(job, record, said)
     except PrunedError as error:
-        record = replace(record, state="pruned", reason=str(error))
+        record = replace(record, state="pruned", reason=str(error), figures=error.figures)
     except InterruptedRunError:
         raise
     except QuantcliError as error:
@@ -77,12 +77,15 @@ def _judged(job: Job, record: Record, said: "_Said") -> Record:
     known = Partial(figures["size"], figures.get("error"), calibrated)
     pruner = job.pruner
     if pruner is not None and (reason := pruner.by_error(known)) is not None:
-        raise PrunedError(reason)
+        raise PrunedError(reason, figures)
 
     def stop(partial: Partial) -> str | None:
         return None if pruner is None else pruner.by_text(partial, figures["size"])
 
-    found, windows = judge(options.output, said, stop)
+    try:
+        found, windows = judge(options.output, said, stop)
+    except PrunedError as error:
+        raise PrunedError(str(error), figures) from error
     figures |= found
     missed = missed_goals(job.goals, figures, judge.reference)
     return replace(record, state="complete", figures=figures, missed=missed, windows=windows)
