@@ -34,6 +34,7 @@ from quantcli.cli import (
     generate_adapter,
     inspect,
     quantize,
+    tune,
 )
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
         quantize,
+        tune,
         finetune,
         capture_onnx_graph,
         generate_adapter,

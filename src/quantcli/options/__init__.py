@@ -12,16 +12,19 @@ from quantcli.options.evaluate import EvaluateOptions, GraphEvaluationOptions
 from quantcli.options.examples import ExampleOptions
 from quantcli.options.finetune import DTYPES, INITS, METHODS, FinetuneOptions
 from quantcli.options.generate import GenerateOptions
+from quantcli.options.goals import COSTS, METRICS, Goal, Metric
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
 from quantcli.options.quantize import FORMATS, GRAPH_READERS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
 from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
+from quantcli.options.tune import SAMPLERS, SETS, TuneOptions
 
 __all__ = [
     "ADAPTER_FORMATS",
     "BACKEND_ACTIONS",
     "BACKEND_INSTALLERS",
     "BUILTIN",
+    "COSTS",
     "DTYPES",
     "FLOAT_BITS",
     "FORMATS",
@@ -30,10 +33,13 @@ __all__ = [
     "GRAPH_READERS",
     "INITS",
     "METHODS",
+    "METRICS",
     "MIXED_BITS",
     "PRESETS",
     "READER_NAMES",
+    "SAMPLERS",
     "SELF",
+    "SETS",
     "BackendsOptions",
     "CalibrationOptions",
     "CaptureOptions",
@@ -45,9 +51,12 @@ __all__ = [
     "FinetuneOptions",
     "GenerateAdapterOptions",
     "GenerateOptions",
+    "Goal",
     "GraphEvaluationOptions",
     "GraphOptions",
+    "Metric",
     "Override",
     "QuantizeOptions",
     "SimulationOptions",
+    "TuneOptions",
 ]

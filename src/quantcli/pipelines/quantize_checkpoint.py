@@ -71,8 +71,13 @@ class QuantizeResult:
         }
 
 
-def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeResult | Plan:
+def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path | None = None) -> QuantizeResult | Plan:
     """Quantizes a checkpoint; with `dry_run`, only the plan.
+
+    Args:
+        options: What was asked for.
+        progress: Told what happens.
+        kept: Where that stays what other runs on the same model and data need too: sensitivities and text.
 
     Raises:
         QuantcliError: see `errors`; nothing half-written stays behind.
@@ -106,7 +111,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             plan, training = learn_rotations(plan, partial.state, journal, progress)
             heap.settle()
         if plan.budget is not None:
-            plan = mix_bits(plan, partial.state, progress)
+            plan = mix_bits(plan, partial.state, progress, kept)
             heap.settle()
         work = _Run(plan, partial, journal, heap, progress)
         work.blocks()
