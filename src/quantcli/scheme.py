@@ -1,5 +1,6 @@
 """The grid of a quantized tensor: how many bits, how many columns share a scale, symmetric or not; or a codebook."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ from quantcli.errors import UsageError
 __all__ = ["CODEBOOKS", "PER_CHANNEL", "Scheme"]
 
 PER_CHANNEL = -1
-CODEBOOKS = ("nf4", "fp4")
+CODEBOOKS: Mapping[str, int] = {"nf4": 4, "fp4": 4, "int8": 8}
+"""Bits of each; int8 is LLM.int8()'s, whose scale is a row's largest weight."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Scheme:
     lowest_zero: int = 0
     """Smallest zero point that the target format can hold (GPTQ v1: 1)."""
     codebook: str | None = None
-    """nf4 or fp4 where the dequantized weight is codebook[code] * scale, without zero points; None on uniform grids."""
+    """nf4, fp4 or int8 where the dequantized weight is codebook[code] * scale, without zero points; None on uniform
+    grids."""
     double_quant: bool = False
     """Of a codebook: whether the scales are stored as 8-bit codes themselves."""
 
@@ -40,10 +43,12 @@ class Scheme:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if not 0 <= self.lowest_zero < self.levels:
             raise UsageError(f"lowest zero must be below {self.levels}, got {self.lowest_zero}")
-        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4):
+        if self.codebook is not None and CODEBOOKS.get(self.codebook) != self.bits:
             raise UsageError(
-                f"codebooks are {' and '.join(CODEBOOKS)} of 4 bits, got {self.codebook}, {self.bits} bits"
+                f"codebooks are nf4 and fp4 of 4 bits and int8 of 8, got {self.codebook}, {self.bits} bits"
             )
+        if self.codebook == "int8" and self.group_size != PER_CHANNEL:
+            raise UsageError(f"int8 has one scale per row, got groups of {self.group_size}", hint="leave it out")
 
     @property
     def levels(self) -> int:

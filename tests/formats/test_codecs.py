@@ -13,6 +13,7 @@ from quantcli.options import FORMATS
 from quantcli.scheme import Scheme
 from quantcli.tensors.codebook import codebook
 from quantcli.tensors.quantized import QuantizedTensor, group_index
+from quantcli.tensors.vectorwise import SCHEME
 
 PACKED = [c for c in CODECS.values() if c.unpack is not None]
 BITS = range(1, 9)
@@ -23,6 +24,8 @@ GROUPS = [16, 24, 32, -1]
 
 def scheme_for(codec, bits, group, symmetric):
     """The scheme in the codec's own kind of levels, where it has one of that width."""
+    if codec.name == "bnb-int8":
+        return SCHEME
     return Scheme(bits, group, symmetric, codec.lowest_zero, "nf4" if codec.codebooks and bits == 4 else None)
 
 
@@ -108,7 +111,8 @@ def damages(tensor):
     """A stored tensor as a broken file might have it."""
     yield "missing", None
     yield "one axis more", tensor[None]
-    yield "empty", tensor[:0]
+    if tensor.ndim:
+        yield "empty", tensor[:0]
     for axis in range(tensor.ndim):
         yield f"axis {axis} cut", tensor.narrow(axis, 0, tensor.shape[axis] - 1)
         yield f"axis {axis} longer", torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
@@ -119,7 +123,7 @@ def damages(tensor):
     else:
         yield "floats", tensor.float()
         yield "another width", tensor.to(torch.int64 if tensor.dtype != torch.int64 else torch.int16)
-        if tensor.ndim == 1:
+        if tensor.ndim < 2:
             yield "far", torch.full_like(tensor, 100)
             yield "negative", torch.full_like(tensor, -2)
 
@@ -179,6 +183,12 @@ def test_float_is_the_dequantized_weight():
         ("compressed-tensors", Held(9, 64, Scheme(4, 32, codebook="nf4"), False, True), "not a codebook"),
         ("gptq", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), "not a codebook"),
         ("float", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), None),
+        ("gptq", Held(9, 64, SCHEME, True, True), "not a codebook"),
+        ("bnb", Held(9, 64, SCHEME, True, True), "nf4 and fp4"),
+        ("bnb-int8", Held(9, 64, SCHEME, True, True, transposed=True), None),
+        ("bnb-int8", Held(9, 64, SCHEME, True, True, expert=True), "--exclude"),
+        ("bnb-int8", Held(9, 64, Scheme(8, -1, True), True, True), "-a llm-int8 makes them"),
+        ("bnb-int8", Held(9, 64, Scheme(4, 32, codebook="nf4"), True, True), "-a llm-int8 makes them"),
     ],
 )
 def test_what_a_format_cannot_hold(codec, held, why):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "run", "show"]
 
+_NAMED_CHANNELS = 6
+
 
 def run(options: QuantizeOptions, console: "Console") -> Any:
     """Quantizes a checkpoint or a graph; its plan with --dry-run."""
@@ -69,6 +71,8 @@ def show(result: Any, console: "Console") -> None:
         console.text(str(result.outputs))
     if getattr(result, "scales", None):
         _show_scales(result.scales, console)
+    if getattr(result, "outliers", None):
+        _show_outliers(result.outliers, console)
     if result.evaluation is not None:
         from quantcli.cli.evaluate import show as show_evaluation
 
@@ -106,6 +110,30 @@ def _show_scales(scales: list[Any], console: "Console") -> None:
     if errors:
         text += f"; error of rounded products {sum(errors) / len(errors):.2f}x on average"
     console.text(text)
+
+
+def _show_outliers(outliers: list[Any], console: "Console") -> None:
+    """Which channels hold outliers, input by input."""
+    rows = []
+    for found in outliers:
+        named = ", ".join(map(str, found.channels[:_NAMED_CHANNELS]))
+        rows.append(
+            (
+                found.linears[0] + (f" and {len(found.linears) - 1} more" if len(found.linears) > 1 else ""),
+                named + (", ..." if found.outlier_columns > _NAMED_CHANNELS else ""),
+                f"{found.outlier_columns} of {found.columns}",
+                f"{found.touched:.1%}",
+                f"{found.largest:.3g}",
+            )
+        )
+    console.table(("input of", "outlier channels", "count", "tokens", "largest"), rows, left=2)
+    apart = sum(found.outlier_columns for found in outliers) / sum(found.columns for found in outliers)
+    text = (
+        f"outlier features (magnitude {outliers[0].threshold:g} or more): {apart:.2%} of all channels, in "
+        f"{sum(found.outlier_columns > 0 for found in outliers)} of {len(outliers)} inputs"
+    )
+    scaled = sum(found.scaled for found in outliers)
+    console.text(text + (f"; counted before {scaled} inputs were scaled" if scaled else ""))
 
 
 def _decibels(value: float | None) -> str:

@@ -57,6 +57,8 @@ class Described:
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
     blocks: Sequence[str] = ()
     """Module names of the blocks."""
+    outlier_threshold: float | None = None
+    """Magnitude from which on activations stay out of the int8 product, if some do."""
     dtype: torch.dtype = torch.float32
     """What the linears would have been stored in as float tensors."""
 

@@ -66,6 +66,7 @@ class Reader:
 
 _RENAMES = "it renames the model's linears"
 _LINEARS_ONLY = Takes(embedding=True)
+_BNB = Takes(experts=False)
 
 # optimum builds each linear by the scheme of the whole model; a head and experts are left as they were initialized
 _TRANSFORMERS_GPTQ = Takes(
@@ -110,7 +111,8 @@ READERS: Mapping[str, Reader] = {
                 "awq": _TRANSFORMERS_AWQ,
                 # expects zero points that are not packed, where compressed-tensors 0.20 packs them
                 "compressed-tensors": Takes(symmetric_only=True),
-                "bnb": Takes(experts=False),
+                "bnb": _BNB,
+                "bnb-int8": _BNB,
                 "float": Takes(),
             },
         ),
@@ -130,7 +132,7 @@ READERS: Mapping[str, Reader] = {
         Reader(
             "peft",
             "0.21.2, on what transformers opens",
-            {"gptq": _TRANSFORMERS_GPTQ, "bnb": Takes(experts=False), "float": Takes()},
+            {"gptq": _TRANSFORMERS_GPTQ, "bnb": _BNB, "bnb-int8": _BNB, "float": Takes()},
         ),
         Reader(
             "genai",
@@ -149,7 +151,7 @@ READERS: Mapping[str, Reader] = {
         Reader(
             "quantcli",
             "this one",
-            dict.fromkeys(("gptq", "awq", "compressed-tensors", "bnb", "float"), _LINEARS_ONLY),
+            dict.fromkeys(("gptq", "awq", "compressed-tensors", "bnb", "bnb-int8", "float"), _LINEARS_ONLY),
             graphs=True,
         ),
     )

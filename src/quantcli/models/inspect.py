@@ -9,7 +9,7 @@ from quantcli.errors import InputError
 from quantcli.formats.opening import Contents, StoredLinear
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.marks import find_mark
-from quantcli.models.readers import READERS, Reader, packed_names, readable
+from quantcli.models.readers import Reader, find_reader, packed_names
 from quantcli.tensors.inventory import WeightRecord
 
 __all__ = ["checkpoint_contents", "checkpoint_records"]
@@ -26,7 +26,7 @@ _SCALES = re.compile(
 def checkpoint_records(checkpoint: Checkpoint) -> list[WeightRecord]:
     """One record per weight; of formats that we do not read, the codes with the scales beside them."""
     shared = str((checkpoint.config.get("quantcli") or {}).get("untied_head"))
-    reader = _reader(checkpoint)
+    reader = find_reader(checkpoint.config.get("quantization_config"))
     try:
         return _records(checkpoint, reader, shared)
     except InputError:  # a layout of a known method that is not read
@@ -39,7 +39,7 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     online = find_mark(checkpoint.config, "online_rotations") is not None
     if not isinstance(config, dict):
         return Contents("float", model_type, None, {}, (), (), online=online)
-    reader, method = _reader(checkpoint), str(config.get("quant_method"))
+    reader, method = find_reader(config), str(config.get("quant_method"))
     if reader is None or method not in _FORMATS:
         return None
     embedding = ((config.get("quantcli") or {}).get("embedding") or {}).get("name")
@@ -56,7 +56,7 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     ]
     schemes = [linear.scheme for linear in linears.values()]
     return Contents(
-        format=_FORMATS[method],
+        format="bnb-int8" if config.get("load_in_8bit") else _FORMATS[method],
         model_type=model_type,
         default=max(set(schemes), key=schemes.count) if schemes else None,
         linears=linears,
@@ -67,14 +67,6 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
         desc_act=bool(config.get("desc_act")),
         online=online,
     )
-
-
-def _reader(checkpoint: Checkpoint) -> Reader | None:
-    config = checkpoint.config.get("quantization_config")
-    if not isinstance(config, dict):
-        return None
-    reader = READERS.get(str(config.get("quant_method")))
-    return reader if reader is not None and readable(reader, config) else None
 
 
 def _records(checkpoint: Checkpoint, reader: Reader | None, shared: str) -> list[WeightRecord]:

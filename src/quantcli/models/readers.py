@@ -7,14 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats import auto_round, awq, bnb, compressed_tensors, gptq, olive
+from quantcli.formats import auto_round, awq, bnb, bnb_int8, compressed_tensors, gptq, olive
 from quantcli.formats.bitpack import packed_words
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.codebook_linear import CodebookLinear
+from quantcli.models.int8_linear import Int8Linear
 from quantcli.models.linear import PackedLinear, QuantizedLinear
-from quantcli.scheme import CODEBOOKS, PER_CHANNEL, Scheme
+from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.tensors.codebook import VALUES
+from quantcli.tensors.vectorwise import SCHEME
 
-__all__ = ["READERS", "Reader", "packed_names", "readable", "reader_of"]
+__all__ = ["READERS", "Reader", "find_reader", "packed_names", "reader_of"]
 
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
@@ -50,21 +53,29 @@ def reader_of(checkpoint: Checkpoint) -> Reader:
     config = checkpoint.config["quantization_config"]
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method not in READERS:
-        *most, last = (reader.what for reader in READERS.values())
+        *most, last = (reader.what for reader in (*READERS.values(), _INT8))
         raise InputError(
             f"{checkpoint.folder} is quantized with quant_method {method!r}: {', '.join(most)} and {last} are read",
             hint="give the float model that it was made from",
         )
-    reader = READERS[str(method)]
+    reader = _INT8 if _is_int8(config) else READERS[str(method)]
     why = reader.refuse(config)
     if why is not None:
         raise InputError(f"{checkpoint.folder}: {why}", hint="give the float model that it was made from")
     return reader
 
 
-def readable(reader: Reader, config: Mapping[str, Any]) -> bool:
-    """Whether what a quantization_config says is read."""
-    return reader.refuse(config) is None
+def find_reader(config: Any) -> Reader | None:
+    """The reader of what a quantization_config says; None where none of ours reads it."""
+    if not isinstance(config, Mapping):
+        return None
+    reader = _INT8 if _is_int8(config) else READERS.get(str(config.get("quant_method")))
+    return reader if reader is not None and reader.refuse(config) is None else None
+
+
+def _is_int8(config: Mapping[str, Any]) -> bool:
+    """One method, two layouts."""
+    return config.get("quant_method") == "bitsandbytes" and bool(config.get("load_in_8bit"))
 
 
 def packed_names(checkpoint: Checkpoint, reader: Reader) -> list[str]:
@@ -144,13 +155,24 @@ def _read_bnb(
 def _bnb_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
     """As one row: the shape is no header."""
     codebook = config.get("bnb_4bit_quant_type", "fp4")
-    return Scheme(4, 64, codebook=codebook if codebook in CODEBOOKS else "fp4"), 1, 2 * entries["weight"].size_bytes
+    return Scheme(4, 64, codebook=codebook if codebook in VALUES else "fp4"), 1, 2 * entries["weight"].size_bytes
 
 
 def _refuse_bnb(config: Mapping[str, Any]) -> str | None:
-    if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
-        return "bitsandbytes checkpoint of 8 bits: nf4 and fp4 are read"
+    if not config.get("load_in_4bit", True):
+        return "bitsandbytes checkpoint of neither 4 nor 8 bits"
     return None
+
+
+def _read_int8(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> Int8Linear:
+    return Int8Linear(tensors, bnb_int8.threshold_of(config), bias=bias, cache=cache)
+
+
+def _int8_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    rows, columns = entries["weight"].shape
+    return SCHEME, rows, columns
 
 
 def _read_compressed_tensors(
@@ -216,3 +238,12 @@ READERS: Mapping[str, Reader] = {
     ),
 }
 """By `quant_method`."""
+_INT8 = Reader(
+    "bitsandbytes (LLM.int8())",
+    "SCB",
+    bnb_int8.PARTS,
+    _read_int8,
+    _int8_linear,
+    uncounted=("weight_format",),
+    uniform=False,
+)

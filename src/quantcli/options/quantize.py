@@ -17,7 +17,7 @@ from quantcli.scheme import PER_CHANNEL
 __all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
 PRESETS = ("fast", "balanced", "best")
-FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "bnb-int8", "float")
 READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "quantcli")
 GRAPH_READERS = ("genai", "onnxruntime", "quantcli")
 """Those of the readers that open ONNX graphs."""
@@ -50,10 +50,10 @@ class QuantizeOptions:
     """JSON file of a pass, as {"type": "GptqQuantizer", "bits": 4}, or of a workflow with passes, as Olive has them;
     flags beside it win. Which types and keys: docs/configurations.md."""
     bits: int | None = None
-    """Bits per weight. Default: 4; 8 for dynamic and static."""
+    """Bits per weight. Default: 4; 8 for llm-int8, dynamic and static."""
     group_size: int | None = None
     """Input columns that share a scale; -1 is one scale per output row. Default: 64; for -a awq 128, where that divides
-    the columns of every linear."""
+    the columns of every linear; -1 for llm-int8."""
     symmetric: bool | None = None
     """Symmetric grid (zero point fixed in the middle) or asymmetric. Default: sym for gptq and compressed-tensors at
     4 bits and more, which every server reads; else asym, as on ONNX graphs."""
@@ -76,8 +76,8 @@ class QuantizeOptions:
     """Calibration text."""
     format: str | None = None
     """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
-    nf4 and fp4) or float (dequantized, which every tool reads). Default: what can hold the result and most of
-    transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is said, bnb for nf4 and fp4."""
+    nf4 and fp4), bnb-int8 (its 8 bits, llm-int8) or float (dequantized, which every tool reads). Default: what can hold
+    the result and most of transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is said."""
     readers: tuple[str, ...] = ()
     """Program that has to open the result (repeatable): transformers, gptqmodel, vllm, sglang, peft, genai, onnxruntime
     or quantcli. Checked before the run; decides format and sym or asym where they are not given."""

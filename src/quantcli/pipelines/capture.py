@@ -93,7 +93,8 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     is_quantized = checkpoint.config.get("quantization_config") is not None
     if is_quantized and not reader_of(checkpoint).uniform:
         raise InputError(
-            f"{folder} holds nf4 or fp4 codes; MatMulNBits has evenly spaced levels, which cannot hold them exactly",
+            f"{folder} holds bitsandbytes codes; MatMulNBits has float16 scales and evenly spaced levels, which cannot "
+            "hold them exactly",
             hint="quantize the original with -a gptq or kquant, or with --format float for a float graph",
         )
     _check_input(options, is_quantized)

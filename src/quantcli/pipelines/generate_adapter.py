@@ -194,7 +194,7 @@ def _capture(options: GenerateAdapterOptions, folder: Path, target: Path, progre
         raise InputError(f"{folder} is a mixture of experts, for which adapters cannot be generated", hint=hint)
     if checkpoint.config.get("quantization_config") is not None and not reader_of(checkpoint).uniform:
         progress.warn(
-            "nf4 and fp4 codes have no exact form in ONNX: the base is written in float32, with the values that they "
+            "bitsandbytes codes have no exact form in ONNX: the base is written in float32, with the values that they "
             "stand for; train beside weights of -a awq, gptq or kquant for a small one"
         )
         folder, packed = target.with_name("float"), folder

@@ -30,6 +30,7 @@ from quantcli.pipelines.rotation.learn import learn_rotations
 from quantcli.pipelines.rotation.train import RotationReport
 from quantcli.progress import Progress, Silent
 from quantcli.report.layer import LayerReport
+from quantcli.report.outliers import OutlierReport
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["QuantizeResult", "run"]
@@ -53,19 +54,22 @@ class QuantizeResult:
     plan: dict[str, Any]
     scales: list[ScaleReport] = field(default_factory=list)
     """What became of each input that smoothquant looked at."""
+    outliers: list[OutlierReport] = field(default_factory=list)
+    """Outlier features of each input, of a method that keeps them out of its product."""
     training: RotationReport | None = None
     """How rotations were trained, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        apart = ("layers", "evaluation", "output", "training", "scales")
+        apart = ("layers", "evaluation", "output", "training", "scales", "outliers")
         values = {k: v for k, v in self.__dict__.items() if k not in apart}
         return {
             "output": str(self.output),
             **values,
             "layers": [asdict(layer) for layer in self.layers],
             "scales": [asdict(scale) for scale in self.scales],
+            "outliers": [asdict(outliers) for outliers in self.outliers],
             "training": asdict(self.training) if self.training is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
@@ -139,6 +143,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             bits_per_weight=bits,
             plan=plan.to_dict(),
             scales=journal.scales,
+            outliers=journal.outliers,
             training=training,
         )
         write_json(partial.root / "report.json", result.to_dict())
@@ -211,7 +216,7 @@ class _Run:
         self.heap = heap
         self.progress = progress
         self.scaling = Scaling(plan, journal.scales)
-        self.solver = StageSolver(plan, self.scaling, journal.reports, progress)
+        self.solver = StageSolver(plan, self.scaling, journal.reports, journal.outliers, progress)
         self.shards = ShardWriter(plan, partial.model)
         self.streams = Streams()
         self.scales_nothing = False
@@ -257,9 +262,10 @@ class _Run:
 
     def _solve_head(self, head: Target) -> dict[str, QuantizedTensor]:
         plan = self.plan
-        moments = self.streams.head_moments(head.columns, plan.device) if plan.calibrates else None
+        sees = plan.calibrates and plan.gathering.moments
+        moments = self.streams.head_moments(head.columns, plan.device) if sees else None
         if moments is None:
-            if plan.calibrates:
+            if sees:
                 self.progress.warn(
                     "the norm before the head is not known; the head is quantized by kquant, without data"
                 )

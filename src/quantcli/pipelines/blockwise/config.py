@@ -25,6 +25,7 @@ def result_config(plan: Plan) -> dict[str, Any]:
             head=targets[plan.layout.head].stem if plan.layout.head in targets else None,
             producer=f"quantcli:{__version__}",
             damp_percent=damp,
+            outlier_threshold=getattr(plan.settings, "threshold", None),
             quantized=list(targets),
             blocks=plan.layout.blocks,
             float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],

@@ -12,7 +12,9 @@ from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.target import Target
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
+from quantcli.report.outliers import LISTED_CHANNELS, OutlierReport
 from quantcli.tensors.hessian import Statistics
+from quantcli.tensors.outliers import OutlierCounts
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["StageSolver"]
@@ -21,16 +23,25 @@ __all__ = ["StageSolver"]
 class StageSolver:
     """Quantizes the linears of a run, stage by stage."""
 
-    def __init__(self, plan: Plan, scaling: Scaling, reports: list[LayerReport], progress: Progress):
+    def __init__(
+        self,
+        plan: Plan,
+        scaling: Scaling,
+        reports: list[LayerReport],
+        outliers: list[OutlierReport],
+        progress: Progress,
+    ):
         """Nothing is quantized yet.
 
         Args:
             plan: With the rounder and the scheme of every linear.
             scaling: Keeps what scales of inputs change elsewhere.
             reports: To which one is added for each linear.
+            outliers: To which one is added for each input whose outliers are counted.
             progress: Warned where a linear saw no token.
         """
-        self._plan, self._scaling, self._reports, self._progress = plan, scaling, reports, progress
+        self._plan, self._scaling, self._progress = plan, scaling, progress
+        self._reports, self._outliers = reports, outliers
 
     def solve(
         self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None = None
@@ -50,15 +61,17 @@ class StageSolver:
         algorithm, settings, statistics = plan.algorithm, plan.settings, None
         if moments is not None and moments.tokens:
             statistics = _statistics(moments)
-        elif algorithm.calibration == "required":
+        elif algorithm.calibration == "required" and algorithm.sees == "moments":
             self._progress.warn(
                 f"no calibration token reached {targets[0].name}; it is quantized by kquant, without data"
             )
             algorithm = find("kquant")
             settings = algorithm.options()
         scale = None
-        if place is not None and moments is not None and statistics is not None:
+        if place is not None and moments is not None and moments.tokens:
             scale = self._scaling.scale(targets, list(weights.values()), Seen(statistics, moments.channels), place)
+        if moments is not None and moments.outliers is not None:
+            self._outliers.append(_outlier_report(targets, moments.outliers, scale is not None))
         results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self._reports += reports
         return results, scale
@@ -89,8 +102,25 @@ class StageSolver:
         return results
 
 
-def _statistics(moments: StageMoments) -> Statistics:
-    assert moments.train is not None
+def _outlier_report(targets: Sequence[Target], counts: OutlierCounts, scaled: bool) -> OutlierReport:
+    channels, tokens = counts.columns(), max(counts.tokens, 1)
+    return OutlierReport(
+        linears=[t.name for t in targets],
+        threshold=counts.threshold,
+        columns=len(counts.hits),
+        outlier_columns=len(channels),
+        channels=channels[:LISTED_CHANNELS],
+        tokens=counts.tokens,
+        touched=counts.touched / tokens,
+        most_frequent=float(counts.hits.max()) / tokens,
+        largest=float(counts.largest.max()),
+        scaled=scaled,
+    )
+
+
+def _statistics(moments: StageMoments) -> Statistics | None:
+    if moments.train is None:
+        return None
     held = moments.held_out if moments.held_out is not None and moments.held_out.tokens else None
     return Statistics(
         moments.train.matrix(),

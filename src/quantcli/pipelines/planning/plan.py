@@ -114,9 +114,11 @@ class Plan:
     @property
     def gathering(self) -> Gathering:
         """What the walk gathers of each input."""
-        step = self.scaling
+        step, counts = self.scaling, self.algorithm.sees == "outliers"
         rows = step.settings.rows if step is not None and step.algorithm.sees == "channels" else 0
-        return Gathering(bool(self.targets) or not rows, rows)
+        rounded = bool(self.targets) and not counts
+        moments = rounded or (step is not None and not rows)
+        return Gathering(moments, rows, self.settings.threshold if counts else None)
 
     def source_of(self, target: Target) -> str:
         """The tensor on disk that a target is read from: a tied head is the embedding's."""

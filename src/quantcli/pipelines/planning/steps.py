@@ -8,7 +8,7 @@ from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
 from quantcli.options import CalibrationOptions, QuantizeOptions
 
-__all__ = ["allowed_formats", "check_ranges", "resolve_group_size", "resolve_steps"]
+__all__ = ["allowed_formats", "check_ranges", "resolve_bits", "resolve_group_size", "resolve_steps"]
 
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -45,7 +45,7 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:
-        given = options.bits if rounder.kind == "graph" else options.weight_bits
+        given = options.bits if rounder.kind == "graph" else resolve_bits(options, rounder)
         if given is not None and given not in algorithm.bits:
             allowed = ", ".join(map(str, algorithm.bits))
             raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
@@ -94,8 +94,26 @@ def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
     return (asked,)
 
 
+def resolve_bits(options: QuantizeOptions, rounder: Algorithm) -> int:
+    """Bits per weight: as asked, or as usual, or all that the rounder makes."""
+    usual = options.weight_bits
+    return rounder.bits[0] if options.bits is None and usual not in rounder.bits else usual
+
+
 def resolve_group_size(options: QuantizeOptions, steps: Sequence[Step], columns: Iterable[int]) -> int:
-    """Columns that share a scale: as asked, or the wish of a transform that was named, if it divides all `columns`."""
+    """Columns that share a scale: as asked, or the wish of a transform that was named, if it divides all `columns`.
+
+    Raises:
+        UsageError: others were asked for than the rounder makes.
+    """
+    for algorithm in (step.algorithm for step in steps if step.algorithm.kind == "rounder"):
+        if algorithm.group_size is not None:
+            if options.group_size not in (None, algorithm.group_size):
+                raise UsageError(
+                    f"{algorithm.name} makes groups of {algorithm.group_size} alone, not {options.group_size}",
+                    hint="leave --group-size out",
+                )
+            return algorithm.group_size
     wishes = [step.algorithm.group_size for step in steps if step.algorithm.group_size]
     heard = options.group_size is None and options.preset is None and options.algorithm is not None
     if wishes and heard and all(count % wishes[0] == 0 for count in columns):
