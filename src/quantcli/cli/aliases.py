@@ -290,6 +290,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
         "--max_samples": Rename("--num-samples"),
     },
     "algorithms": dict(_EVERYWHERE),
+    "backends": dict(_EVERYWHERE),
+    "compare": {**_EVERYWHERE, **{flag: _CHECKPOINT[flag] for flag in ("--model_name_or_path", "--output_path")}},
 }
 
 

@@ -89,6 +89,7 @@ COMMAND = Command(
     panels={"Calibration": ("calibration",), "Run": ("timeout", "max_memory", "trust_remote_code", "force")},
     examples=(
         "quantcli compare -m SmolLM2-135M --with ours,gptqmodel,auto-round,llm-compressor --sym",
+        "quantcli compare -m SmolLM2-135M -o C --with ours,gptqmodel --bits 3 --group-size 32 --eval-data notes.txt",
         "quantcli compare -m SmolLM2-135M --with ours:awq,autoawq,gptqmodel:awq --data notes.txt --json",
     ),
 )

@@ -244,7 +244,6 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
         "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
-        "quantcli quantize -m cnn.onnx -o Q -a static --preprocess qnn --calibration-inputs samples.npz",
         "quantcli quantize -m SmolLM2-135M -o Q --backend gptqmodel -a gptq --data notes.txt",
     ),
 )
