@@ -1,6 +1,7 @@
 """`quantcli tune`: the best of what a space allows, and what it is weighed against."""
 
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
@@ -12,16 +13,37 @@ from quantcli.options import COSTS, METRICS, SAMPLERS, SETS, Goal, TuneOptions
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
 
-__all__ = ["COMMAND", "check", "run", "show"]
+__all__ = ["COMMAND", "check", "run", "shared_words", "show"]
 
 _SECONDS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
 def run(options: TuneOptions, console: "Console") -> Any:
     """Searches; its plan with --dry-run."""
+    from quantcli.cli.app import search_space
     from quantcli.pipelines import tune
 
-    return tune.run(options, console)
+    return tune.run(options, console, search_space(options))
+
+
+def shared_words(options: TuneOptions) -> list[str]:
+    """What all trials share, as flags of `quantize`."""
+    words = ["--model", options.model, "--output", str(options.output)]
+    words += ["--algorithm", options.algorithm] if options.algorithm is not None else []
+    words += ["--device", options.device] if options.device is not None else []
+    words += ["--trust-remote-code"] if options.trust_remote_code else []
+    for owner in (options.calibration, options.graph):
+        for spec in fields(owner):
+            value = getattr(owner, spec.name)
+            if value == spec.default:
+                continue
+            flag = "--" + spec.name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag if value else "--no-" + flag[2:]]
+            else:
+                for part in value if isinstance(value, tuple) else (value,):
+                    words += [flag, str(part)]
+    return words
 
 
 def show(result: Any, console: "Console") -> None:

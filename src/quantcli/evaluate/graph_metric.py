@@ -32,7 +32,8 @@ class GraphMetric:
         """
         self._origin = f"{script}:{function}"
         self._function = load_function(script, function)
-        self._arguments = takes_by_name(self._function, offered)
+        always = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+        self._arguments = takes_by_name(self._function, always | dict(offered))
         self._of_graphs = of_graphs
 
     def __call__(self, graph: Path) -> float:
@@ -41,7 +42,7 @@ class GraphMetric:
         Raises:
             InputError: the graph cannot be opened, or the function fails or returns no finite number.
         """
-        judged = open_session(graph, what=str(graph)) if self._of_graphs else str(graph)
+        judged = _as_handler(graph) if self._of_graphs else str(graph)
         with explained(f"{self._origin} on {graph.name}"):
             found = self._function(judged, **self._arguments)
             value = _number(found)
@@ -50,6 +51,15 @@ class GraphMetric:
         if not math.isfinite(value):
             raise InputError(f"{self._origin} returned {value} for {graph}, expected a finite number")
         return value
+
+
+def _as_handler(graph: Path) -> Any:
+    """A session that is also what Olive hands to metrics: it prepares and runs itself."""
+    session: Any = open_session(graph, what=str(graph))
+    session.model_path = str(graph)
+    session.prepare_session = lambda *_, **__: session
+    session.run_session = lambda prepared, inputs, *_, **__: prepared.run(None, inputs)
+    return session
 
 
 def _number(found: Any) -> float | None:

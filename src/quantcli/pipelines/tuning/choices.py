@@ -12,7 +12,7 @@ from quantcli.errors import UsageError, nearest
 from quantcli.options import CalibrationOptions, GraphOptions, Override, QuantizeOptions
 from quantcli.pipelines.tuning.space import Dimension, Point, Space
 
-__all__ = ["make_space"]
+__all__ = ["make_space", "without_idle_data"]
 
 _RUN = {
     "model", "output", "config", "device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run",
@@ -243,11 +243,16 @@ def _options(base: QuantizeOptions, values: Mapping[str, Any], model: str) -> Qu
         (nested[spec.path[0]] if len(spec.path) > 1 else top)[spec.path[-1]] = value
     calibration, graph = replace(base.calibration, **nested["calibration"]), replace(base.graph, **nested["graph"])
     options = replace(base, settings=settings, calibration=calibration, graph=graph, **top)
-    return _without_idle_data(options, model)
+    return without_idle_data(options, model)
 
 
-def _without_idle_data(options: QuantizeOptions, model: str) -> QuantizeOptions:
-    """Without calibration data where the algorithm reads none: it is given for the trials that do."""
+def without_idle_data(options: QuantizeOptions, model: str) -> QuantizeOptions:
+    """Without calibration data where the algorithm reads none: it is given for the trials that do.
+
+    Args:
+        options: Of a trial.
+        model: checkpoint or onnx.
+    """
     if options.preset is not None:
         reads = options.preset != "fast"
     else:

@@ -54,6 +54,8 @@ class TunePlan:
     """Most trials."""
     stop_at_first: bool
     """Whether the first that meets the goals ends it."""
+    samples: GraphOptions
+    """Where samples of graphs come from: flags, or what a configuration says for its trials."""
 
     @property
     def in_pairs(self) -> bool:
@@ -68,7 +70,7 @@ class TunePlan:
         seq_len = options.eval_seq_len
         if language and seq_len == TuneOptions.eval_seq_len:
             seq_len = min(seq_len, _longest(options, self.folder) or seq_len)
-        graph = GraphOptions() if language else options.graph
+        graph = GraphOptions() if language else self.samples
         return Judging(
             str(Path(options.model).absolute()) if Path(options.model).exists() else options.model,
             self.metric,
@@ -180,7 +182,9 @@ def make_tune_plan(options: TuneOptions, space: Space | None = None) -> TunePlan
         raise UsageError("--sampler grid needs lists of values, the space has a range", hint="use --sampler tpe")
     first = options.stop_at_first
     first = options.predefined == "woq" and bool(options.goals) if first is None else first
-    return TunePlan(options, folder, digest, kind, metric, found, points, sampler, trials, first)
+    return TunePlan(
+        options, folder, digest, kind, metric, found, points, sampler, trials, first, _samples(options, space)
+    )
 
 
 def _space(options: TuneOptions, kind: str, language: bool, *, mixed: bool) -> Space:
@@ -194,6 +198,17 @@ def _space(options: TuneOptions, kind: str, language: bool, *, mixed: bool) -> S
         return make_space({}, f"-a {options.algorithm}", base, kind)
     name = options.predefined or ("weights" if language else "integers")
     return make_space(predefined_set(name, kind), f"--set {name}", base, kind)
+
+
+def _samples(options: TuneOptions, space: Space | None) -> GraphOptions:
+    """The graph's options that name samples."""
+    graph = options.graph
+    if space is None or graph.calibration_inputs is not None or graph.user_script is not None:
+        return graph
+    for point in islice(space.points(ends=True), _SMALL):
+        if space.allowed(point) and (found := space.make(point).graph).user_script is not None:
+            return found
+    return graph
 
 
 def _checker(kind: str) -> Any:
