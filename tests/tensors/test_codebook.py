@@ -152,5 +152,5 @@ def test_rows_divided(double_quant):
 def test_bits_per_weight_count_what_is_stored():
     assert Scheme(4, 64, codebook="nf4").bits_per_weight(256) == 4.5
     assert Scheme(4, 64, codebook="nf4", double_quant=True).bits_per_weight(256) == 4 + (8 + 32 / 256) / 64
-    with pytest.raises(UsageError, match="codebooks are nf4 and fp4 of 4 bits and int8 of 8"):
+    with pytest.raises(UsageError, match="codebooks are nf4 of 4, fp4 of 4, int8 of 8, e2m1 of 4, e4m3 of 8 bits"):
         Scheme(3, 64, codebook="nf4")

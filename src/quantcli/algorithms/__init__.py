@@ -41,7 +41,10 @@ class Algorithm:
     graph: (source file, target file, options, reader of samples or None) -> what became of it."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes: checkpoint, onnx."""
-    formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
+    formats: tuple[str, ...] = (
+        "gptq", "awq", "compressed-tensors", "float", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized",
+    )  # fmt: skip
     """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model", "graph"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, on the model beforehand, or on an

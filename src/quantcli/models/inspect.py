@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantcli.errors import InputError
+from quantcli.formats import compressed_config
+from quantcli.formats.layouts import LAYOUTS
 from quantcli.formats.opening import Contents, StoredLinear
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.marks import find_mark
@@ -14,7 +16,7 @@ from quantcli.tensors.inventory import WeightRecord
 
 __all__ = ["checkpoint_contents", "checkpoint_records"]
 
-_FORMATS = {"gptq": "gptq", "awq": "awq", "compressed-tensors": "compressed-tensors", "bitsandbytes": "bnb"}
+_FORMATS = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "bnb"}
 _BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
 _CODES = ("weight", "qweight", "weight_packed", "blocks")
 _SCALES = re.compile(
@@ -39,8 +41,8 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     online = find_mark(checkpoint.config, "online_rotations") is not None
     if not isinstance(config, dict):
         return Contents("float", model_type, None, {}, (), (), online=online)
-    reader, method = find_reader(config), str(config.get("quant_method"))
-    if reader is None or method not in _FORMATS:
+    reader, stored = find_reader(config), _format_of(config)
+    if reader is None or stored is None:
         return None
     embedding = ((config.get("quantcli") or {}).get("embedding") or {}).get("name")
     try:
@@ -56,7 +58,7 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     ]
     schemes = [linear.scheme for linear in linears.values()]
     return Contents(
-        format="bnb-int8" if config.get("load_in_8bit") else _FORMATS[method],
+        format=stored,
         model_type=model_type,
         default=max(set(schemes), key=schemes.count) if schemes else None,
         linears=linears,
@@ -67,6 +69,19 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
         desc_act=bool(config.get("desc_act")),
         online=online,
     )
+
+
+def _format_of(config: Mapping[str, Any]) -> str | None:
+    """As in `--format`; None of what we do not write."""
+    method = str(config.get("quant_method"))
+    if config.get("load_in_8bit"):
+        return "bnb-int8"
+    if method != compressed_config.METHOD:
+        return _FORMATS.get(method)
+    layouts = compressed_config.layouts_of(config)
+    if layouts == {compressed_config.INTEGER_LAYOUT}:
+        return compressed_config.METHOD
+    return next(iter(layouts)) if len(layouts) == 1 and layouts <= set(LAYOUTS) else None
 
 
 def _records(checkpoint: Checkpoint, reader: Reader | None, shared: str) -> list[WeightRecord]:

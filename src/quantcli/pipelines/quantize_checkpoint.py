@@ -238,13 +238,17 @@ class _Run:
                     results = calibrated.quantize(number)
                 else:
                     results = self.solver.solve_without_data(plan.block_targets(number))
-                self.shards.write(number, results, self.scaling.edited)
+                added = calibrated.take_cache_scales() if calibrated is not None else {}
+                self.shards.write(number, results, self.scaling.edited, added)
                 journal.remember(number + 1, self.streams)
                 del results
                 self.heap.settle()
                 errors = [r.relative_error for r in journal.reports[begun:]]
                 task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
         self.scales_nothing = calibrated is not None and calibrated.scales_nothing
+        if calibrated is not None and calibrated.undivided:
+            names = ", ".join(sorted(calibrated.undivided))
+            self.progress.note(f"outputs of {names} are not scaled: {plan.codec.name} has no scales that fit then")
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()

@@ -1,7 +1,9 @@
 """One stage: linears that share an input, read, solved by what was seen of that input, and reported."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from quantcli.algorithms import find
@@ -13,6 +15,7 @@ from quantcli.pipelines.planning.target import Target
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
 from quantcli.report.outliers import LISTED_CHANNELS, OutlierReport
+from quantcli.tensors.activations import stored_input_scale
 from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.outliers import OutlierCounts
 from quantcli.tensors.quantized import QuantizedTensor
@@ -74,7 +77,25 @@ class StageSolver:
             self._outliers.append(_outlier_report(targets, moments.outliers, scale is not None))
         results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self._reports += reports
-        return results, scale
+        stored = self._input_scale(targets, moments, scale)
+        return {name: replace(tensor, input_scale=stored) for name, tensor in results.items()}, scale
+
+    def _input_scale(
+        self, targets: Sequence[Target], moments: StageMoments | None, scale: Tensor | None
+    ) -> Tensor | None:
+        """[1] float32 that is stored of the input of linears, where their layout rounds it by one."""
+        activations = self._plan.activations
+        if activations is None or not activations.stored:
+            return None
+        channels = moments.channels if moments is not None else None
+        if channels is None or not channels.tokens:
+            self._progress.warn(
+                f"no calibration token reached {targets[0].name}: its input is rounded as if its largest value were 1"
+            )
+            largest = torch.ones(())
+        else:
+            largest = (channels.largest if scale is None else channels.largest / scale).amax()
+        return stored_input_scale(largest, activations)
 
     def scale_alone(self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None) -> None:
         """Scales the columns of linears that share an input and stay float; arguments as of `solve`."""

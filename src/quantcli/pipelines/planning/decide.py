@@ -8,6 +8,7 @@ from quantcli.models.layout import weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
+from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import written_bytes
@@ -27,6 +28,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         ResourceError: not enough memory or disk.
     """
     _refuse_graph_flags(options)
+    options = resolve_layout(options)
     *transforms, rounder = resolve_steps(options)
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     allowed_formats(options.format, rounder.algorithm)

@@ -6,7 +6,9 @@ from dataclasses import fields, replace
 from quantcli import algorithms
 from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
+from quantcli.formats.layouts import LAYOUTS
 from quantcli.options import CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.planning.layout import activations
 
 __all__ = ["allowed_formats", "check_ranges", "resolve_bits", "resolve_group_size", "resolve_steps"]
 
@@ -84,7 +86,7 @@ def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
         UsageError: it cannot hold what the algorithm makes.
     """
     if asked is None:
-        return tuple(name for name in algorithm.formats if name != "float") or algorithm.formats
+        return tuple(n for n in algorithm.formats if n != "float" and n not in LAYOUTS) or algorithm.formats
     if asked not in algorithm.formats:
         able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
         raise UsageError(
@@ -159,7 +161,9 @@ def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain
     calibration = options.calibration
     if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
         raise UsageError("--data-split is for --data-name", hint="leave it out")
-    algorithm, needs = chain[-1], any(a.calibration == "required" for a in chain)
+    inputs = activations(options)
+    measures = options.kv_cache is not None or (inputs is not None and inputs.stored)
+    algorithm, needs = chain[-1], measures or any(a.calibration == "required" for a in chain)
     if needs or (algorithm.calibration == "optional" and preset != "fast"):
         if needs or calibration.data or calibration.data_name:
             return
