@@ -42,6 +42,10 @@ class Reader:
     """What of a quantization_config is not read, in words; None where all is."""
     uniform: bool = True
     """Whether the levels are evenly spaced, as ONNX's nodes for quantized weights need."""
+    scales: str | None = None
+    """The part that holds the scales, beside the codes and in floats; None where there is none such."""
+    scales_by_output: bool = False
+    """Whether that is [N, G], not [G, N]."""
 
 
 def reader_of(checkpoint: Checkpoint) -> Reader:
@@ -206,8 +210,10 @@ def _olive_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, Te
 
 
 READERS: Mapping[str, Reader] = {
-    "gptq": Reader("gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",)),
-    "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_linear),
+    "gptq": Reader(
+        "gptq (v1, v2)", "qweight", gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",), scales="scales"
+    ),
+    "awq": Reader("awq (gemm)", "qweight", ("qweight", "qzeros", "scales"), _read_awq, _awq_linear, scales="scales"),
     compressed_tensors.METHOD: Reader(
         "compressed-tensors (pack-quantized)",
         "weight_packed",
@@ -216,6 +222,8 @@ READERS: Mapping[str, Reader] = {
         _compressed_tensors_linear,
         uncounted=("weight_g_idx", "weight_shape"),
         refuse=compressed_tensors.refuse_config,
+        scales="weight_scale",
+        scales_by_output=True,
     ),
     olive.METHOD: Reader("olive", "qweight", olive.PARTS, _read_olive, _olive_linear),
     auto_round.METHOD: Reader(
