@@ -147,6 +147,7 @@ def test_what_is_read_again_is_what_was_trained(model, text, tmp_path, monkeypat
         ("mixtral", "compressed-tensors", {"bits": 8}),
         ("falcon-alibi", "gptq", {}),
         ("llama-tied", "gptq", {"quantize_lm_head": True, "quantize_embeddings": True}),
+        ("llama-tied", "gptq", {"quantize_embeddings": True}),
     ],
 )
 def test_a_quantized_folder_is_trained_again(family, format, settings, text, tmp_path):
@@ -228,6 +229,17 @@ def test_a_loss_that_is_no_number_keeps_what_was_rounded(model, text, tmp_path, 
     slower = QUICK | {"distill.learning_rate": "0.02"}
     result = quantize.run(options(model, tmp_path / "q", text, settings=slower), heard)
     assert len(result.distilled.losses) == 12 and any("begins anew" in note for note in heard.notes)
+
+
+def test_lack_of_memory_keeps_what_was_rounded(model, text, tmp_path, monkeypatch):
+    def lacking(self, rows, wanted):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train._Training, "_loss", lacking)
+    with pytest.raises(ResourceError, match=r"distill ran out of memory: CUDA .* 2.00 GiB") as error:
+        quantize.run(options(model, tmp_path / "q", text))
+    assert "--seq-len" in error.value.hint
+    assert (tmp_path / "q.partial-work/model/model.safetensors").is_file()
 
 
 def test_training_that_does_harm_is_not_kept(model, text, tmp_path):

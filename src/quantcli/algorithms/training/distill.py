@@ -132,7 +132,7 @@ def train(
         if not finite:
             raise DivergedError(
                 f"distill: the loss or a gradient is no longer finite at step {step + 1} of {steps} (loss {found:g})",
-                hint="add --set distill.learning_rate=0.004; the rounded model is kept, only training begins anew",
+                hint="lower --set distill.learning_rate (0.016 by default); what was rounded is kept",
             )
         optimizer.step()
         state.losses.append(found)

@@ -111,10 +111,11 @@ def _scales(model: Any, checkpoint: Checkpoint, reader: Reader) -> Iterator[Trai
     for name, layer in model.named_modules():
         if not isinstance(layer, PackedLinear) or id(layer) in looked_up:
             continue
-        disk = disk_name(f"{name}.{reader.scales}", model, checkpoint.entries)
-        stored = checkpoint.read(disk) if disk is not None else None
+        weight = model.names_on_disk.get(f"{name}.weight", f"{name}.weight")
+        disk = f"{weight.removesuffix('.weight')}.{reader.scales}"
+        stored = checkpoint.read(disk) if disk in checkpoint else None
         given = layer.scales.T if reader.scales_by_output else layer.scales
-        if disk is None or stored is None or not torch.equal(stored, given.cpu()):
+        if stored is None or not torch.equal(stored, given.cpu()):
             raise InputError(f"{checkpoint.folder}: the scales of {name} are not stored one by one")
         yield Trained(disk, layer.train_scales(), stored.dtype, layer.bits, reader.scales_by_output)
 
@@ -124,7 +125,8 @@ def _vectors(model: Any, checkpoint: Checkpoint, names: Sequence[str], bits: int
     for name in names:
         module, _, leaf = name.rpartition(".")
         disk = disk_name(name, model, checkpoint.entries)
-        if disk is None or not bool(model.get_parameter(name).any()):
+        value = model.get_parameter(name)
+        if disk is None or checkpoint.entries[disk].shape != value.shape or not bool(value.any()):
             continue
         dtype = checkpoint.entries[disk].dtype
         yield Trained(disk, rounded_in_forward(model.get_submodule(module), leaf, dtype), dtype, bits)

@@ -54,11 +54,11 @@ class Teacher:
         tuples, count = False, len(self.layout.blocks)
         with progress.track("running the float model", count) as task:
             for number in range(count):
-                block, call = load_block(self, number), calls[1][number]
+                block = load_block(self, number)
                 if number == count - 1:
-                    tuples = isinstance(block(hidden[0], *call.args, **call.kwargs), tuple)
+                    tuples = isinstance(block(hidden[0], *calls[0][number].args, **calls[0][number].kwargs), tuple)
                 for index, row in enumerate(hidden):
-                    hidden[index] = forward(block, row, call)
+                    hidden[index] = forward(block, row, calls[index][number])
                 task.advance(1)
                 del block
         for row in hidden:
