@@ -56,6 +56,10 @@ class Reader:
     """What of a quantization_config is not read, in words; None where all is."""
     not_in_graphs: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     """Why ONNX's nodes for quantized weights cannot hold what a quantization_config says; None where they can."""
+    scales: str | None = None
+    """The part that holds the scales, beside the codes and in floats; None where there is none such."""
+    scales_by_output: bool = False
+    """Whether that is [N, G], not [G, N]."""
 
 
 def reader_of(checkpoint: Checkpoint) -> Reader:
@@ -286,8 +290,10 @@ def _olive_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, Te
 
 
 READERS: Mapping[str, Reader] = {
-    "gptq": Reader("gptq (v1, v2)", ("qweight",), gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",)),
-    "awq": Reader("awq (gemm)", ("qweight",), ("qweight", "qzeros", "scales"), _read_awq, _awq_linear),
+    "gptq": Reader(
+        "gptq (v1, v2)", ("qweight",), gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",), scales="scales"
+    ),
+    "awq": Reader("awq (gemm)", ("qweight",), ("qweight", "qzeros", "scales"), _read_awq, _awq_linear, scales="scales"),
     compressed_config.METHOD: Reader(
         "compressed-tensors",
         ("weight_scale",),
@@ -297,6 +303,8 @@ READERS: Mapping[str, Reader] = {
         uncounted=("weight_g_idx", "weight_shape"),
         refuse=compressed_config.refuse_config,
         not_in_graphs=_not_in_graphs,
+        scales="weight_scale",
+        scales_by_output=True,
     ),
     fp8.METHOD: Reader(
         "fp8",

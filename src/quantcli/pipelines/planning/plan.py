@@ -1,7 +1,7 @@
 """What a quantize run will do: algorithm, scheme of every linear, text, size, memory, time. `planning` decides it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.distilling.cost import DistillCost
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
 from quantcli.pipelines.planning.layout import activations
 from quantcli.pipelines.planning.target import Target
@@ -81,6 +82,10 @@ class Plan:
     """How it is spent, once that has been measured."""
     training: TrainingCost | None = None
     """What training rotations will take, where there are some to train."""
+    trainer: Step | None = None
+    """What trains scales once all is rounded."""
+    distilling: DistillCost | None = None
+    """What that will take."""
 
     @property
     def codec(self) -> Codec:
@@ -170,7 +175,7 @@ class Plan:
     @property
     def wants_text(self) -> bool:
         """Whether text is read."""
-        return self.trained is not None or self.gathers
+        return self.trained is not None or self.trainer is not None or self.gathers
 
     @property
     def trained(self) -> Step | None:
@@ -222,6 +227,7 @@ class Plan:
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             *self._training_rows(),
+            *([("then", _words(self.trainer))] if self.trainer is not None else []),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
@@ -289,6 +295,8 @@ class Plan:
             "estimated_peak_bytes": self.peak_bytes,
             "estimated_seconds": round(self.seconds, 1),
             "training": None if self.training is None else asdict(self.training),
+            "trainer": None if self.trainer is None else {self.trainer.algorithm.name: asdict(self.trainer.settings)},
+            "distilling": None if self.distilling is None else asdict(self.distilling),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -307,7 +315,23 @@ class Plan:
             "graph",
         ):
             options.pop(name)
+        if self.trainer is not None:  # how it trains is noted with its state: what is rounded serves any training
+            options |= self._without_trainer(options)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
+
+    def _without_trainer(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The entries of `options` that name the trainer, without it."""
+        assert self.trainer is not None
+        name, own = self.trainer.algorithm.name, {field.name for field in fields(self.trainer.settings)}
+
+        def is_own(key: str) -> bool:
+            owner, dot, plain = key.rpartition(".")
+            return owner == name or (not dot and plain.replace("-", "_") in own)
+
+        return {
+            "settings": {key: text for key, text in options["settings"].items() if not is_own(key)},
+            "trainer": name,
+        }
 
     def _exceptions(self) -> str:
         other = sum(t.scheme != self.default for t in self.targets.values())
