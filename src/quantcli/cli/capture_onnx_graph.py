@@ -46,7 +46,7 @@ COMMAND = Command(
     styles={
         "model": FlagStyle(("-m", "--model")),
         "output": FlagStyle(("-o", "--output")),
-        "exporter": FlagStyle(choices=("genai", "torch"), metavar="genai|torch"),
+        "exporter": FlagStyle(choices=("auto", "genai", "torch"), metavar="auto|genai|torch"),
         "precision": FlagStyle(choices=("fp32", "fp16", "int4", "int8"), metavar="fp32|fp16|int4|int8"),
     },
     examples=(

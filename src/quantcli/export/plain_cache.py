@@ -50,7 +50,7 @@ class PlainCache:
         )
 
     def fill(self, past: Sequence[Tensor]) -> DynamicCache:
-        """The object of transformers with a past; without the config, so every layer keeps all and masks do the windows."""
+        """A cache with a past; made without the config, so that every layer keeps all and masks do the windows."""
         cache = DynamicCache()
         for layer in range(self.layers):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)

@@ -23,7 +23,6 @@ from quantcli.export.packed_modules import find_placements, replace_quantized
 from quantcli.export.plain_cache import PlainCache, read_cache
 from quantcli.export.traceable import make_traceable
 from quantcli.graphs.model.files import save_graph
-from quantcli.graphs.walk.products import record_products
 from quantcli.graphs.weights.matmul_nbits import Placement
 
 __all__ = ["OPSETS", "export", "trace"]
@@ -72,7 +71,6 @@ def export(folder: Path, target: Path, model: Any, matrices: Matrices, opset: in
         what=f"{folder} (model type {model.config.model_type!r})",
     )
     placements = find_placements(program.graph, blocks)
-    record_products(program, placements, outside=(matrices.embedding, matrices.head))
     save_graph(program, target / "model.onnx")
     write_genai_config(folder, target, model, cache, list(tokens))
     return placements

@@ -43,7 +43,8 @@ def _fused_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
         inner = _product(self, first, number, rows)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         out = _product(self, "down_proj", number, inner)
-        return self.post_expert_norm(out) if self.has_post_expert_norm else out
+        normed: Tensor = self.post_expert_norm(out) if self.has_post_expert_norm else out
+        return normed
 
     return _gather(expert, len(self.down_proj), hidden, chosen, weights)
 

@@ -44,7 +44,7 @@ from quantcli.scheme import Scheme
 
 __all__ = ["CaptureResult", "run"]
 
-EXPORTERS = ("genai", "torch")
+EXPORTERS = ("auto", "genai", "torch")
 PRECISIONS = ("fp32", "fp16", "int4", "int8")
 HEAD_BITS = (4, 8, 16)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -99,12 +99,13 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
         )
     _check_input(options, is_quantized)
     tokenizer = read_tokenizer(folder, options.trust_remote_code)
+    exporters = _choose_exporters(options, folder, progress)
     resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}
     progress.plan(
         "Capture",
         [
             ("model", f"{options.model} ({'quantized' if is_quantized else 'float'})"),
-            ("exporter", options.exporter),
+            ("exporter", ", else ".join(exporters)),
             ("precision", "as quantized" if is_quantized else resolved["precision"]),
             ("output", str(options.output)),
         ],
@@ -119,10 +120,8 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             level, check, last = None, None, None
         else:
             text, prompt = probe_tokens(tokenizer)
-            wanted = _write_graph(options, folder, partial.model, text, progress)
-            exact = probe(partial.model, text, prompt, context_length(partial.model))
-            kind, model_type = str(wanted.dtype).removeprefix("torch."), str(checkpoint.config.get("model_type"))
-            refuse_other_function(exact.first, wanted.float().numpy(), kind, model_type, options.exporter)
+            exporter, exact = _write_graph(options, exporters, folder, partial.model, text, prompt, progress)
+            resolved["exporter"] = exporter
             level, check, last = _choose_level(options, partial.model, text, prompt, exact, progress)
         copy_tokenizer(folder, partial.model)
         sample = tokenizer.decode(last.sample) if last is not None else None
@@ -197,28 +196,64 @@ def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
         )
 
 
-def _write_graph(options: CaptureOptions, folder: Path, target: Path, text: list[int], progress: Progress) -> Tensor:
-    """Writes model.onnx at accuracy level 0 and compares its weights with the checkpoint's.
+def _choose_exporters(options: CaptureOptions, folder: Path, progress: Progress) -> tuple[str, ...]:
+    """The exporters to try, in order; the builder is asked with a small model of the same configuration first."""
+    if options.exporter != "auto":
+        return (options.exporter,)
+    if options.precision == "fp16":
+        return ("genai",)
+    try:
+        builder.try_architecture(folder, options.trust_remote_code)
+    except InputError as error:
+        progress.note(f"{error.message}: torch.onnx exports it")
+        return ("torch",)
+    return ("genai", "torch")
+
+
+def _write_graph(
+    options: CaptureOptions,
+    exporters: tuple[str, ...],
+    folder: Path,
+    target: Path,
+    text: list[int],
+    prompt: list[int],
+    progress: Progress,
+) -> tuple[str, Probe]:
+    """Writes model.onnx at accuracy level 0 by the first exporter whose graph computes what the checkpoint does.
 
     Returns:
-        The checkpoint's own logits of the first tokens of the text, [COMPARED_TOKENS, V] in the dtype it ran in.
+        The exporter, and what the graph did.
     """
-    model, matrices = load_matrices(folder, options.trust_remote_code)
-    _round_what_was_asked(options, model, matrices)
-    tokens = matrices.shape(matrices.embedding)[0]
-    if max(text) >= tokens:
-        raise InputError(f"{folder}: the tokenizer gives token {max(text)}, the model knows {tokens}")
-    with torch.no_grad():
-        wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
-    if options.exporter == "torch":
-        placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
-    else:
-        placements = builder.build(folder, target, model, matrices, 0, options.trust_remote_code)
-    del model
-    progress.note("comparing every weight of the graph with the checkpoint")
-    expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
-    verify_weights(target / builder.GRAPH, placements, matrices, expected)
-    return wanted
+    for exporter in exporters:
+        model, matrices = load_matrices(folder, options.trust_remote_code)
+        model_type = str(model.config.model_type)
+        _round_what_was_asked(options, model, matrices)
+        tokens = matrices.shape(matrices.embedding)[0]
+        if max(text) >= tokens:
+            raise InputError(f"{folder}: the tokenizer gives token {max(text)}, the model knows {tokens}")
+        with torch.no_grad():
+            wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
+        try:
+            if exporter == "torch":
+                placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
+            else:
+                placements = builder.build(folder, target, model, matrices, 0, options.trust_remote_code)
+            del model
+            progress.note("comparing every weight of the graph with the checkpoint")
+            expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
+            verify_weights(target / builder.GRAPH, placements, matrices, expected)
+            exact = probe(target, text, prompt, context_length(target))
+            kind = str(wanted.dtype).removeprefix("torch.")
+            refuse_other_function(exact.first, wanted.float().numpy(), kind, model_type, exporter)
+        except InputError as error:
+            if exporter == exporters[-1]:
+                raise
+            progress.note(f"{error.message}: torch.onnx exports it")
+            for path in target.iterdir():
+                path.unlink()
+        else:
+            return exporter, exact
+    raise AssertionError("no exporter was tried")
 
 
 def _round_what_was_asked(options: CaptureOptions, model: Any, matrices: Matrices) -> None:
