@@ -31,6 +31,16 @@ class PlainCache:
     value_widths: tuple[int, ...]
     """Columns of a value by layer."""
 
+    @classmethod
+    def of(cls, cache: Any) -> "PlainCache":
+        """What transformers' object holds, all of whose layers have keys and values."""
+        layers = cache.layers
+        return cls(
+            tuple(layer.keys.shape[1] for layer in layers),
+            tuple(layer.keys.shape[3] for layer in layers),
+            tuple(layer.values.shape[3] for layer in layers),
+        )
+
     @property
     def layers(self) -> int:
         """Layers that keep something."""
@@ -88,8 +98,4 @@ def read_cache(model: Any) -> PlainCache:
             )
     if not layers:
         raise InputError(f"{kind} keeps a {type(cache).__name__} without layers: no graph can be made of it")
-    return PlainCache(
-        tuple(layer.keys.shape[1] for layer in layers),
-        tuple(layer.keys.shape[3] for layer in layers),
-        tuple(layer.values.shape[3] for layer in layers),
-    )
+    return PlainCache.of(cache)

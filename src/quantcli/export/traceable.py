@@ -74,10 +74,8 @@ def _gather(expert: Any, count: int, hidden: Tensor, chosen: Tensor, weights: Te
 def _product(experts: Any, name: str, number: int, rows: Tensor) -> Tensor:
     weight = getattr(experts, name)[number]
     bias = getattr(experts, f"{name}_bias")[number] if experts.has_bias else None
-    if not experts.is_transposed:
-        return linear(rows, weight, bias)
-    out = rows @ weight
-    return out if bias is None else out + bias
+    out: Tensor = linear(rows, weight.T if experts.is_transposed else weight, bias)
+    return out
 
 
 class _Rotary(nn.Module):

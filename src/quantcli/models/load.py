@@ -28,7 +28,7 @@ from quantcli.models.simulate import simulate
 from quantcli.models.skeleton import build_skeleton, first_names, load_config
 from quantcli.options import SimulationOptions
 
-__all__ = ["load", "read_packed"]
+__all__ = ["load", "no_progress_bar", "read_packed", "refuse_missing"]
 
 Model: TypeAlias = Any  # transformers' PreTrainedModel; its stubs are not followed
 
@@ -126,7 +126,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """A library says nothing on its own; transformers would draw on stderr."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -139,7 +139,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
     config = load_config(folder, trust_remote_code)
-    with _explained(folder), _no_progress_bar():
+    with _explained(folder), no_progress_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -148,7 +148,7 @@ def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Mo
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse_missing(folder, info["missing_keys"])
+    refuse_missing(folder, info["missing_keys"])
     return model
 
 
@@ -177,7 +177,7 @@ def _load_piecewise(
     _fill(model, tensors, done, device, dtype)
     _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    _refuse_missing(checkpoint.folder, left)
+    refuse_missing(checkpoint.folder, left)
     if (checkpoint.folder / "generation_config.json").is_file():
         with _explained(checkpoint.folder):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -290,7 +290,8 @@ def _tie(model: Model) -> None:
             setattr(model.get_submodule(to), leaf, getattr(giver, given))
 
 
-def _refuse_missing(folder: Path, names: Any) -> None:
+def refuse_missing(folder: Path, names: Any) -> None:
+    """Refuses a checkpoint without the tensors of these names."""
     missing = sorted(names)
     if missing:
         raise InputError(f"{folder} lacks tensor {first_names(missing)} that the model needs")

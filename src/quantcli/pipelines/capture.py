@@ -38,7 +38,10 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
 from quantcli.models.readers import reader_of
 from quantcli.models.source import locate_model
+from quantcli.models.tasks import GENERATION, TASKS, find_task
 from quantcli.options import CaptureOptions
+from quantcli.pipelines import capture_task
+from quantcli.pipelines.capture_task import TaskCaptureResult
 from quantcli.progress import Progress, Silent
 from quantcli.scheme import Scheme
 
@@ -77,7 +80,7 @@ class CaptureResult:
         return asdict(self) | {"output": str(self.output)}
 
 
-def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureResult:
+def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureResult | TaskCaptureResult:
     """Captures the graph.
 
     Raises:
@@ -89,6 +92,9 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     _check_options(options)
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
+    task = options.task or find_task(checkpoint.config)
+    if task != GENERATION:
+        return capture_task.run(options, folder, task, progress)
     refuse_online(checkpoint.config, folder, "which no graph of ours computes")
     is_quantized = checkpoint.config.get("quantization_config") is not None
     if is_quantized and not reader_of(checkpoint).uniform:
@@ -98,6 +104,11 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             hint="quantize the original with -a gptq or kquant, or with --format float for a float graph",
         )
     _check_input(options, is_quantized)
+    if options.target_opset is not None and options.exporter != "torch":
+        raise UsageError(
+            "--target-opset applies to --exporter torch; the GenAI builder fixes its own opset",
+            hint="add --exporter torch, or leave --target-opset out",
+        )
     tokenizer = read_tokenizer(folder, options.trust_remote_code)
     exporters = _choose_exporters(options, folder, progress)
     resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}
@@ -149,6 +160,7 @@ def _check_options(options: CaptureOptions) -> None:
     for flag, value, allowed in (
         ("exporter", options.exporter, EXPORTERS),
         ("precision", options.precision, (None, *PRECISIONS)),
+        ("task", options.task, (None, *TASKS)),
     ):
         if value not in allowed:
             known = [a for a in allowed if a is not None]
@@ -159,11 +171,6 @@ def _check_options(options: CaptureOptions) -> None:
         raise UsageError(f"--block-size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {options.block_size}")
     if options.lm_head_bits is not None and options.lm_head_bits not in HEAD_BITS:
         raise UsageError(f"--lm-head-bits must be 4, 8 or 16 (float), got {options.lm_head_bits}")
-    if options.target_opset is not None and options.exporter != "torch":
-        raise UsageError(
-            "--target-opset applies to --exporter torch; the GenAI builder fixes its own opset",
-            hint="add --exporter torch, or leave --target-opset out",
-        )
     low, high = torch_exporter.OPSETS
     if options.target_opset is not None and not low <= options.target_opset <= high:
         raise UsageError(f"--target-opset must be {low} to {high}, got {options.target_opset}")
