@@ -132,6 +132,11 @@ def test_log_level_out_of_range():
         quantize("--log_level")
 
 
+@pytest.mark.parametrize("words", ["-t feature-extraction", "--task feature-extraction"])
+def test_tasks(words):
+    assert capture(words).task == "feature-extraction"
+
+
 @pytest.mark.parametrize(
     ("words", "exporter"),
     [

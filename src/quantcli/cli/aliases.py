@@ -233,7 +233,8 @@ ALIASES: dict[str, dict[str, Alias]] = {
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
-        **_CHECKPOINT,
+        **{flag: alias for flag, alias in _CHECKPOINT.items() if flag != "--task"},
+        "-t": Rename("--task"),
         "--use_ort_genai": Switch(("--exporter", "auto"), _TORCH),  # a GenAI folder, which both exporters write
         "--use_model_builder": Switch(_GENAI, _TORCH),
         "--use_dynamo_exporter": Switch(_TORCH, _GENAI),

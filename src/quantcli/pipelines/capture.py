@@ -92,7 +92,7 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     _check_options(options)
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
-    task = options.task or find_task(checkpoint.config)
+    task = _plain(options.task) or find_task(checkpoint.config)
     if task != GENERATION:
         return capture_task.run(options, folder, task, progress)
     refuse_online(checkpoint.config, folder, "which no graph of ours computes")
@@ -160,7 +160,7 @@ def _check_options(options: CaptureOptions) -> None:
     for flag, value, allowed in (
         ("exporter", options.exporter, EXPORTERS),
         ("precision", options.precision, (None, *PRECISIONS)),
-        ("task", options.task, (None, *TASKS)),
+        ("task", _plain(options.task), (None, *TASKS)),
     ):
         if value not in allowed:
             known = [a for a in allowed if a is not None]
@@ -180,6 +180,11 @@ def _check_options(options: CaptureOptions) -> None:
         for flag in ("accuracy_level", "lm_head_bits", "block_size"):
             if getattr(options, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')} does not apply to --precision fp16, which has no codes")
+
+
+def _plain(task: str | None) -> str | None:
+    """The task without a suffix that others have for graphs with a cache, as ours always are."""
+    return task.removesuffix("-with-past") if task is not None else None
 
 
 def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
