@@ -141,6 +141,7 @@ GIVEN = {
         "output": (["-o", "there"], Path("there")),
         "exporter": (["--exporter", "torch"], "torch"),
         "precision": (["--precision", "int4"], "int4"),
+        "task": (["--task", "fill-mask"], "fill-mask"),
         "target_opset": (["--exporter", "torch", "--target-opset", "21"], 21),
         "block_size": (["--precision", "int4", "--block-size", "64"], 64),
         "accuracy_level": (["--accuracy-level", "0"], 0),

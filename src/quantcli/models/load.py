@@ -31,7 +31,7 @@ from quantcli.models.skeleton import build_skeleton, first_names, load_config
 from quantcli.options import SimulationOptions
 from quantcli.tensors.activations import InputRounding
 
-__all__ = ["load", "read_packed"]
+__all__ = ["load", "no_progress_bar", "read_packed", "refuse_missing"]
 
 # of keys and values, beside an attention's linears
 _CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
@@ -143,7 +143,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """A library says nothing on its own; transformers would draw on stderr."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -156,7 +156,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
     config = load_config(folder, trust_remote_code)
-    with _explained(folder), _no_progress_bar():
+    with _explained(folder), no_progress_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -165,7 +165,7 @@ def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Mo
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse_missing(folder, info["missing_keys"])
+    refuse_missing(folder, info["missing_keys"])
     return model
 
 
@@ -195,7 +195,7 @@ def _load_piecewise(
     _fill(model, tensors, done, device, dtype)
     _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    _refuse_missing(checkpoint.folder, left)
+    refuse_missing(checkpoint.folder, left)
     if (checkpoint.folder / "generation_config.json").is_file():
         with _explained(checkpoint.folder):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -338,7 +338,8 @@ def _tie(model: Model) -> None:
             setattr(model.get_submodule(to), leaf, getattr(giver, given))
 
 
-def _refuse_missing(folder: Path, names: Any) -> None:
+def refuse_missing(folder: Path, names: Any) -> None:
+    """Refuses a checkpoint without the tensors of these names."""
     missing = sorted(names)
     if missing:
         raise InputError(f"{folder} lacks tensor {first_names(missing)} that the model needs")
