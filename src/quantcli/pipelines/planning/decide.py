@@ -70,6 +70,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         seconds=0.0,
         model_digest=fingerprint(model.folder),
         online=model.online,
+        dequantized=model.dequantized,
     )
     plan = with_source(with_training(plan), model.config)
     plan = replace(plan, size_bytes=written_bytes(plan))
