@@ -98,6 +98,11 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
     options = plan.options
     if options.dry_run:
         return plan
+    if plan.dequantized is not None:
+        progress.note(
+            f"{plan.folder} holds {plan.dequantized}: weights are dequantized as they are read, and errors are those "
+            "beside what they stand for"
+        )
     if not plan.layout.known:
         progress.note(f"{plan.skeleton.config.model_type} is not in our table; its blocks were found by looking")
     with (

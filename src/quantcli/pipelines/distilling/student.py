@@ -99,6 +99,11 @@ def open_student(folder: Path, device: torch.device, *, trust_remote_code: bool)
     model.requires_grad_(False)
     vectors = [name for name, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point()]
     trained = list(_scales(model, checkpoint, reader))
+    if not trained:
+        raise InputError(
+            f"{folder}: distill trains scales of evenly spaced codes, there are none",
+            hint="quantize the float model with -a gptq,distill, to gptq, awq or compressed-tensors",
+        )
     fewest = min(t.bits for t in trained)
     trained += _vectors(model, checkpoint, vectors, fewest)
     for found in trained:

@@ -80,6 +80,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         model_digest=fingerprint(model.folder),
         online=model.online,
         trainer=trainer,
+        dequantized=model.dequantized,
     )
     plan = with_distilling(with_source(with_training(plan), model.config))
     plan = replace(plan, size_bytes=written_bytes(plan))

@@ -76,6 +76,8 @@ class Plan:
     """Rows of the model's own text that only judge."""
     online: OnlineRotations | None = None
     """Rotations that the result's weights expect at run time."""
+    dequantized: str | None = None
+    """What the input's weights are dequantized from as they are read, where they are."""
     budget: Budget | None = None
     """What may be spent, where bits are mixed."""
     choice: Choice | None = None
@@ -222,6 +224,7 @@ class Plan:
             text += f"; {self.judges} rows of the model's own judge" if self.judges else ""
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
+            *([("source", f"{self.dequantized}, dequantized as it is read")] if self.dequantized else []),
             *(("transform", _words(step)) for step in self.transforms),
             *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
