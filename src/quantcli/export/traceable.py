@@ -5,7 +5,6 @@ graph and gathers the tokens that chose it, none maybe: the arithmetic is the sa
 did not choose it.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-from quantcli.models.experts import UnfusedExperts
 
 __all__ = ["make_traceable"]
 
@@ -28,15 +25,13 @@ def make_traceable(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = _NAME
-        if isinstance(module, UnfusedExperts):
-            module.forward = MethodType(_unfused_experts, module)  # type: ignore[method-assign]
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str | dict) and hasattr(module, "original_max_seq_len"):
             model.set_submodule(path, _Rotary(module))
 
 
 def _fused_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The experts of one layer as transformers keeps them; see `_gather`."""
+    """The experts of one layer, stacked or taken apart (`models.experts`); see `_gather`."""
 
     def expert(number: int, rows: Tensor) -> Tensor:
         first = "gate_up_proj" if self.has_gate else "up_proj"
@@ -47,11 +42,6 @@ def _fused_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
         return normed
 
     return _gather(expert, len(self.down_proj), hidden, chosen, weights)
-
-
-def _unfused_experts(self: nn.ModuleList, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of one layer as quantized checkpoints have them; see `_gather`."""
-    return _gather(lambda number, rows: self[number](rows), len(self), hidden_states, top_k_index, top_k_weights)
 
 
 def _gather(expert: Any, count: int, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
