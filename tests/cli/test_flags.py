@@ -97,6 +97,9 @@ GIVEN = {
         ),
         "format": (["--format", "awq"], "awq"),
         "readers": (["--for", "vllm", "--for", "peft"], ("vllm", "peft")),
+        "float_model": (["--float-model", "F"], "F"),
+        "kv_cache": (["--kv-cache", "fp8"], "fp8"),
+        "activations": (["--activations", "dynamic"], "dynamic"),
         "backend": (["--backend", "gptqmodel"], "gptqmodel"),
         "timeout": (["--backend", "gptqmodel", "--timeout", "2h"], 7200.0),
         "correct_earlier": (["--correct-earlier"], True),
@@ -258,7 +261,7 @@ def shared(*prefixes):
 GIVEN["tune"] = shared("calibration.", "graph.") | {
     "model": (["--model", "other"], "other"),
     "output": (["--output", "there"], Path("there")),
-    "space": (["--space", "space.json"], Path("space.json")),
+    "space": (["--space", str(PASS)], PASS),
     "predefined": (["--set", "woq"], "woq"),
     "algorithm": (["-a", "gptq"], "gptq"),
     "metric": (["--metric", "kl"], "kl"),
