@@ -13,7 +13,8 @@ from quantcli.errors import DivergedError, UsageError
 from quantcli.models.linear import PackedLinear
 from quantcli.models.scaled_product import round_through
 from quantcli.pipelines.distilling.divergence import divergence
-from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
+from quantcli.tensors.activations import InputRounding
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
 
@@ -76,6 +77,21 @@ def test_products_see_scales_as_they_are_stored():
     values = torch.tensor([1.0001, -3.3], requires_grad=True)
     round_through(values, torch.bfloat16).sum().backward()
     assert torch.equal(values.grad, torch.ones(2))
+
+
+def test_inputs_are_rounded_as_the_layer_says():
+    layer = PackedLinear.from_quantized(packed(1, 4, 32, 16, 64, shuffled=False))
+    layer.rounding = InputRounding(ActivationScheme("int", 4))
+    x = torch.randn(3, 64, requires_grad=True)
+    wanted = layer(x.detach())
+    scales = layer.train_scales()
+    found = layer(x)
+    assert (found - wanted).abs().max() < 1e-5 < (found - x @ layer.dequantize().T).abs().max()
+    found.sum().backward()
+    rounded = layer.rounding(x.detach())
+    levels = layer.dequantize() / layer.scales.float().T.repeat_interleave(32, 1)
+    assert (scales.grad.T - (rounded.sum(0) * levels).reshape(16, 2, 32).sum(-1)).abs().max() < 1e-3
+    assert (x.grad - layer.dequantize().sum(0)).abs().max() < 1e-4  # as if x was not rounded
 
 
 def test_divergence_and_its_gradient_are_the_formula_s():

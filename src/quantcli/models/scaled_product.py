@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from quantcli.tensors.activations import InputRounding
+
 __all__ = ["Codes", "round_through", "rounded_in_forward", "scaled_product"]
 
 
@@ -22,6 +24,8 @@ class Codes(Protocol):
     out_features: int
     g_idx: Tensor
     """[K]: the group of each input."""
+    rounding: InputRounding | None
+    """What becomes of x first; gradients pass as if it did not."""
 
     def blocks(self) -> list[tuple[int, int]]:
         """Outputs [start, stop) whose float weights may exist at once."""
@@ -74,13 +78,15 @@ def scaled_product(x: Tensor, scale: Tensor, layer: Codes) -> Tensor:
 class _ScaledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, layer: Codes) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, scale)
+        ctx.layer, ctx.dtype = layer, x.dtype
         rows = x.float()
+        if layer.rounding is not None:
+            rows = x = layer.rounding(rows)
+        ctx.save_for_backward(x, scale)
         out = rows.new_empty(len(rows), layer.out_features)
         for start, stop in layer.blocks():
             out[:, start:stop] = rows @ layer.dequantize_outputs(scale, start, stop)
-        return out.to(x.dtype)
+        return out.to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -96,4 +102,4 @@ class _ScaledProduct(torch.autograd.Function):
             summed = scale.new_zeros(len(scale), stop - start).index_add_(0, index, of_weight.mul_(levels))
             of_scale[:, start:stop] = summed
             of_rows += part @ levels.mul_(scale[index, start:stop]).T
-        return of_rows.to(x.dtype), of_scale, None
+        return of_rows.to(ctx.dtype), of_scale, None

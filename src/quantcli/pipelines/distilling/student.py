@@ -101,8 +101,8 @@ def open_student(folder: Path, device: torch.device, *, trust_remote_code: bool)
     trained = list(_scales(model, checkpoint, reader))
     if not trained:
         raise InputError(
-            f"{folder}: distill trains scales of evenly spaced codes, there are none",
-            hint="quantize the float model with -a gptq,distill, to gptq, awq or compressed-tensors",
+            f"{folder}: distill trains scales of integers, its codes are small floats",
+            hint="quantize the float model with -a gptq,distill",
         )
     fewest = min(t.bits for t in trained)
     trained += _vectors(model, checkpoint, vectors, fewest)
