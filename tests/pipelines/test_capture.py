@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -30,7 +31,8 @@ from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Described
 from quantcli.graphs.weights.accuracy_level import count_by_bits
 from quantcli.models.load import load
-from quantcli.options import CaptureOptions
+from quantcli.options import CaptureOptions, QuantizeOptions
+from quantcli.pipelines import quantize
 from quantcli.pipelines.capture import run
 from quantcli.progress import Silent
 from quantcli.scheme import PER_CHANNEL, Scheme
@@ -395,10 +397,27 @@ def test_an_unknown_model_goes_through_torch_by_itself(tmp_path):
     assert_same_function(source, tmp_path / "o" / "model")
 
 
-def test_mixture_of_experts(tmp_path):
-    source = write_float(tmp_path / "f", MixtralConfig(**SMALL, num_local_experts=4))
+EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4),
+    "gpt_oss": lambda: GptOssConfig(  # biases, gate and up interleaved, [K, N]
+        **SMALL, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.large), "gpt_oss"])
+def test_mixture_of_experts(family, tmp_path):
+    source = write_float(tmp_path / "f", EXPERTS[family]())
+    with pytest.raises(UsageError, match="holds all experts' matrices in one"):
+        capture(source, tmp_path / "o", precision="int4", exporter="torch")
     capture(source, tmp_path / "o")
     assert_same_function(source, tmp_path / "o" / "model")
+    quantize.run(QuantizeOptions(str(source), tmp_path / "q", "rtn", group_size=32))
+    result = capture(tmp_path / "q", tmp_path / "packed", accuracy_level=0)
+    assert result.nodes["4"] >= 2 * (4 + 4 * 2)  # attention and experts of two layers
+    assert_same_function(tmp_path / "q", tmp_path / "packed" / "model")
 
 
 def test_a_linear_that_the_builder_would_take_for_the_head_is_refused(tmp_path):

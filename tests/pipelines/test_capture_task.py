@@ -115,7 +115,10 @@ def captured(folder: Path, output: Path, **options):
     return capture.run(CaptureOptions(model=str(folder), output=output, **options))
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("bert-classifier", "clip", "t5", "whisper")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.large) for n in MODELS])
 def test_every_kind(name, tmp_path):
     model = write(name, tmp_path / "m")
     result = captured(tmp_path / "m", tmp_path / "o")

@@ -21,7 +21,7 @@ _NAME = "quantcli_traced"
 
 def make_traceable(model: Any) -> None:
     """Changes a model's experts and rotary embeddings for good; what it computes stays the same."""
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, _fused_experts)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts)
     for path, module in list(model.named_modules()):
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = _NAME
@@ -30,8 +30,8 @@ def make_traceable(model: Any) -> None:
             model.set_submodule(path, _Rotary(module))
 
 
-def _fused_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The experts of one layer, stacked or taken apart (`models.experts`); see `_gather`."""
+def _experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The experts of one layer, stacked in parameters or each with its own Linears; see `_gather`."""
 
     def expert(number: int, rows: Tensor) -> Tensor:
         first = "gate_up_proj" if self.has_gate else "up_proj"

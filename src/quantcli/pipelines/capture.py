@@ -270,6 +270,12 @@ def _write_graph(
 def _round_what_was_asked(options: CaptureOptions, model: Any, matrices: Matrices) -> None:
     block = options.block_size or _DEFAULT_BLOCK
     if options.precision in ("int4", "int8"):
+        stacked = [n for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n]
+        if stacked:
+            raise UsageError(
+                f"--precision {options.precision} rounds linears; {stacked[0]} holds all experts' matrices in one",
+                hint="quantize the checkpoint first: quantcli quantize -m MODEL -a rtn -o Q, then capture Q",
+            )
         matrices.round_linears(model, Scheme(4 if options.precision == "int4" else 8, block, lowest_zero=LOWEST_ZERO))
     wanted = options.lm_head_bits
     if wanted is None:
