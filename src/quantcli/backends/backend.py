@@ -65,6 +65,8 @@ class Method:
     """Further options of `quantize`, and of graphs, that reach it, by field."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Its own options by name."""
+    formats: tuple[str, ...] = ()
+    """As in `--format`, what it stores checkpoints in; with two, the first is for symmetric grids."""
     aliases: tuple[str, ...] = ()
     """What our own command line, or a pass configuration, calls it."""
     warning: str = ""
