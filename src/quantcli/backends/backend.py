@@ -77,8 +77,6 @@ class Method:
     """Of graphs: whether onnxruntime runs its result with graph optimizations, as users open it."""
     cuda_only: bool = False
     """Whether it needs a GPU where its backend does not."""
-    reads_back: bool = True
-    """Whether quantcli runs its result; else the backend runs it in its own environment."""
 
 
 @dataclass(frozen=True)
