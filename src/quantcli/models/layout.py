@@ -1,10 +1,10 @@
 """Where a language model keeps its blocks, embedding, final norm and head: facts per model type, and a fallback.
 
-A new family is one line in `FAMILIES`; a model that is not listed is looked at: its blocks are the longest list of
-modules of one class that hold linears.
+A new family is one line in `FAMILIES`; a model that is not listed is looked at: its blocks are the list of modules with
+linears that stands nearest to the embedding.
 """
 
-from collections import Counter
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def find_layout(model: Any) -> Layout:
         InputError: there are no repeated blocks with linears.
     """
     family = FAMILIES.get(model.config.model_type)
-    path = family.blocks if family else _longest_list(model)
+    path = family.blocks if family else _block_list(model)
     gates = family.keep_float if family else _GATES
     try:
         blocks = model.get_submodule(path)
@@ -131,19 +131,25 @@ def find_layout(model: Any) -> Layout:
     )
 
 
-def _longest_list(model: nn.Module) -> str:
-    """The path of the longest ModuleList whose entries share a class and hold linears."""
-    candidates = []
+def _block_list(model: Any) -> str:
+    """The path of the list of modules with linears that stands nearest to the embedding; of several, the largest.
+
+    Entries may be of several classes (attention and state spaces in turns); lists within a block are smaller.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())].split(".")
+    candidates: list[tuple[int, int, str]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            _, count = Counter(type(entry) for entry in module).most_common(1)[0]
-            # lists within a block (experts, heads) repeat as often as the blocks: the shallowest wins
-            if count == len(module) and any(is_linear(m) for m in module[0].modules()):
-                candidates.append((-name.count("."), len(module), name))
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        sizes = [sum(math.prod(weight_shape(m)) for m in entry.modules() if is_linear(m)) for entry in module]
+        if all(sizes):
+            parts = name.split(".")
+            shared = next((i for i, (x, y) in enumerate(zip(parts, embedding, strict=False)) if x != y), 0)
+            candidates.append((shared, sum(sizes), name))
     if not candidates:
         raise InputError(f"{type(model).__name__} has no repeated blocks with linear layers")
-    path: str = max(candidates, key=lambda c: c[:2])[2]
-    return path
+    return max(candidates)[2]
 
 
 def _norm_beside(model: nn.Module, blocks: str) -> str | None:

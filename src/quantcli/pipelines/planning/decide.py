@@ -6,10 +6,11 @@ from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
 from quantcli.models.layout import weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
-from quantcli.options import QuantizeOptions
+from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.share import count_share, require_share
 from quantcli.pipelines.planning.sizes import written_bytes
 from quantcli.pipelines.planning.steps import allowed_formats, resolve_group_size, resolve_steps
 from quantcli.pipelines.planning.storage import choose_storage
@@ -43,6 +44,11 @@ def make_plan(options: QuantizeOptions) -> Plan:
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
     embedding = find_embedding(options, model)
+    if options.calibration.moe_calibration != CalibrationOptions.moe_calibration and not model.skeleton.stacked:
+        raise UsageError(f"{model.folder} has no experts, --moe-calibration would have no effect", hint="leave it out")
+    share = count_share(model.skeleton, model.layout, targets, embedding, options) if targets else None
+    if share is not None:
+        require_share(share, options, str(model.folder))
     device = pick_device(options.device)
     plan = Plan(
         folder=model.folder,
@@ -68,6 +74,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         seconds=0.0,
         model_digest=fingerprint(model.folder),
         online=model.online,
+        share=share,
     )
     plan = with_source(with_training(plan), model.config)
     plan = replace(plan, size_bytes=written_bytes(plan))
