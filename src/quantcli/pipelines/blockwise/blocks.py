@@ -68,7 +68,8 @@ class CalibratedBlocks:
                 f"{path} of {type(plan.skeleton).__name__} cannot be run by itself: {first_line(error)}",
                 hint="use an algorithm that needs no text: -a rtn, kquant or hqq",
             ) from error
-        kind = (type(block), *map(tuple, stages))
+        built = tuple((name, type(module)) for name, module in block.named_modules())
+        kind = (built, *map(tuple, stages))
         if kind not in self._pauses:
             self._pauses[kind] = study_pauses(block, stages, first, calls[0])
             if plan.scaling is not None:
