@@ -13,7 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "head_size", "is_linear", "is_transposed", "weight_shape"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Layout",
+    "config_value",
+    "find_layout",
+    "head_size",
+    "is_linear",
+    "is_transposed",
+    "weight_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,15 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def head_size(model: Any) -> int:
     """Columns of an attention head, by the model's configuration."""
     config = model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(config_value(config, "head_dim") or config.hidden_size // config_value(config, "num_attention_heads"))
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A value of a configuration, the largest where it differs from layer to layer; None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one of several
+        return max(getattr(config.per_layer_config[i], name) for i in range(config.num_hidden_layers))
 
 
 def find_layout(model: Any) -> Layout:
