@@ -22,6 +22,7 @@ __all__ = [
     "head_size",
     "is_linear",
     "is_transposed",
+    "position_count",
     "weight_shape",
 ]
 
@@ -38,6 +39,8 @@ class Family:
     """Ends of names of linears that are routers or gates, not weights worth quantizing."""
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+_OFFSET = 4  # some tables have a few rows more, for padding
 _LLAMA = Family("model.layers", "model.norm")
 _GPT2 = Family("transformer.h", "transformer.ln_f")
 _SHARED_GATE = ("shared_expert_gate",)
@@ -83,8 +86,9 @@ class Layout:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by one stored matrix."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module multiplies by one stored matrix, and does nothing else."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # subclasses may compute otherwise
+    return isinstance(module, nn.Linear | Conv1D) and plain
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -104,6 +108,19 @@ def head_size(model: Any) -> int:
     """Columns of an attention head, by the model's configuration."""
     config = model.config.get_text_config()
     return int(config_value(config, "head_dim") or config.hidden_size // config_value(config, "num_attention_heads"))
+
+
+def position_count(model: Any) -> int | None:
+    """How many positions a model has tables for (learned, or computed beforehand); None where any number goes."""
+    text = model.config.get_text_config()
+    found = (getattr(text, name, None) for name in _POSITIONS)
+    count = next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
+    if count is None:
+        return None
+    embedding = model.get_input_embeddings().weight
+    tables = [t.shape for t in (*model.parameters(), *model.buffers()) if t is not embedding and t.ndim >= 2]
+    learned = any(count <= shape[0] <= count + _OFFSET and len(shape) == 2 for shape in tables)
+    return count if learned or any(len(shape) == 4 and shape[-1] == count for shape in tables) else None
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -132,7 +149,7 @@ def find_layout(model: Any) -> Layout:
         f"{path}.{number}.{name}"
         for number, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if is_linear(module) and name.rsplit(".", 1)[-1] not in gates
+        if is_linear(module) and not _is_router(module, name, gates)
     )
     if not linears:
         raise InputError(f"{type(model).__name__} has no linear layers to quantize")
@@ -147,6 +164,12 @@ def find_layout(model: Any) -> Layout:
         final_norm=family.final_norm if family else _norm_beside(model, path),
         known=family is not None,
     )
+
+
+def _is_router(module: nn.Module, name: str, gates: tuple[str, ...]) -> bool:
+    """Whether a linear chooses experts or weighs branches: named so, and with few outputs."""
+    rows, columns = weight_shape(module)
+    return name.rsplit(".", 1)[-1] in gates and 4 * rows <= columns
 
 
 def _block_list(model: Any) -> str:

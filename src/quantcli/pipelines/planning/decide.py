@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
-from quantcli.models.layout import weight_shape
+from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
@@ -76,11 +76,29 @@ def make_plan(options: QuantizeOptions) -> Plan:
         online=model.online,
         share=share,
     )
+    plan = _within_positions(plan)
     plan = with_source(with_training(plan), model.config)
     plan = replace(plan, size_bytes=written_bytes(plan))
     if options.mixes:
         plan = with_budget(plan)
     return with_memory(plan)
+
+
+def _within_positions(plan: Plan) -> Plan:
+    """Rows no longer than a model that counts its positions has of them.
+
+    Raises:
+        UsageError: longer ones were asked for.
+    """
+    limit, calibration = position_count(plan.skeleton), plan.options.calibration
+    if limit is None or calibration.seq_len <= limit or not plan.wants_text:
+        return plan
+    if calibration.seq_len != CalibrationOptions.seq_len:
+        raise UsageError(
+            f"--seq-len {calibration.seq_len} is longer than the {limit} positions of {plan.folder}",
+            hint=f"use --seq-len {limit}",
+        )
+    return replace(plan, options=replace(plan.options, calibration=replace(calibration, seq_len=limit)))
 
 
 def _refuse_graph_flags(options: QuantizeOptions) -> None:

@@ -91,7 +91,10 @@ def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
     if method is None and any(name.endswith((".qweight", ".weight_packed", ".absmax")) for name in checkpoint.entries):
         method = "packed weights"
     if method is not None:
-        raise InputError(f"{folder} is already quantized ({method})", hint="quantize the original model instead")
+        raise InputError(
+            f"{folder} is already quantized ({method}); tensors of float32, float16, bfloat16 or float64 are read",
+            hint="quantize the original model instead",
+        )
 
 
 def _without_shared(layout: Layout, skeleton: Any) -> Layout:

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ __all__ = ["LeftFloat", "Share", "count_share", "require_share"]
 
 _ENOUGH = 0.95
 """Of matrix parameters; what is below it was hardly meant."""
-_SMALL = 16
+_SMALL = 32
 """Rows or columns of a parameter below which it is no matrix worth quantizing: kernels, state space parameters."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -31,6 +32,8 @@ class LeftFloat:
     reason: str
     count: int
     parameters: int
+    counts: bool
+    """Whether it is a matrix that one would expect to be quantized."""
     example: str
     """Path of the first."""
 
@@ -100,7 +103,7 @@ def count_share(
             kind, reason, counts = _classify(path, name, module, layout, options)
             (counted if counts else apart)[kind, reason].append((full, parameter.numel()))
     left = [
-        LeftFloat(kind, reason, len(found), sum(size for _, size in found), found[0][0])
+        LeftFloat(kind, reason, len(found), sum(size for _, size in found), kinds is counted, found[0][0])
         for kinds in (counted, apart)
         for (kind, reason), found in kinds.items()
     ]
@@ -123,8 +126,6 @@ def _classify(
     parameter = getattr(module, name)
     if isinstance(module, _CONVOLUTIONS) and module.groups > 1:
         return "depth-wise convolutions", "a few weights per channel", False
-    if not is_linear(module) and min(parameter.shape[-2:]) < _SMALL:
-        return f"{what}.{name}", "no matrix: small, and used in a way of its own", False
     if any(re.search(pattern, path) for pattern in options.exclude):
         return leaf, "--exclude", True
     if (
@@ -133,11 +134,21 @@ def _classify(
         or (is_linear(module) and path not in layout.linears and inside)
     ):
         return f"routers ({leaf})", "which expert is chosen hangs on little differences", True
+    if not is_linear(module) and min(parameter.shape[-2:]) < _SMALL:
+        return f"{what}.{name}", "no matrix: small, and used in a way of its own", False
+    if not path.startswith(_text_root(layout)):
+        return "what is not the language model's", "towers for images and sound, projections, heads", False
     if not inside:
         return f"{what} outside the blocks", "the text's own blocks are quantized", True
     if isinstance(module, _CONVOLUTIONS):
         return "convolutions", "no format of checkpoints holds them", True
     return f"{what}.{name}", "no linear: the class uses it in a way of its own", True
+
+
+def _text_root(layout: Layout) -> str:
+    """Path of the module that holds both embedding and blocks, with its dot."""
+    pairs = zip(layout.embedding.split("."), layout.blocks[0].split("."), strict=False)
+    return "".join(f"{a}." for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def require_share(share: Share, options: QuantizeOptions, model: str) -> None:
@@ -148,9 +159,7 @@ def require_share(share: Share, options: QuantizeOptions, model: str) -> None:
     """
     if options.allow_partial or options.exclude or share.fraction >= _ENOUGH:
         return
-    most = max(
-        (one for one in share.left if one.kind not in ("output head", "embeddings")), key=lambda one: one.parameters
-    )
+    most = max((one for one in share.left if one.counts), key=lambda one: one.parameters)
     raise InputError(
         f"only {share.words} of {model}: {most.kind} stay float ({most.reason})",
         hint="add --allow-partial to quantize this much, or name what stays float with --exclude",
