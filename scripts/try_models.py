@@ -1,7 +1,7 @@
 """Quantizes a tiny random model of every causal language model class of the installed transformers; a table of it.
 
-    python scripts/models.py                          # all classes, rtn and gptq; then docs/models.md is written
-    python scripts/models.py --methods best llama gpt2
+    python scripts/try_models.py                          # all classes, rtn and gptq; then docs/models.md is written
+    python scripts/try_models.py --methods best llama gpt2
 
 Results are kept in .models.json; what is there already is taken from there, --again measures anew.
 """
@@ -155,8 +155,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "*right*: the logits of `quantcli.load` are those of the float model with the dequantized matrices written "
         f"into its parameters (relative difference at most {_CLOSE:g}); after a rotation, those of the float model "
-        f"up to the noise of 4 bits ({_NOISE:g}). The percentage is the share of matrix parameters that is quantized; tiny "
-        "sizes make what stays float look larger than it is in real models. What has no number is quantized whole. "
+        f"up to the noise of 4 bits ({_NOISE:g}). The percentage is the share of matrix parameters that is quantized; "
+        "tiny sizes make what stays float look larger than it is in real models. No number: all of it. "
         "*refused*: the command "
         "ends with exit code 3 and the reason below.",
         "",
