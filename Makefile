@@ -8,7 +8,7 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-finetune test quick large check format bench models docs clean
+.PHONY: help demo demo-finetune test quick large check format bench models docs backends dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,12 +45,19 @@ bench: $(INSTALLED) ## measure speed and quality on the demo model, beside peers
 models: $(INSTALLED) ## a tiny model of every causal class of transformers, quantized and read back; writes docs/models.md
 	$(BIN)/python scripts/try_models.py
 
+backends: $(INSTALLED) ## install, check and remove every backend, one after the other; writes docs/backends.md: half an hour, 2 GB at a time
+	$(BIN)/python scripts/try_backends.py
+
 docs: $(INSTALLED) ## write docs/cli.md from the commands' help, docs/configurations.md from the table of passes
 	$(BIN)/python scripts/make_cli_docs.py
 	$(BIN)/python scripts/make_configuration_docs.py
 
+dist: $(INSTALLED) ## build wheel and source archive into dist/, and check them
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 clean: ## remove the environment, the demo's outputs and caches
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, PYTHON=... names one")'

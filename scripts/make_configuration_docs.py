@@ -1,11 +1,13 @@
 """Writes docs/configurations.md from the tables of pass types and keys; with --check says whether it is up to date."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from quantcli.cli.aliases import describe
 from quantcli.cli.configuration.keys import Key, Keys, Nested, Pass, Variants, describe_key
 from quantcli.cli.configuration.passes import OTHER_TYPES, PASSES
+from quantcli.cli.configuration.searchable import SEARCHABLE
 from quantcli.cli.configuration.workflows import BESIDE, DATA, INPUT_MODEL, SYSTEM, WORKFLOW
 from written_page import write_or_check
 
@@ -35,7 +37,9 @@ the options as resolved, the file's name and its digest.
 
 - A key that is not given, `null`, empty or `"DEFAULT_VALUE"` leaves the default of quantcli, which may be another than
   Olive's: a group has 64 columns here.
-- `"SEARCHABLE_VALUES"` and lists of values are refused: nothing is tuned.
+- `"SEARCHABLE_VALUES"` and lists of values ask for a search: `quantcli tune -m MODEL -o OUT --config FILE` runs it, and
+  quantize refuses them. What is searched stands [below](#what-is-searched), the evaluators of a workflow in
+  [tuning.md](tuning.md).
 - An unknown key is an error that names the nearest one. A key that asks for what cannot be changed here is taken with
   the value that holds anyway, and said; every other value is an error.
 - `"data_config"` is an object, or a name under the workflow's `"data_configs"`. A name that is not defined needs a
@@ -88,6 +92,22 @@ def around() -> Iterator[str]:
         yield from inner_tables(name, keys)
 
 
+def searched() -> Iterator[str]:
+    yield "## What is searched"
+    yield (
+        'By `quantcli tune`: keys that say `"SEARCHABLE_VALUES"`, by these values; keys with a list of values, by the '
+        "list; and, where a pass of one of these types chooses nothing, all of its keys here. With "
+        '`"disable_search": true`, none.'
+    )
+    lines = ["| type | key | values | only with |", "|---|---|---|---|"]
+    for kind, keys in SEARCHABLE.items():
+        for key, found in keys.items():
+            values = ", ".join(f"`{json.dumps(v)}`" for v in found.values)
+            when = "; ".join(f"`{k}` {' or '.join(map(str, v))}" for k, v in found.when.items())
+            lines.append(f"| `{kind}` | `{key}` | {values} | {when} |")
+    yield "\n".join(lines)
+
+
 def page() -> str:
     parts = [INTRODUCTION.rstrip(), "## Types"]
     parts.append("The case of a type does not matter.")
@@ -101,6 +121,7 @@ def page() -> str:
         else:
             parts += section(name, spec)
     parts += around()
+    parts += searched()
     parts += ["## Types that are refused", "| type | why |\n|---|---|"]
     parts[-1] += "".join(f"\n| `{name}` | {describe(refused)} |" for name, refused in OTHER_TYPES.items())
     return "\n\n".join(parts) + "\n"

@@ -199,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="model types; default: all")
     parser.add_argument("--methods", default="rtn,gptq", help="of rtn, gptq, best, quarot+gptq and capture")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="where results are kept")
     parser.add_argument("--again", action="store_true", help="measure anew what is known")
     given = parser.parse_args()
     methods = [m.replace("+", ",") for m in given.methods.split(",")]
@@ -210,14 +211,14 @@ def main() -> None:
         raise TimeoutError(f"longer than {_SECONDS} s")
 
     signal.signal(signal.SIGALRM, out_of_time)
-    results: dict[str, dict[str, Any]] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    results: dict[str, dict[str, Any]] = json.loads(given.kept.read_text()) if given.kept.is_file() else {}
     for family in given.families or CAUSAL:
         found = {} if given.again else results.get(family, {})
         results[family] = found
         measure(family, methods, found)
         states = ", ".join(f"{m} {found[m]['state']}" for m in methods if m in found)
         print(f"{family}: {states or found.get('none')}", flush=True)
-        KEPT.write_text(json.dumps(results, indent=1))
+        given.kept.write_text(json.dumps(results, indent=1))
     write_or_check(PAGE, page(results))
 
 

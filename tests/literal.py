@@ -346,3 +346,34 @@ def cayley_step(X, G, M, learning_rate, beta):
     for _ in range(100):
         Y = X + alpha / 2 * W @ (X + Y)
     return Y, M
+
+
+def int8_rows(weight):
+    """LLM.int8()'s codes and scales, number by number, in float16 and float32 as bitsandbytes has them."""
+    half = weight.astype(np.float16)
+    codes, largest = np.zeros(half.shape, np.int8), np.zeros(len(half), np.float32)
+    for n, row in enumerate(half):
+        largest[n] = max(abs(float(w)) for w in row)
+        if largest[n] > 0:
+            for k, w in enumerate(row):
+                codes[n, k] = np.rint(np.float32(w) * (np.float32(127) / largest[n]))
+    return codes, largest
+
+
+def int8_product(x, codes, largest, threshold):
+    """LLM.int8()'s product, section 3.2: outlier columns as they are, a scale for each vector."""
+    half = x.astype(np.float16)
+    outliers = {k for k in range(x.shape[1]) if threshold > 0 and any(abs(v) >= threshold for v in half[:, k])}
+    out = np.zeros((len(x), len(codes)))
+    for m, token in enumerate(half):
+        kept = [v for v in token if threshold == 0 or abs(v) < threshold]
+        scale = np.float32(max((abs(v) for v in kept), default=0))
+        for n in range(len(codes)):
+            total = 0
+            for k in range(x.shape[1]):
+                if k in outliers:
+                    out[m, n] += float(x[m, k]) * float(codes[n, k]) * float(largest[n]) / 127
+                elif scale > 0:
+                    total += int(np.rint(np.float32(token[k]) * (np.float32(127) / scale))) * int(codes[n, k])
+            out[m, n] += total * float(scale) * float(largest[n]) / 127**2
+    return out

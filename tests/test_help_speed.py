@@ -24,6 +24,7 @@ HEAVY = [
 ]
 COMMANDS = [
     "quantize",
+    "tune",
     "finetune",
     "capture-onnx-graph",
     "evaluate",

@@ -9,7 +9,7 @@ import pytest
 
 from small_graphs import cnn, mlp
 
-HEAVY = ["torch", "transformers", "safetensors", "tokenizers", "scipy", "numba"]
+HEAVY = ["torch", "sympy.core", "transformers", "safetensors", "tokenizers", "scipy", "numba"]
 SCRIPT = f"""
 import sys, json
 from quantcli.cli.app import run

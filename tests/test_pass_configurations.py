@@ -160,10 +160,33 @@ def test_static_quantization(number, root, run):
     assert session.run(None, {"x": np.zeros((1, 3, 12, 12), np.float32)})[0].shape == (1, 10)
 
 
-def test_what_asks_for_tuning_is_refused(root, run):
+def test_what_asks_for_a_search_is_one_of_tune(root, run):
+    """quantize names the command that searches; that runs the block as it is written, one value after the other."""
     output, said = run(*TUNED, "cnn.onnx", "--calibration-inputs", root / "samples", code=2)
-    assert '"per_channel" asks for tuning, nothing is tuned here' in said and "hint: name a value" in said
+    assert '"per_channel" asks for a search' in said and "hint: use `quantcli tune`" in said
     assert not output.exists()
+    found = tuned(*TUNED, root, "per-channel")
+    assert [t["point"] for t in found["trials"]] == [{"per_channel": False}, {"per_channel": True}]
+    assert all(t["state"] == "complete" for t in found["trials"])
+
+
+def tuned(number, root, name, *words):
+    """What `tune` wrote of a block on the network of convolutions."""
+    (root / f"{name}.json").write_text(BLOCKS[number])
+    given = ["tune", "-m", root / "cnn.onnx", "-o", root / name, "-c", root / f"{name}.json", "-q", *words]
+    assert app.run([str(w) for w in (*given, "--calibration-inputs", root / "samples")]) == 0
+    return json.loads((root / name / "tuning.json").read_text())
+
+
+@pytest.mark.parametrize("number", STATIC)
+def test_nothing_chosen_searches_what_is_documented(number, root):
+    """Of the three blocks without SEARCHABLE_VALUES, the one that chooses nothing searches all that has values."""
+    found = tuned(number, root, f"block-{number}", "--trials", "3")
+    chosen = {name for t in found["trials"] for name in t["point"]}
+    if "per_channel" in BLOCKS[number]:
+        assert chosen == set() and len(found["trials"]) == 1
+    else:
+        assert {"quant_mode", "weight_type", "per_channel", "reduce_range"} <= chosen and len(found["trials"]) == 3
 
 
 def test_weights_alone_by_inc(root, run):

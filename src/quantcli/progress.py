@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Silent", "Task"]
+__all__ = ["Board", "Progress", "Silent", "Task"]
 
 
 class Task(Protocol):
@@ -12,6 +12,14 @@ class Task(Protocol):
 
     def advance(self, amount: float = 1, detail: str = "") -> None:
         """Moves on by `amount`; `detail` is a few words on the latest step, such as a loss."""
+        ...
+
+
+class Board(Protocol):
+    """A table that grows."""
+
+    def add(self, cells: Sequence[str]) -> None:
+        """Adds a row."""
         ...
 
 
@@ -34,6 +42,10 @@ class Progress(Protocol):
         """Opens a counted piece of work that is shown until the context ends; `start` is what is done already."""
         ...
 
+    def board(self, title: str, columns: Sequence[str]) -> AbstractContextManager[Board]:
+        """Opens a table that grows while work goes on."""
+        ...
+
 
 class Silent:
     """Says nothing: the default for library use and tests."""
@@ -51,6 +63,16 @@ class Silent:
     def track(self, label: str, total: float, start: float = 0) -> Iterator[Task]:
         """Counts for nobody."""
         yield _SilentTask()
+
+    @contextmanager
+    def board(self, title: str, columns: Sequence[str]) -> Iterator[Board]:
+        """Ignores the rows."""
+        yield _SilentBoard()
+
+
+class _SilentBoard:
+    def add(self, cells: Sequence[str]) -> None:
+        pass
 
 
 class _SilentTask:

@@ -22,6 +22,8 @@ def solve(algorithm, weight, hessian, scheme):
 @pytest.mark.parametrize("group_size", [16, 48, 128, -1])
 @pytest.mark.parametrize("algorithm", ROUNDERS, ids=lambda a: a.name)
 def test_codes_scales_and_zeros_stay_in_range(algorithm, group_size, symmetric):
+    if algorithm.group_size not in (None, group_size):
+        pytest.skip("it makes other groups alone")
     weight, hessian, _ = (torch.from_numpy(a).float() for a in literal.layer(N=7, K=160))
     for bits in algorithm.bits:
         scheme = Scheme(bits, group_size, symmetric, lowest_zero=1)
@@ -34,7 +36,7 @@ def test_codes_scales_and_zeros_stay_in_range(algorithm, group_size, symmetric):
         assert result.scheme.codebook == algorithm.codebook
         if algorithm.codebook is not None:
             assert result.scale.dtype == torch.float32 and not result.zero.any()
-            assert result.codebook.shape == (scheme.levels,) and result.codebook.abs().max() == 1
+            assert result.codebook.shape == (scheme.levels,) and 1 <= result.codebook.abs().max() < 1.01
             continue
         assert result.scale.dtype == torch.float16 and result.codebook is None
         if result.has_float_zeros:

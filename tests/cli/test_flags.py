@@ -27,6 +27,7 @@ from quantcli.options import (
     QuantizeOptions,
     SimulationOptions,
 )
+from quantcli.options.goals import Goal
 
 BASE = {
     "quantize": ["-m", "M", "-o", "O"],
@@ -37,6 +38,9 @@ BASE = {
     "generate": ["-m", "M", "-p", "P"],
     "generate-adapter": ["-m", "M", "-o", "O"],
     "inspect": ["F"],
+    "tune": ["-m", "M", "-o", "O"],
+    "backends": ["install", "inc"],
+    "compare": ["-m", "M", "--with", "ours,gptqmodel"],
     "algorithms": [],
 }
 COMMAND_OPTIONS = (
@@ -93,6 +97,8 @@ GIVEN = {
         ),
         "format": (["--format", "awq"], "awq"),
         "readers": (["--for", "vllm", "--for", "peft"], ("vllm", "peft")),
+        "backend": (["--backend", "gptqmodel"], "gptqmodel"),
+        "timeout": (["--backend", "gptqmodel", "--timeout", "2h"], 7200.0),
         "correct_earlier": (["--correct-earlier"], True),
         "allow_partial": (["--allow-partial"], True),
         "dtype": (["--dtype", "float16"], "float16"),
@@ -237,6 +243,60 @@ GIVEN = {
     },
     "inspect": {"folder": ([], Path("F")), "nodes": (["--nodes"], True)},
     "algorithms": {"name": (["gptq"], "gptq")},
+    "backends": {
+        "action": ([], "install"),
+        "name": ([], "inc"),
+        "installer": (["--installer", "pip"], "pip"),
+        "torch_index": (["--torch-index", "https://here"], "https://here"),
+    },
+}
+
+
+def shared(*prefixes):
+    return {field: given for field, given in GIVEN["quantize"].items() if field.startswith(prefixes)}
+
+
+GIVEN["tune"] = shared("calibration.", "graph.") | {
+    "model": (["--model", "other"], "other"),
+    "output": (["--output", "there"], Path("there")),
+    "space": (["--space", "space.json"], Path("space.json")),
+    "predefined": (["--set", "woq"], "woq"),
+    "algorithm": (["-a", "gptq"], "gptq"),
+    "metric": (["--metric", "kl"], "kl"),
+    "goals": (["--goal", "kl<=0.05", "--goal", "size<=60MB"], (Goal.parse("kl<=0.05"), Goal.parse("size<=60MB"))),
+    "minimize": (["--minimize", "latency"], "latency"),
+    "lower_is_better": (["--metric", "score.py:loss", "--lower-is-better"], True),
+    "trials": (["--trials", "7"], 7),
+    "timeout": (["--timeout", "1h"], 3600.0),
+    "sampler": (["--sampler", "tpe"], "tpe"),
+    "stop_at_first": (["--goal", "kl<=0.05", "--stop-at-first"], True),
+    "prune": (["--no-prune"], False),
+    "eval_data": (["--eval-data", "t.txt"], "t.txt"),
+    "eval_samples": (["--eval-samples", "3"], 3),
+    "eval_seq_len": (["--eval-seq-len", "64"], 64),
+    "ray": (["--ray", "local"], "local"),
+    "ray_cpus": (["--ray", "local", "--ray-cpus", "2"], 2.0),
+    "ray_gpus": (["--ray", "local", "--ray-gpus", "0.5"], 0.5),
+    "ray_memory": (["--ray", "local", "--ray-memory", "4GB"], 4_000_000_000),
+    "device": (["--device", "cpu"], "cpu"),
+    "trust_remote_code": (["--trust-remote-code"], True),
+    "force": (["--force"], True),
+    "dry_run": (["--dry-run"], True),
+}
+GIVEN["compare"] = shared("calibration.") | {
+    "model": (["--model", "other"], "other"),
+    "entrants": (["--with", "autoawq"], ("ours", "gptqmodel", "autoawq")),
+    "output": (["-o", "there"], Path("there")),
+    "algorithm": (["-a", "awq"], "awq"),
+    "bits": (["--bits", "3"], 3),
+    "group_size": (["--group-size", "32"], 32),
+    "symmetric": (["--sym"], True),
+    "eval_data": (["--eval-data", "t.txt"], "t.txt"),
+    "eval_samples": (["--eval-samples", "3"], 3),
+    "timeout": (["--timeout", "90s"], 90.0),
+    "max_memory": (["--max-memory", "4GB"], 4_000_000_000),
+    "trust_remote_code": (["--trust-remote-code"], True),
+    "force": (["--force"], True),
 }
 
 

@@ -1,25 +1,25 @@
 """bitsandbytes itself, where it is installed: the same codes, and either side opens what the other writes."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tiny
-from quantcli.formats import bnb
+from quantcli.formats import bnb, bnb_int8
 from quantcli.models.codebook_linear import CodebookLinear
+from quantcli.models.int8_linear import Int8Linear
 from quantcli.models.load import load
-from quantcli.options import EvaluateOptions, QuantizeOptions
+from quantcli.options import CalibrationOptions, EvaluateOptions, QuantizeOptions
 from quantcli.pipelines import evaluate, inspect, quantize
-from quantcli.scheme import CODEBOOKS, Scheme
-from quantcli.tensors.codebook import codebook, dynamic_map, round_to_codebook
+from quantcli.scheme import Scheme
+from quantcli.tensors import vectorwise
+from quantcli.tensors.codebook import VALUES, codebook, dynamic_map, round_to_codebook
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
 TOKENS = torch.tensor([[3, 50, 7, 99, 12, 0, 45]])
-NAMES = pytest.mark.parametrize("name", CODEBOOKS)
+NAMES = pytest.mark.parametrize("name", VALUES)
 
 
 def logits(model):
@@ -43,7 +43,7 @@ def odd_weights(rows, columns, dtype, name):
 
 
 def test_the_tables_are_theirs():
-    for name in CODEBOOKS:
+    for name in VALUES:
         assert torch.equal(codebook(name), functional.get_4bit_type(name, device="cpu"))
     assert torch.equal(dynamic_map(), functional.create_dynamic_map())
 
@@ -157,11 +157,38 @@ def test_we_open_what_transformers_writes(tmp_path, name, double_quant, dtype, m
     assert result.perplexity > 1
 
 
-def test_eight_bits_are_refused(tmp_path):
-    source = tiny.checkpoint(tmp_path / "f")
-    path = source / "config.json"
-    values = json.loads(path.read_text())
-    config = BitsAndBytesConfig(load_in_8bit=True).to_dict() | {"quant_method": "bitsandbytes"}
-    path.write_text(json.dumps(values | {"quantization_config": config}))
-    with pytest.raises(Exception, match="of 8 bits: nf4 and fp4 are read"):
-        load(source, device="cpu")
+@pytest.fixture
+def their_constant(monkeypatch):
+    """Their CPU kernel's 1 / 127 ** 2, 1.8e-5 too large: with it, both sides turn the same codes."""
+    monkeypatch.setattr(vectorwise, "_UNIT", 6.200124e-05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_codes_are_theirs(dtype):
+    weight = odd_weights(8, 4096, dtype, "nf4")
+    codes, largest, _ = functional.int8_vectorwise_quant(weight.half())
+    stored = bnb_int8.pack(vectorwise.round_rows(weight))
+    assert torch.equal(stored["weight"], codes) and torch.equal(stored["SCB"], largest)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 6.0])
+def test_int8_folders_open_on_both_sides(tmp_path, their_constant, model_type, threshold):
+    source = tiny.checkpoint(tmp_path / "f", model_type)
+    (tmp_path / "text.txt").write_text(tiny.words(200))
+    options = QuantizeOptions(
+        str(source), tmp_path / "q", algorithm="llm-int8", settings={"threshold": str(threshold)}, dtype="keep",
+        calibration=CalibrationOptions(str(tmp_path / "text.txt"), num_samples=1, seq_len=16), device="cpu",
+    )  # fmt: skip
+    quantize.run(options)
+    theirs, ours = opened(tmp_path / "q" / "model"), load(tmp_path / "q", device="cpu")
+    packed = {n for n, m in ours.named_modules() if isinstance(m, Int8Linear)}
+    assert packed == {n for n, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-5)
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    made = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    tiny.save_tokenizer(tmp_path / "theirs")
+    read = load(tmp_path / "theirs", device="cpu")
+    assert all(isinstance(read.get_submodule(n), Int8Linear) for n in packed)
+    torch.testing.assert_close(logits(made), logits(read), rtol=1e-4, atol=1e-5)

@@ -11,8 +11,8 @@ from quantcli.errors import InputError
 from quantcli.formats import bnb
 from quantcli.formats.codec import Described, Held
 from quantcli.models.codebook_linear import CodebookLinear
-from quantcli.scheme import CODEBOOKS, Scheme
-from quantcli.tensors.codebook import codebook, round_to_codebook
+from quantcli.scheme import Scheme
+from quantcli.tensors.codebook import VALUES, codebook, round_to_codebook
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -24,7 +24,7 @@ def tensor(rows=6, columns=96, size=32, name="nf4", double_quant=False, seed=0):
 
 @given(
     rows=st.integers(1, 40), blocks=st.integers(1, 4), size=st.sampled_from([32, 64, 128, -1]),
-    name=st.sampled_from(CODEBOOKS), double_quant=st.booleans(), seed=st.integers(0, 99),
+    name=st.sampled_from(tuple(VALUES)), double_quant=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_round_trip(rows, blocks, size, name, double_quant, seed):
@@ -59,7 +59,7 @@ def test_golden_bytes():
 @pytest.mark.parametrize(
     ("held", "why"),
     [
-        (Held(8, 64, Scheme(4, 32), True, True), "not a uniform grid"),
+        (Held(8, 64, Scheme(4, 32), True, True), "nothing else"),
         (Held(8, 96, Scheme(4, 64, codebook="nf4"), True, True), "--group-size 32 does"),
         (Held(8, 72, Scheme(4, 64, codebook="nf4"), True, True), "none does, leave it float"),
         (Held(8, 96, Scheme(4, 48, codebook="nf4"), True, True), "blocks of 48 are not a power of two from 32"),
@@ -86,7 +86,7 @@ def test_config():
     assert config["bnb_4bit_compute_dtype"] == "float16" and config["llm_int8_skip_modules"] == ["lm_head"]
 
 
-@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_writers_dtypes(name, double_quant, dtype):

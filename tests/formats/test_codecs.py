@@ -1,5 +1,7 @@
 """What every codec owes: what it packs reads back the same, sizes are as planned, and what it cannot hold it says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,26 @@ from quantcli.errors import InputError
 from quantcli.formats import CODECS, awq
 from quantcli.formats.codec import Described, Held
 from quantcli.options import FORMATS
-from quantcli.scheme import Scheme
+from quantcli.scheme import FLOATS, Scheme
+from quantcli.tensors import floats
 from quantcli.tensors.codebook import codebook
 from quantcli.tensors.quantized import QuantizedTensor, group_index
+from quantcli.tensors.vectorwise import SCHEME
 
 PACKED = [c for c in CODECS.values() if c.unpack is not None]
 BITS = range(1, 9)
 # outputs and inputs: one word, many, a multiple of neither the group nor the pack word, odd, a single one
-SHAPES = [(8, 32), (64, 128), (64, 96), (24, 72), (9, 50), (33, 35), (40, 1), (1, 160)]
+SHAPES = [(8, 32), (64, 128), (150, 256), (64, 96), (24, 72), (9, 50), (33, 35), (40, 1), (1, 160), (6, 16)]
 GROUPS = [16, 24, 32, -1]
 
 
 def scheme_for(codec, bits, group, symmetric):
-    """The scheme in the codec's own kind of levels, where it has one of that width."""
+    """The scheme in the codec's own kind of levels, where it has one of that width; the one that it fixes."""
+    if codec.name == "bnb-int8":
+        return SCHEME
+    if codec.layout is not None:
+        sizes = codec.layout.group_sizes
+        return codec.layout.weights(group if group in sizes else sizes[bits % len(sizes)])
     return Scheme(bits, group, symmetric, codec.lowest_zero, "nf4" if codec.codebooks and bits == 4 else None)
 
 
@@ -38,6 +47,8 @@ def random_tensor(rows, columns, scheme, seed=0, shuffled=False):
     group = group_index(columns, scheme)
     if scheme.codebook is not None:
         zero = np.zeros_like(zero)
+    if scheme.codebook in FLOATS:
+        return random_floats(rng, rows, columns, scheme, group[rng.permutation(columns)] if shuffled else group)
     return QuantizedTensor(
         codes=torch.from_numpy(rng.integers(0, scheme.levels, (rows, columns)).astype(np.uint8)),
         scale=torch.from_numpy((sign * (0.01 + rng.random((rows, groups)))).astype(np.float16)).to(
@@ -47,6 +58,24 @@ def random_tensor(rows, columns, scheme, seed=0, shuffled=False):
         scheme=scheme,
         group=group[torch.from_numpy(rng.permutation(columns))] if shuffled else group,
         codebook=None if scheme.codebook is None else codebook(scheme.codebook),
+    )
+
+
+def random_floats(rng, rows, columns, scheme, group):
+    """On a grid of small floats, with what a layout may store beside it."""
+    values = floats.values(scheme.codebook)
+    known = np.flatnonzero(np.isfinite(values.numpy()))
+    blocks = torch.from_numpy(0.01 + rng.random((-(-rows // scheme.block_rows), scheme.group_count(columns)))).float()
+    divisor = torch.tensor([37.5]) if scheme.scale == "e4m3" else None
+    scale = floats.stored(blocks, scheme, divisor).repeat_interleave(scheme.block_rows, 0)[:rows]
+    return QuantizedTensor(
+        codes=torch.from_numpy(rng.choice(known, (rows, columns)).astype(np.uint8)),
+        scale=scale,
+        zero=torch.zeros(scale.shape, dtype=torch.uint8),
+        scheme=scheme,
+        group=group,
+        codebook=values,
+        divisor=divisor,
     )
 
 
@@ -61,7 +90,7 @@ def same(read, tensor):
 
 def check_round_trip(codec, tensor):
     stored = codec.pack(tensor)
-    size = sum(t.numel() * t.element_size() for t in stored.values())
+    size = sum(t.numel() * t.element_size() for n, t in stored.items() if n != "weight_global_scale")
     assert size == codec.packed_bytes(*tensor.shape, tensor.scheme)
     assert all(t.is_contiguous() for t in stored.values())
     read = codec.unpack(stored, tensor.scheme)
@@ -108,18 +137,20 @@ def damages(tensor):
     """A stored tensor as a broken file might have it."""
     yield "missing", None
     yield "one axis more", tensor[None]
-    yield "empty", tensor[:0]
+    if tensor.ndim:
+        yield "empty", tensor[:0]
     for axis in range(tensor.ndim):
         yield f"axis {axis} cut", tensor.narrow(axis, 0, tensor.shape[axis] - 1)
         yield f"axis {axis} longer", torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
     if tensor.is_floating_point():
         yield "whole numbers", tensor.to(torch.int32)
         yield "nan", torch.full_like(tensor, torch.nan)
-        yield "infinite", torch.full_like(tensor, torch.inf)
+        if tensor.itemsize > 1:  # FP8 has none
+            yield "infinite", torch.full_like(tensor, torch.inf)
     else:
         yield "floats", tensor.float()
         yield "another width", tensor.to(torch.int64 if tensor.dtype != torch.int64 else torch.int16)
-        if tensor.ndim == 1:
+        if tensor.ndim < 2:
             yield "far", torch.full_like(tensor, 100)
             yield "negative", torch.full_like(tensor, -2)
 
@@ -129,6 +160,8 @@ def damages(tensor):
 def test_damaged_tensors_are_input_errors(codec, symmetric):
     tensor = random_tensor(24, 64, scheme_for(codec, 4, 32, symmetric))
     assert holds(codec, tensor)
+    if codec.layout is not None:
+        tensor = replace(tensor, input_scale=torch.tensor([0.5]))
     stored = codec.pack(tensor)
     refused = set()
     for name, part in stored.items():
@@ -179,6 +212,12 @@ def test_float_is_the_dequantized_weight():
         ("compressed-tensors", Held(9, 64, Scheme(4, 32, codebook="nf4"), False, True), "not a codebook"),
         ("gptq", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), "not a codebook"),
         ("float", Held(9, 64, Scheme(4, 32, codebook="fp4"), False, True), None),
+        ("gptq", Held(9, 64, SCHEME, True, True), "not a codebook"),
+        ("bnb", Held(9, 64, SCHEME, True, True), "nf4 and fp4"),
+        ("bnb-int8", Held(9, 64, SCHEME, True, True, transposed=True), None),
+        ("bnb-int8", Held(9, 64, SCHEME, True, True, expert=True), "--exclude"),
+        ("bnb-int8", Held(9, 64, Scheme(8, -1, True), True, True), "-a llm-int8 makes them"),
+        ("bnb-int8", Held(9, 64, Scheme(4, 32, codebook="nf4"), True, True), "-a llm-int8 makes them"),
     ],
 )
 def test_what_a_format_cannot_hold(codec, held, why):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantcli.errors import InputError
-from quantcli.formats import CODECS, compressed_tensors
+from quantcli.formats import CODECS, compressed_config, compressed_tensors
 from quantcli.formats.codec import Described
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
@@ -101,9 +101,9 @@ def test_configuration_reads_back():
     assert [g["targets"] for g in config["config_groups"].values()] == [["Linear"], ["a.b", "a.e"], ["a.d"]]
     assert config["ignore"] == ["lm_head"]
     for name, scheme in {"a.b": other, "a.e": other, "a.d": row, "a.bb": default, "x.a.b": default}.items():
-        assert compressed_tensors.scheme_of(config, name) == scheme
+        assert compressed_config.scheme_of(config, name) == scheme
     with pytest.raises(InputError, match="ignores it"):
-        compressed_tensors.scheme_of(config, "lm_head")
+        compressed_config.scheme_of(config, "lm_head")
     assert json.loads(json.dumps(config)) == config
 
 
@@ -124,7 +124,7 @@ def test_configurations_of_others():
         },
         "ignore": ["re:.*lm_head", "re:vision.*"],
     }
-    scheme_of = compressed_tensors.scheme_of
+    scheme_of = compressed_config.scheme_of
     assert scheme_of(config, "model.layers.0.mlp.down_proj") == Scheme(8, -1, True)
     assert scheme_of(config, "model.layers.0.mlp.up_proj") == Scheme(4, 32, True)
     assert scheme_of(config, "model.embed_tokens") == Scheme(2, 32, False)
@@ -136,12 +136,15 @@ def test_configurations_of_others():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}}, "kv_cache_scheme"),
+        ({"kv_cache_scheme": {"num_bits": 8, "strategy": "tensor", "dynamic": True}}, "kv_cache_scheme"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
-        ({"format": "int-quantized"}, "'int-quantized': integers of layout 'pack-quantized' are read"),
-        ({"config_groups": {"g": group(["Linear"], input_activations={"num_bits": 8})}}, "input_activations too"),
-        ({"config_groups": {"g": group(["Linear"], {"type": "float"})}}, "float weights"),
-        ({"config_groups": {"g": group(["Linear"], {"strategy": "block"})}}, "strategy 'block'"),
+        ({"format": "marlin-24"}, "of layout 'marlin-24': pack-quantized, int-quantized, float-quantized"),
+        ({"config_groups": {"g": group(["Linear"], output_activations={"num_bits": 8})}}, "output_activations too"),
+        ({"config_groups": {"g": group(["Linear"], {"type": "float", "num_bits": 6})}}, "floats of 6 bits"),
+        ({"config_groups": {"g": group(["Linear"], {"type": "float", "symmetric": False})}}, "with zero points"),
+        ({"config_groups": {"g": group(["Linear"], {"strategy": "block"})}}, "block_structure None"),
+        ({"config_groups": {"g": group(["Linear"], {"strategy": "attn_head"})}}, "strategy 'attn_head'"),
         ({"config_groups": {"g": group(["other"])}}, "no target"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "no config_groups of schemes"),
         ({"config_groups": None}, "no config_groups of schemes"),
@@ -149,7 +152,10 @@ def test_configurations_of_others():
 )
 def test_what_is_more_than_packed_weights_is_refused(change, why):
     config = {"format": "pack-quantized", "config_groups": {"g": group(["Linear"])}, "transform_config": {}}
-    assert compressed_tensors.scheme_of(config, "a.b") == Scheme(4, 32, True)
-    with pytest.raises(InputError) as caught:
-        compressed_tensors.scheme_of(config | change, "a.b")
-    assert why in caught.value.message
+    assert compressed_config.scheme_of(config, "a.b") == Scheme(4, 32, True)
+    refused = compressed_config.refuse_config(config | change)
+    if refused is None:
+        with pytest.raises(InputError) as caught:
+            compressed_config.scheme_of(config | change, "a.b")
+        refused = caught.value.message
+    assert why in refused

@@ -205,8 +205,11 @@ def test_already_quantized(refused, model, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack is not None])
 def test_already_quantized_in_each_format(refused, model, tmp_path, name):
-    algorithm = "nf4" if CODECS[name].codebooks else "rtn"
-    args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "--group-size", "32", "-q"]
+    algorithm = {"bnb": "nf4", "bnb-int8": "llm-int8"}.get(name, "rtn")
+    args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "-q"]
+    args += (
+        ["--data", "builtin", "--num-samples", "1", "--seq-len", "8"] if name == "bnb-int8" else ["--group-size", "32"]
+    )
     assert app.run(["quantize", *args]) == 0
     method = json.loads((tmp_path / "Q" / "model" / "config.json").read_text())["quantization_config"]["quant_method"]
     end = refused(tmp_path / "Q")

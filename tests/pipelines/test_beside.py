@@ -12,7 +12,7 @@ from quantcli.cli import app
 from quantcli.errors import InputError, QualityError
 from quantcli.graphs.checking.side_by_side import GraphRunError, OutputDifference, SideBySide
 from quantcli.graphs.model.files import save_graph
-from quantcli.pipelines.graph.beside import hold_outputs
+from quantcli.pipelines.graph.beside import Limit, hold_outputs
 from quantcli.progress import Silent
 
 WIDTH = 64
@@ -110,7 +110,7 @@ def test_as_few_as_it_takes(needed):
         lambda: difference(30.0 if len(tried[-1]) >= needed else 1.0),
         lambda _: order,
         lambda *_: order,
-        10.0,
+        Limit(10.0),
         Silent(),
     )
     assert len(held.returned) == needed and held.made == tuple(held.returned) == tried[-1]
@@ -126,7 +126,7 @@ def test_the_one_that_costs_is_found_wherever_it_stands():
             lambda tried=tried, culprit=culprit: difference(30.0 if culprit in tried[-1] else 1.0),
             lambda _: order,
             lambda *_: order,
-            10.0,
+            Limit(10.0),
             Silent(),
         )
         assert list(held.returned) == [culprit] and len(tried) < 30
@@ -138,7 +138,7 @@ def test_a_node_that_does_not_run_is_left_float():
             raise GraphRunError("no kernel for b.product_quant (node b.product_quant)", nodes=("a", "b", "b.product"))
         return excluded
 
-    held = hold_outputs(attempt, lambda: difference(30.0), lambda _: ["a"], lambda *_: [], 10.0, Silent())
+    held = hold_outputs(attempt, lambda: difference(30.0), lambda _: ["a"], lambda *_: [], Limit(10.0), Silent())
     assert list(held.returned) == ["b.product"]
 
 
@@ -147,12 +147,14 @@ def test_where_no_node_is_named_nothing_is_kept():
         raise GraphRunError("out of luck", nodes=("a", "b"))
 
     with pytest.raises(InputError, match="out of luck"):
-        hold_outputs(attempt, lambda: None, lambda _: [], lambda *_: [], 10.0, Silent())
+        hold_outputs(attempt, lambda: None, lambda _: [], lambda *_: [], Limit(10.0), Silent())
 
 
 def test_a_limit_that_nothing_meets():
     with pytest.raises(QualityError, match=r"y 1\.0 dB, below 10 dB"):
-        hold_outputs(lambda e: e, lambda: difference(1.0), lambda _: ["a", "b"], lambda *_: ["a", "b"], 10.0, Silent())
+        hold_outputs(
+            lambda e: e, lambda: difference(1.0), lambda _: ["a", "b"], lambda *_: ["a", "b"], Limit(10.0), Silent()
+        )
 
 
 def test_faster_leaves_float_what_is_timed_slower(place, capfd):

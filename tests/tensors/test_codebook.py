@@ -6,7 +6,7 @@ import torch
 
 import literal
 from quantcli.errors import UsageError
-from quantcli.scheme import CODEBOOKS, Scheme
+from quantcli.scheme import Scheme
 from quantcli.tensors.codebook import (
     VALUES,
     _round_on_device,
@@ -19,7 +19,7 @@ from quantcli.tensors.codebook import (
 from quantcli.tensors.grids import divide_rows, round_nearest
 from quantcli.tensors.quantized import concatenate_rows
 
-NAMES = pytest.mark.parametrize("name", CODEBOOKS)
+NAMES = pytest.mark.parametrize("name", VALUES)
 
 
 def weights(N=12, K=160, seed=0):
@@ -152,5 +152,5 @@ def test_rows_divided(double_quant):
 def test_bits_per_weight_count_what_is_stored():
     assert Scheme(4, 64, codebook="nf4").bits_per_weight(256) == 4.5
     assert Scheme(4, 64, codebook="nf4", double_quant=True).bits_per_weight(256) == 4 + (8 + 32 / 256) / 64
-    with pytest.raises(UsageError, match="codebooks are nf4 and fp4 of 4 bits"):
+    with pytest.raises(UsageError, match="codebooks are nf4 of 4, fp4 of 4, int8 of 8, e2m1 of 4, e4m3 of 8 bits"):
         Scheme(3, 64, codebook="nf4")

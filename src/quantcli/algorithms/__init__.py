@@ -41,7 +41,10 @@ class Algorithm:
     graph: (source file, target file, options, reader of samples or None) -> what became of it."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes: checkpoint, onnx."""
-    formats: tuple[str, ...] = ("gptq", "awq", "compressed-tensors", "float")
+    formats: tuple[str, ...] = (
+        "gptq", "awq", "compressed-tensors", "float", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized",
+    )  # fmt: skip
     """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model", "graph"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, on the model beforehand, or on an
@@ -54,11 +57,13 @@ class Algorithm:
     beats_rtn: bool = True
     """Of a rounder: whether it promises less error than round-to-nearest at the same bits and group size."""
     group_size: int | None = None
-    """Of a transform: columns that share a scale where nothing else is said and they divide all columns."""
+    """Of a transform: columns that share a scale where nothing else is said and they divide all columns. Of a rounder:
+    the only ones that it makes."""
     then: str | None = None
     """Of a transform: the rounder that follows where none is named; without one, the result is a float model."""
-    sees: Literal["moments", "channels"] = "moments"
-    """Of a transform of scope stage: what it is shown of each input, Statistics or Channels of `tensors`."""
+    sees: Literal["moments", "channels", "outliers"] = "moments"
+    """Of a transform of scope stage: what it is shown of each input, Statistics or Channels of `tensors`. Of a rounder:
+    outliers where it needs no statistics, and the report tells of OutlierCounts."""
     idle: tuple[str, ...] = ()
     """Options that another kind of model has a use for, and this one has not."""
     on_graphs: "Algorithm | None" = None

@@ -282,7 +282,16 @@ ALIASES: dict[str, dict[str, Alias]] = {
         ),
     },
     "inspect": dict(_EVERYWHERE),
+    "tune": {
+        **_EVERYWHERE,
+        **{flag: _CHECKPOINT[flag] for flag in ("--model_name_or_path", "--output_path")},
+        "--data_files": Rename("--data"),
+        "--max_seq_len": Rename("--seq-len"),
+        "--max_samples": Rename("--num-samples"),
+    },
     "algorithms": dict(_EVERYWHERE),
+    "backends": dict(_EVERYWHERE),
+    "compare": {**_EVERYWHERE, **{flag: _CHECKPOINT[flag] for flag in ("--model_name_or_path", "--output_path")}},
 }
 
 

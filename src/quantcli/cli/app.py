@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -24,7 +25,9 @@ from typer.main import get_command
 from quantcli import __version__
 from quantcli.cli import (
     algorithms,
+    backends,
     capture_onnx_graph,
+    compare,
     convert_adapter,
     evaluate,
     finetune,
@@ -32,22 +35,26 @@ from quantcli.cli import (
     generate_adapter,
     inspect,
     quantize,
+    tune,
 )
 from quantcli.cli.aliases import rewrite
 from quantcli.cli.command import Command, Request
 from quantcli.cli.failures import as_usage_error, report, say
 from quantcli.cli.flags import typer_function
 from quantcli.errors import InterruptedRunError, UsageError
+from quantcli.options import QuantizeOptions, TuneOptions
 
 if TYPE_CHECKING:
     from quantcli.cli.configuration.expand import Expanded
+    from quantcli.pipelines.tuning.space import Space
 
-__all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run"]
+__all__ = ["COMMANDS", "build", "help_text", "main", "parse", "run", "search_space"]
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
     for module in (
         quantize,
+        tune,
         finetune,
         capture_onnx_graph,
         generate_adapter,
@@ -56,6 +63,8 @@ COMMANDS: dict[str, Command] = {
         evaluate,
         inspect,
         algorithms,
+        backends,
+        compare,
     )
 }
 _EXAMPLES = (
@@ -103,7 +112,9 @@ def parse(argv: Sequence[str]) -> Request | int:
     if not args or args[0] not in COMMANDS:
         return _parse_words(args)
     rewritten = rewrite(args[0], args[1:], _flags(args[0]))
-    words, notes = rewritten.args, rewritten.notes
+    words, notes = rewritten.args, list(rewritten.notes)
+    if args[0] == tune.COMMAND.name:
+        words = _with_search(words, notes)
     expanded = _expand(args[0], words)
     if expanded is not None:
         words, notes = expanded.args, [*notes, *expanded.notes]
@@ -145,6 +156,64 @@ def _expand(command: str, args: list[str]) -> "Expanded | None":
     from quantcli.cli.configuration.expand import expand  # its tables are read only where they are used
 
     return expand(args, _flags(command), names)
+
+
+def _with_search(words: list[str], notes: list[str]) -> list[str]:
+    """The words of `tune` behind what a workflow among them says of the search."""
+    spellings = ("-c", "--space", "--config")
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] in spellings), None)
+    if at is None or any(word in ("-h", "--help") for word in words):
+        return words
+    _, equals, inline = words[at].partition("=")
+    file = inline if equals else words[at + 1] if at + 1 < len(words) else ""
+    from quantcli.cli.configuration.evaluators import search_words
+    from quantcli.cli.configuration.read import read_json
+    from quantcli.cli.configuration.search import is_configuration
+
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(f"space {file or 'of no name'} does not exist", hint="give a JSON file, or --set woq")
+    values = read_json(path, lists=True).values
+    if not is_configuration(values):
+        return words
+    said, typed = search_words(values, path, notes), _flags(tune.COMMAND.name)
+    return [*_not_typed(said, words, typed), *words]
+
+
+def _not_typed(said: list[str], words: list[str], flags: Mapping[str, bool]) -> list[str]:
+    """Without the flags that were typed: those win."""
+    names = _names(tune.COMMAND.name)
+    typed = {names.get(word.partition("=")[0]) for word in words}
+    kept, at = [], 0
+    while at < len(said):
+        width = 1 + flags[said[at]]
+        if names[said[at]] not in typed:
+            kept += said[at : at + width]
+        at += width
+    return kept
+
+
+def search_space(options: TuneOptions) -> "Space | None":
+    """The space of a configuration of Olive's that --space names; None where it names another, or none."""
+    if options.space is None:
+        return None
+    from quantcli.cli.configuration import search
+    from quantcli.cli.configuration.read import read_json
+    from quantcli.pipelines.graph.source import is_graph
+    from quantcli.pipelines.tuning.choices import without_idle_data
+
+    values = read_json(options.space, lists=True).values
+    if not search.is_configuration(values):
+        return None
+    name = quantize.COMMAND.name
+
+    def parse_options(words: list[str]) -> QuantizeOptions:
+        request = _parse_words([name, *rewrite(name, words, _flags(name)).args])
+        assert isinstance(request, Request) and isinstance(request.options, QuantizeOptions)
+        return without_idle_data(request.options, "onnx" if is_graph(options.model) else "checkpoint")
+
+    typed = tune.shared_words(options)
+    return search.search_space(values, options.space, typed, _flags(name), _names(name), parse_options)
 
 
 @cache

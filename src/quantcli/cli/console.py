@@ -19,12 +19,15 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from quantcli.cli.command import Talk
-from quantcli.progress import Task
+from quantcli.progress import Board, Task
 
 __all__ = ["SECONDS_BETWEEN_LINES", "Console", "human_duration", "human_size"]
 
 SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BEHIND_ROWS = 30.0
+"""After which a step is told of while a table grows by a line for each of its steps."""
 _PIPE_WIDTH = 160
+_BOARD_WIDTH, _BOARD_WIDTHS = 10, {"trial": 5, "what": 36}
 
 
 class Console:
@@ -35,6 +38,7 @@ class Console:
         self._err = _stream(sys.stderr)
         self._out = _stream(sys.stdout)
         self._bars: Bars | None = None
+        self._patience = 0.0
         self.live: TextIO = sys.stdout
         """Where `stream` writes: stdout, also while libraries are kept from it."""
 
@@ -61,9 +65,23 @@ class Console:
             with self._bar(label, total, start) as bar:
                 yield bar
         else:
-            lines = _Lines(self, label, total, start)
+            lines = _Lines(self, label, total, start, self._patience)
             yield lines
             lines.finish()
+
+    @contextmanager
+    def board(self, title: str, columns: Sequence[str]) -> Iterator[Board]:
+        """A table that grows on a terminal, above the bars of what goes on; a line for each row in a pipe."""
+        if self.talk.quiet:
+            yield _NoBoard()
+        elif not self._err.is_terminal:
+            self._patience = _SECONDS_BEHIND_ROWS
+            try:
+                yield _RowLines(self, columns)
+            finally:
+                self._patience = 0.0
+        else:
+            yield _Rows(self._err, title, columns)
 
     @contextmanager
     def _bar(self, label: str, total: float, start: float) -> Iterator[Task]:
@@ -132,6 +150,40 @@ class Console:
         _print(console, grid)
 
 
+class _NoBoard:
+    def add(self, cells: Sequence[str]) -> None:
+        pass
+
+
+class _RowLines:
+    """`trial 3: gptq bits=4, kl 0.012, size 81 MB, best so far`."""
+
+    def __init__(self, console: Console, columns: Sequence[str]):
+        self._console, self._columns = console, columns
+
+    def add(self, cells: Sequence[str]) -> None:
+        first, *rest = zip(self._columns, cells, strict=True)
+        said = [cell if name in ("", "what") else f"{name} {cell}" for name, cell in rest if cell]
+        self._console.note(f"{first[0]} {first[1]}: {', '.join(said)}")
+
+
+class _Rows:
+    """Rows of a table, each printed once, above whatever moves below; columns keep their width."""
+
+    def __init__(self, console: rich.console.Console, title: str, columns: Sequence[str]):
+        self._console, self._columns = console, columns
+        console.print(f"[bold]{escape(title)}[/]")
+        self._widths = [max(len(name), _BOARD_WIDTHS.get(name, _BOARD_WIDTH)) for name in columns]
+        console.print("[dim]" + escape(self._line(columns)) + "[/]", soft_wrap=True)
+
+    def add(self, cells: Sequence[str]) -> None:
+        self._widths = [max(width, len(cell)) for width, cell in zip(self._widths[:-1], cells, strict=False)] + [0]
+        self._console.print(escape(self._line(cells)), soft_wrap=True)
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
+
+
 class _NoTask:
     def advance(self, amount: float = 1, detail: str = "") -> None:
         pass
@@ -148,18 +200,21 @@ class _Bar:
 
 
 class _Lines:
-    """Progress for pipes: the first step is said at once, later ones when some seconds have passed."""
+    """Progress for pipes: the first step is said at once, later ones when some seconds have passed.
 
-    def __init__(self, console: Console, label: str, total: float, start: float):
+    With patience, nothing is said of what takes less than so many seconds.
+    """
+
+    def __init__(self, console: Console, label: str, total: float, start: float, patience: float = 0.0):
         self._console, self._label, self._total = console, label, total
         self._start = self._done = start
         self._began = time.monotonic()
-        self._said = -math.inf
+        self._patience, self._said = patience, -math.inf
 
     def advance(self, amount: float = 1, detail: str = "") -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._said < SECONDS_BETWEEN_LINES or self._done >= self._total:
+        if now - self._said < SECONDS_BETWEEN_LINES or self._done >= self._total or now - self._began < self._patience:
             return
         self._said = now
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
@@ -168,6 +223,8 @@ class _Lines:
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._began
+        if seconds < self._patience:
+            return
         self._console.note(f"{self._label}: {self._count()} in {human_duration(seconds)}")
 
     def _count(self) -> str:

@@ -19,7 +19,7 @@ from quantcli.cli.command import Command, FlagStyle, Request, Talk
 from quantcli.cli.docs import field_docs
 from quantcli.errors import UsageError
 
-__all__ = ["Flag", "flags_of", "parse_settings", "parse_size", "typer_function"]
+__all__ = ["Flag", "flags_of", "parse_duration", "parse_settings", "parse_size", "typer_function"]
 
 _TALK_STYLES = {"quiet": FlagStyle(("-q", "--quiet")), "verbose": FlagStyle(("-v", "--verbose"))}
 _METAVARS: dict[Any, str] = {str: "TEXT", Path: "FOLDER", int: "N", float: "X"}
@@ -142,6 +142,15 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"a size of {text!r} is nothing", hint="write it as 4GB, 500MB or 3.5GiB")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from `90`, `90s`, `30m` or `1.5h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match is not None else 0.0
+    if seconds <= 0:
+        raise UsageError(f"{text!r} is not a time", hint="write it as 90s, 30m or 2h")
+    return seconds
 
 
 def parse_settings(words: list[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.evaluate import SIMULATION_STYLES
-from quantcli.cli.flags import parse_settings, parse_size
+from quantcli.cli.flags import parse_duration, parse_settings, parse_size
 from quantcli.errors import UsageError
 from quantcli.options import (
     DTYPES,
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from quantcli.cli.console import Console
 
 __all__ = ["COMMAND", "run", "show"]
+
+_NAMED_CHANNELS = 6
 
 
 def run(options: QuantizeOptions, console: "Console") -> Any:
@@ -70,6 +72,8 @@ def show(result: Any, console: "Console") -> None:
         console.text(str(result.outputs))
     if getattr(result, "scales", None):
         _show_scales(result.scales, console)
+    if getattr(result, "outliers", None):
+        _show_outliers(result.outliers, console)
     if result.evaluation is not None:
         from quantcli.cli.evaluate import show as show_evaluation
 
@@ -113,6 +117,30 @@ def _show_scales(scales: list[Any], console: "Console") -> None:
     console.text(text)
 
 
+def _show_outliers(outliers: list[Any], console: "Console") -> None:
+    """Which channels hold outliers, input by input."""
+    rows = []
+    for found in outliers:
+        named = ", ".join(map(str, found.channels[:_NAMED_CHANNELS]))
+        rows.append(
+            (
+                found.linears[0] + (f" and {len(found.linears) - 1} more" if len(found.linears) > 1 else ""),
+                named + (", ..." if found.outlier_columns > _NAMED_CHANNELS else ""),
+                f"{found.outlier_columns} of {found.columns}",
+                f"{found.touched:.1%}",
+                f"{found.largest:.3g}",
+            )
+        )
+    console.table(("input of", "outlier channels", "count", "tokens", "largest"), rows, left=2)
+    apart = sum(found.outlier_columns for found in outliers) / sum(found.columns for found in outliers)
+    text = (
+        f"outlier features (magnitude {outliers[0].threshold:g} or more): {apart:.2%} of all channels, in "
+        f"{sum(found.outlier_columns > 0 for found in outliers)} of {len(outliers)} inputs"
+    )
+    scaled = sum(found.scaled for found in outliers)
+    console.text(text + (f"; counted before {scaled} inputs were scaled" if scaled else ""))
+
+
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -151,6 +179,8 @@ COMMAND = Command(
         "algorithm": FlagStyle(("-a", "--algorithm")),
         "config": FlagStyle(("-c", "--config"), metavar="FILE", read=_config),
         "preset": FlagStyle(choices=PRESETS, metavar="|".join(PRESETS)),
+        "backend": FlagStyle(metavar="NAME"),
+        "timeout": FlagStyle(metavar="TIME", read=parse_duration),
         "settings": FlagStyle(("--set",), metavar="KEY=VALUE", read=parse_settings),
         "symmetric": FlagStyle(("--sym/--asym",)),
         "target_size": FlagStyle(metavar="SIZE", read=parse_size),
@@ -220,6 +250,6 @@ COMMAND = Command(
         "quantcli quantize -m SmolLM2-135M -o Q --override 'down_proj=bits=8' --dry-run",
         "quantcli quantize -m model.onnx -o Q -a gptq --group-size 32 --calibration-inputs samples",
         "quantcli quantize -m cnn.onnx -o Q -a static --per-channel --calibration-inputs photos --image-spec size=224",
-        "quantcli quantize -m cnn.onnx -o Q -a static --preprocess qnn --calibration-inputs samples.npz",
+        "quantcli quantize -m SmolLM2-135M -o Q --backend gptqmodel -a gptq --data notes.txt",
     ),
 )

@@ -2,12 +2,21 @@
 
 from collections.abc import Mapping
 
-from quantcli.formats import awq, bnb, compressed_tensors, dense, gptq
+from quantcli.formats import awq, bnb, bnb_int8, codes_and_scales, compressed_tensors, dense, gptq
 from quantcli.formats.codec import Codec
 
 __all__ = ["CODECS"]
 
 CODECS: Mapping[str, Codec] = {
-    codec.name: codec for codec in (gptq.CODEC, awq.CODEC, compressed_tensors.CODEC, bnb.CODEC, dense.CODEC)
+    codec.name: codec
+    for codec in (
+        gptq.CODEC,
+        awq.CODEC,
+        compressed_tensors.CODEC,
+        *codes_and_scales.CODECS,
+        bnb.CODEC,
+        bnb_int8.CODEC,
+        dense.CODEC,
+    )
 }
 """Formats that are written, by name."""

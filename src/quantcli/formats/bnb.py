@@ -24,13 +24,14 @@ from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.formats.codec import Codec, Described, Held
-from quantcli.scheme import CODEBOOKS, Scheme
+from quantcli.scheme import Scheme
+from quantcli.tensors.codebook import VALUES
 from quantcli.tensors.quantized import NestedScale, QuantizedTensor, group_index
 
 __all__ = ["BLOCK_SIZES", "CODEC", "PARTS", "State", "pack", "read_state", "to_quantized", "unpack"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_STATES = {name: f"weight.quant_state.bitsandbytes__{name}" for name in CODEBOOKS}
+_STATES = {name: f"weight.quant_state.bitsandbytes__{name}" for name in VALUES}
 PARTS = (
     "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *_STATES.values(),
 )  # fmt: skip
@@ -216,8 +217,8 @@ def _check_size(part: str, tensor: Tensor, count: int) -> None:
 
 def _refuse(held: Held) -> str | None:
     scheme = held.scheme
-    if scheme.codebook is None:
-        return "it holds nf4 and fp4, not a uniform grid"
+    if scheme.codebook not in VALUES:
+        return "it holds nf4 and fp4, nothing else"
     if not held.ordered:
         return "it holds blocks of neighbouring weights only"
     if held.expert:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.scheme import Scheme
+from quantcli.formats.layouts import Layout
+from quantcli.scheme import ActivationScheme, Scheme
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["Codec", "Described", "Held", "require", "require_groups", "require_scales"]
@@ -57,8 +58,16 @@ class Described:
     """Every linear that stays float, by module name: the excluded ones, routers, and the head where it is one."""
     blocks: Sequence[str] = ()
     """Module names of the blocks."""
+    outlier_threshold: float | None = None
+    """Magnitude from which on activations stay out of the int8 product, if some do."""
     dtype: torch.dtype = torch.float32
     """What the linears would have been stored in as float tensors."""
+    layout: str = "pack-quantized"
+    """Of compressed-tensors: how the linears are stored."""
+    activations: ActivationScheme | None = None
+    """How what they read is rounded."""
+    fp8_cache: bool = False
+    """Whether keys and values are rounded to FP8 by scales that are stored."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class Codec:
     """Whether it holds zero points that are no whole numbers."""
     codebooks: bool = False
     """Whether it holds codes of a codebook."""
+    layout: Layout | None = None
+    """Where it fixes the grid: what it fixes."""
 
     def why_not(self, held: Held) -> str | None:
         """Why it cannot hold a linear exactly; None where it can."""
@@ -92,6 +103,8 @@ class Codec:
             return "it holds whole zero points only"
         if held.scheme.codebook is not None and not self.codebooks:
             return "it holds uniform grids, not a codebook"
+        if self.layout is not None and held.scheme not in map(self.layout.weights, self.layout.group_sizes):
+            return f"it has one grid, of {self.layout.bits} bits"
         return self.refuse(held)
 
 

@@ -13,26 +13,22 @@ group of each column; compressed-tensors 0.20 took both away, we read them. A si
 symmetric grid with the zero in the middle; scales may be negative, readers only multiply by them.
 """
 
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import InputError
+from quantcli.formats import compressed_config
 from quantcli.formats.bitpack import pack_rows, packed_words, unpack_rows
-from quantcli.formats.codec import Codec, Described, Held, require, require_groups, require_scales
-from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.formats.codec import Codec, Held, require, require_groups, require_scales
+from quantcli.formats.compressed_config import METHOD
+from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["CODEC", "METHOD", "PARTS", "pack", "refuse_config", "scheme_of", "unpack"]
+__all__ = ["CODEC", "PARTS", "pack", "unpack"]
 
-METHOD = "compressed-tensors"
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_LAYOUT = "pack-quantized"
-_VERSION = "0.20.0"
-"""Of the package whose layout this is."""
 
 
 def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -57,7 +53,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
 
     Args:
         tensors: By the names in `PARTS`; weight_zero_point and weight_g_idx may be missing.
-        scheme: From `scheme_of`.
+        scheme: From `compressed_config.scheme_of`.
 
     Raises:
         InputError: a tensor is missing, or they do not fit together.
@@ -85,63 +81,6 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedTensor:
     )
 
 
-def refuse_config(config: Mapping[str, Any]) -> str | None:
-    """Which layout it has that is not read; None where all is `pack-quantized`, or nothing is said."""
-    groups = config.get("config_groups")
-    found = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-    for group in found:
-        layout = group.get("format") or config.get("format")
-        if layout not in (None, _LAYOUT):
-            what = "".join(
-                f", {values.get('num_bits')}-bit {values.get('type', 'int')} {key.replace('_', ' ')}"
-                for key in ("weights", "input_activations")
-                if isinstance(values := group.get(key), Mapping)
-            )
-            return f"compressed-tensors checkpoint of layout {layout!r}{what}: {_LAYOUT!r} is read"
-    return None
-
-
-def scheme_of(config: Mapping[str, Any], name: str) -> Scheme:
-    """The scheme of one packed linear by a `quantization_config`.
-
-    Raises:
-        InputError: it quantizes more than weights, or in another layout; or the linear is said to stay float.
-    """
-    transforms = (config.get("transform_config") or {}).get("config_groups")
-    for key, found in (("kv_cache_scheme", config.get("kv_cache_scheme")), ("transform_config", transforms)):
-        if found:
-            raise InputError(f"its {key} changes what the model computes, only weights are read")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise InputError("quantization_config has no config_groups of schemes")
-    if any(_matches(target, name) for target in config.get("ignore") or ()):
-        raise InputError("it is packed, but quantization_config ignores it")
-    # as its own reader does: names before regular expressions before classes
-    targets = [(_rank(target, name), target, group) for group in groups.values() for target in group["targets"]]
-    found = sorted((t for t in targets if t[0] is not None), key=lambda t: t[:2])
-    if not found:
-        raise InputError("it is packed, but no target of quantization_config matches it")
-    group = found[0][2]
-    layout = group.get("format") or config.get("format")
-    weights = group.get("weights") or {}
-    if layout != _LAYOUT or weights.get("type", "int") != "int":
-        what = f"{weights.get('type', 'int')} weights of layout {layout!r}"
-        raise InputError(f"compressed-tensors checkpoint with {what}: integers of layout {_LAYOUT!r} are read")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key):
-            raise InputError(f"its scheme quantizes {key} too, only weights are read")
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy not in (None, "group", "channel", "tensor"):
-        raise InputError(f"strategy {strategy!r}: group, channel and tensor are read")
-    if strategy in ("channel", "tensor") or size is None:
-        size = PER_CHANNEL
-    return Scheme(
-        bits=int(weights.get("num_bits", 8)),
-        group_size=int(size),
-        symmetric=bool(weights.get("symmetric", True)),
-    )
-
-
 def _zero(tensors: Mapping[str, Tensor], scheme: Scheme, rows: int, groups: int) -> Tensor:
     """The zero points [N, G] uint8."""
     given = tensors.get("weight_zero_point")
@@ -160,18 +99,6 @@ def _zero(tensors: Mapping[str, Tensor], scheme: Scheme, rows: int, groups: int)
     return unpack_rows(words, scheme.bits, rows)
 
 
-def _matches(target: str, name: str) -> bool:
-    expression = target.removeprefix("re:")
-    return target == name if expression == target else re.match(expression, name) is not None
-
-
-def _rank(target: str, name: str) -> int | None:
-    """0 for a name, 1 for a regular expression, 2 for the class that a module of this name has; None for no match."""
-    if _matches(target, name):
-        return int(target.startswith("re:"))
-    return 2 if target == ("Embedding" if "emb" in name.rpartition(".")[2] else "Linear") else None
-
-
 def _refuse(held: Held) -> str | None:
     scheme = held.scheme
     if not held.ordered:
@@ -181,47 +108,6 @@ def _refuse(held: Held) -> str | None:
     if held.transposed:
         return "its readers know Linear, not Conv1D"
     return None
-
-
-def _config(described: Described) -> dict[str, Any]:
-    schemes: dict[Scheme, list[str]] = {described.default: ["Linear"]}
-    if described.head is not None and described.head not in described.exceptions:
-        schemes[described.default].append(described.head)  # a head is no Linear to vLLM: it goes by the name
-    for name, scheme in described.exceptions.items():
-        schemes.setdefault(scheme, []).append(name)
-    return {
-        "quant_method": METHOD,
-        "format": _LAYOUT,
-        "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{number}": _group(scheme, targets) for number, (scheme, targets) in enumerate(schemes.items())
-        },
-        "ignore": list(described.float_linears),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "moe_sparsity_config": None,
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": _VERSION,
-    }
-
-
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    per_row = scheme.group_size == PER_CHANNEL
-    return {
-        "targets": targets,
-        "weights": {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": "channel" if per_row else "group",
-            "group_size": None if per_row else scheme.group_size,
-            "dynamic": False,
-        },
-        "input_activations": None,
-        "output_activations": None,
-        "format": _LAYOUT,
-    }
 
 
 def _packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
@@ -237,6 +123,6 @@ CODEC = Codec(
     refuse=_refuse,
     pack=pack,
     unpack=unpack,
-    config=_config,
+    config=compressed_config.describe,
     packed_bytes=_packed_bytes,
 )

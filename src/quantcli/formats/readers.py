@@ -7,6 +7,8 @@ that the weights arrived where they belong, while the processor at hand has no k
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from quantcli.formats.layouts import LAYOUTS
+
 __all__ = ["DEFAULT_READERS", "READERS", "Reader", "Takes"]
 
 _ANY = tuple(range(1, 9))
@@ -66,6 +68,7 @@ class Reader:
 
 _RENAMES = "it renames the model's linears"
 _LINEARS_ONLY = Takes(embedding=True)
+_BNB = Takes(experts=False)
 
 # optimum builds each linear by the scheme of the whole model; a head and experts are left as they were initialized
 _TRANSFORMERS_GPTQ = Takes(
@@ -99,6 +102,9 @@ _BUILT = Takes(
     families=dict.fromkeys(("gpt2", "qwen3_moe", "opt"), "the GenAI model builder does not know it"),
 )
 
+# codes, scales and simulated activations are compressed-tensors' own, so its reader takes all that it describes
+_ROUNDED = dict.fromkeys(LAYOUTS, Takes())
+
 READERS: Mapping[str, Reader] = {
     reader.name: reader
     for reader in (
@@ -110,7 +116,9 @@ READERS: Mapping[str, Reader] = {
                 "awq": _TRANSFORMERS_AWQ,
                 # expects zero points that are not packed, where compressed-tensors 0.20 packs them
                 "compressed-tensors": Takes(symmetric_only=True),
-                "bnb": Takes(experts=False),
+                **_ROUNDED,
+                "bnb": _BNB,
+                "bnb-int8": _BNB,
                 "float": Takes(),
             },
         ),
@@ -130,7 +138,7 @@ READERS: Mapping[str, Reader] = {
         Reader(
             "peft",
             "0.21.2, on what transformers opens",
-            {"gptq": _TRANSFORMERS_GPTQ, "bnb": Takes(experts=False), "float": Takes()},
+            {"gptq": _TRANSFORMERS_GPTQ, "bnb": _BNB, "bnb-int8": _BNB, "float": Takes()},
         ),
         Reader(
             "genai",
@@ -149,7 +157,7 @@ READERS: Mapping[str, Reader] = {
         Reader(
             "quantcli",
             "this one",
-            dict.fromkeys(("gptq", "awq", "compressed-tensors", "bnb", "float"), _LINEARS_ONLY),
+            dict.fromkeys(("gptq", "awq", "compressed-tensors", *LAYOUTS, "bnb", "bnb-int8", "float"), _LINEARS_ONLY),
             graphs=True,
         ),
     )

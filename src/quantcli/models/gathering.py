@@ -1,4 +1,4 @@
-"""What a walk over blocks gathers of the inputs of linears: second moments, magnitudes of channels, some rows."""
+"""What a walk over blocks gathers of the inputs of linears: second moments, magnitudes of channels, outliers."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from quantcli.tensors.channels import Channels
 from quantcli.tensors.finite import all_finite
 from quantcli.tensors.hessian import Moments
+from quantcli.tensors.outliers import OutlierCounts
 
 __all__ = ["MOMENTS", "Gathering", "StageMoments"]
 
@@ -19,6 +20,8 @@ class Gathering:
     """Second moments, [K, K]."""
     rows: int = 0
     """Rows that are kept beside the largest magnitudes of channels; 0: neither."""
+    outliers: float | None = None
+    """Magnitude from which on values are counted, if they are."""
 
 
 MOMENTS = Gathering()
@@ -35,11 +38,13 @@ class StageMoments:
     """Of those that they do not."""
     channels: Channels | None = None
     """Largest magnitudes of the tokens that solvers see, rows of those that they do not, if there are any."""
+    outliers: OutlierCounts | None = None
+    """Of all tokens."""
 
     @property
     def tokens(self) -> int:
         """How many solvers see."""
-        found = self.train or self.channels
+        found = self.train or self.channels or self.outliers
         return found.tokens if found is not None else 0
 
     @classmethod
@@ -50,6 +55,7 @@ class StageMoments:
             Moments(columns, device) if gathering.moments else None,
             Moments(columns, device) if gathering.moments and holds_out else None,
             Channels(columns, gathering.rows, device) if gathering.rows else None,
+            OutlierCounts(columns, gathering.outliers, device) if gathering.outliers is not None else None,
         )
 
     def add(self, inputs: Tensor, reference: Tensor | None, *, judges: bool, holds_out: bool) -> None:
@@ -66,8 +72,10 @@ class StageMoments:
             target.add(inputs, reference)
         if self.channels is not None:
             self.channels.add(inputs, measures=not judges, judges=judges or not holds_out)
+        if self.outliers is not None:
+            self.outliers.add(inputs)
 
     def is_finite(self) -> bool:
         """Whether all inputs were numbers: a glance at K sums instead of a pass over all tokens."""
         known = all(all_finite(part.energies()) for part in (self.train, self.held_out) if part is not None)
-        return known and (self.channels is None or self.channels.is_finite())
+        return known and all(part.is_finite() for part in (self.channels, self.outliers) if part is not None)

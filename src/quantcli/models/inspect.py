@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantcli.errors import InputError
+from quantcli.formats import compressed_config
+from quantcli.formats.layouts import LAYOUTS
 from quantcli.formats.opening import Contents, StoredLinear
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.marks import find_mark
-from quantcli.models.readers import READERS, Reader, packed_names, readable
+from quantcli.models.readers import Reader, find_reader, packed_names
 from quantcli.tensors.inventory import WeightRecord
 
 __all__ = ["checkpoint_contents", "checkpoint_records"]
 
-_FORMATS = {"gptq": "gptq", "awq": "awq", "compressed-tensors": "compressed-tensors", "bitsandbytes": "bnb"}
+_FORMATS = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "bnb"}
 _BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
 _CODES = ("weight", "qweight", "weight_packed", "blocks")
 _SCALES = re.compile(
@@ -26,7 +28,7 @@ _SCALES = re.compile(
 def checkpoint_records(checkpoint: Checkpoint) -> list[WeightRecord]:
     """One record per weight; of formats that we do not read, the codes with the scales beside them."""
     shared = str((checkpoint.config.get("quantcli") or {}).get("untied_head"))
-    reader = _reader(checkpoint)
+    reader = find_reader(checkpoint.config.get("quantization_config"))
     try:
         return _records(checkpoint, reader, shared)
     except InputError:  # a layout of a known method that is not read
@@ -39,8 +41,8 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     online = find_mark(checkpoint.config, "online_rotations") is not None
     if not isinstance(config, dict):
         return Contents("float", model_type, None, {}, (), (), online=online)
-    reader, method = _reader(checkpoint), str(config.get("quant_method"))
-    if reader is None or method not in _FORMATS:
+    reader, stored = find_reader(config), _format_of(config)
+    if reader is None or stored is None:
         return None
     embedding = ((config.get("quantcli") or {}).get("embedding") or {}).get("name")
     try:
@@ -56,7 +58,7 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     ]
     schemes = [linear.scheme for linear in linears.values()]
     return Contents(
-        format=_FORMATS[method],
+        format=stored,
         model_type=model_type,
         default=max(set(schemes), key=schemes.count) if schemes else None,
         linears=linears,
@@ -69,12 +71,17 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
     )
 
 
-def _reader(checkpoint: Checkpoint) -> Reader | None:
-    config = checkpoint.config.get("quantization_config")
-    if not isinstance(config, dict):
-        return None
-    reader = READERS.get(str(config.get("quant_method")))
-    return reader if reader is not None and readable(reader, config) else None
+def _format_of(config: Mapping[str, Any]) -> str | None:
+    """As in `--format`; None of what we do not write."""
+    method = str(config.get("quant_method"))
+    if config.get("load_in_8bit"):
+        return "bnb-int8"
+    if method != compressed_config.METHOD:
+        return _FORMATS.get(method)
+    layouts = compressed_config.layouts_of(config)
+    if layouts == {compressed_config.INTEGER_LAYOUT}:
+        return compressed_config.METHOD
+    return next(iter(layouts)) if len(layouts) == 1 and layouts <= set(LAYOUTS) else None
 
 
 def _records(checkpoint: Checkpoint, reader: Reader | None, shared: str) -> list[WeightRecord]:

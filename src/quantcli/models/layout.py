@@ -6,8 +6,10 @@ linears that stands nearest to the embedding.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -87,8 +89,24 @@ class Layout:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by one stored matrix, and does nothing else."""
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # subclasses may compute otherwise
-    return isinstance(module, nn.Linear | Conv1D) and plain
+    kind: Any = type(module)
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _computes_linear(kind))
+
+
+@cache
+def _computes_linear(kind: Any) -> bool:
+    """Whether a class with a forward of its own computes what nn.Linear does: tried on a few numbers."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    with torch.random.fork_rng(), torch.no_grad():
+        probe = kind.__new__(kind)
+        nn.Linear.__init__(probe, 4, 6, device="cpu")
+        x = torch.randn(2, 3, 4, device="cpu")
+        try:
+            out = probe(x)
+            return isinstance(out, Tensor) and torch.allclose(out, nn.functional.linear(x, probe.weight, probe.bias))
+        except Exception:  # it wants other inputs or attributes
+            return False
 
 
 def is_transposed(module: nn.Module) -> bool:

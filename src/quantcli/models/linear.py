@@ -15,6 +15,7 @@ from quantcli.formats import gptq
 from quantcli.formats.bitpack import pack_rows
 from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_on_device
 from quantcli.scheme import Scheme
+from quantcli.tensors.activations import InputRounding
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
 __all__ = ["PackedEmbedding", "PackedLinear", "QuantizedLinear"]
@@ -39,6 +40,8 @@ class QuantizedLinear(nn.Module, ABC):
         super().__init__()
         self.out_features, self.in_features, self.cache = out_features, in_features, cache
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.rounding: InputRounding | None = None
+        """How x is rounded first, where the checkpoint's layout says so; gradients pass as if it were not."""
         self._dense: Tensor | None = None
 
     @property
@@ -243,8 +246,8 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        rows = x.reshape(-1, layer.in_features)
-        out = layer._multiply(rows.to(_compute_dtype(x)))
+        rows = x.reshape(-1, layer.in_features).to(_compute_dtype(x))
+        out = layer._multiply(rows if layer.rounding is None else layer.rounding(rows))
         return out.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
     @staticmethod

@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from quantcli.errors import InputError, UsageError, first_line
 from quantcli.folder import resolve_model_folder
+from quantcli.formats import compressed_config
+from quantcli.models.attention import round_cache
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.conversion import ModelTensors, as_in_model
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
@@ -27,8 +29,12 @@ from quantcli.models.readers import packed_names, reader_of
 from quantcli.models.simulate import simulate
 from quantcli.models.skeleton import build_skeleton, first_names, load_config
 from quantcli.options import SimulationOptions
+from quantcli.tensors.activations import InputRounding
 
 __all__ = ["load", "read_packed"]
+
+# of keys and values, beside an attention's linears
+_CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 
 Model: TypeAlias = Any  # transformers' PreTrainedModel; its stubs are not followed
 
@@ -75,8 +81,19 @@ def load(
     if online is not None:
         rotate_inputs(model, layout.linears, online)
     if simulation is not None and simulates:
+        _refuse_rounded(model, checkpoint, simulation)
         simulate(model, layout, simulation, online)
     return model
+
+
+def _refuse_rounded(model: Model, checkpoint: Checkpoint, simulation: SimulationOptions) -> None:
+    """Nothing is rounded twice."""
+    inputs = any(isinstance(m, QuantizedLinear) and m.rounding is not None for m in model.modules())
+    if simulation.a_bits < 16 and inputs:
+        raise UsageError(f"{checkpoint.folder} rounds activations by itself", hint="leave --a-bits out")
+    cache = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
+    if min(simulation.k_bits, simulation.v_bits) < 16 and cache:
+        raise UsageError(f"{checkpoint.folder} rounds its cache by itself", hint="leave --k-bits and --v-bits out")
 
 
 def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> QuantizedLinear:
@@ -161,11 +178,12 @@ def _load_piecewise(
         reader = reader_of(checkpoint)
         packed = packed_names(checkpoint, reader)
         if not packed:
-            raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in .{reader.mark}")
+            ends = " or ".join(f".{mark}" for mark in reader.marks)
+            raise InputError(f"{checkpoint.folder}: quantization_config is there, but no tensor ends in {ends}")
     model = _skeleton(checkpoint, packed, trust_remote_code)
     layout = find_layout(model)
     tensors = as_in_model(_with_weights(checkpoint, packed, reader.parts if packed else ()), model)
-    _refuse_unknown(checkpoint.folder, tensors.unknown, packed, reader.mark if packed else "")
+    _refuse_unknown(checkpoint.folder, tensors.unknown, packed, reader.marks[0] if packed else "")
     placed = {disk: name for name, disk in reversed(tensors.names.items())}
     for name in packed:
         target = placed.get(f"{name}.weight")
@@ -181,7 +199,33 @@ def _load_piecewise(
     if (checkpoint.folder / "generation_config.json").is_file():
         with _explained(checkpoint.folder):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    return model.to(device), layout
+    model = model.to(device)
+    _round_cache(model, layout, checkpoint, placed)
+    return model, layout
+
+
+def _round_cache(model: Model, layout: Layout, checkpoint: Checkpoint, placed: Mapping[str, str]) -> None:
+    """Rounds keys and values where the checkpoint says so; `placed` has the model's names by those on disk."""
+    scheme = compressed_config.cache_scheme_of(checkpoint.config.get("quantization_config") or {})
+    if scheme is None:
+        return
+    found: dict[str, dict[str, InputRounding]] = {}
+    for name in checkpoint.entries:
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in ("k_scale", "v_scale"):
+            continue
+        tensor = checkpoint.read(name)
+        inside = next(((disk, path) for disk, path in placed.items() if disk.startswith(f"{stem}.")), None)
+        if inside is None or tensor.numel() != 1:
+            raise InputError(f"{checkpoint.folder}: unexpected tensor {name} of shape {list(tensor.shape)}")
+        path = inside[1].removesuffix(inside[0].removeprefix(stem))
+        found.setdefault(path, {})[leaf] = InputRounding(scheme, tensor.reshape(1).float())
+    if len(found) != len(layout.blocks) or any(len(pair) != 2 for pair in found.values()):
+        raise InputError(
+            f"{checkpoint.folder} says that its cache is rounded, and has scales for {len(found)} of "
+            f"{len(layout.blocks)} blocks"
+        )
+    round_cache(model, layout, {path: (pair["k_scale"], pair["v_scale"]) for path, pair in found.items()})
 
 
 def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool) -> Model:
@@ -200,7 +244,11 @@ def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool
 def _with_weights(checkpoint: Checkpoint, packed: list[str], parts: Iterable[str]) -> Checkpoint:
     """The checkpoint as if every packed matrix were a weight: what transformers' tables of names know."""
     written = {f"{name}.{part}" for name in packed for part in parts}
-    entries = {name: entry for name, entry in checkpoint.entries.items() if name not in written}
+    entries = {
+        name: entry
+        for name, entry in checkpoint.entries.items()
+        if name not in written and not (packed and _CACHE_SCALE.search(name))
+    }
     for name in packed:
         any_part = next(checkpoint.entries[f"{name}.{part}"] for part in parts if f"{name}.{part}" in checkpoint)
         entries[f"{name}.weight"] = any_part

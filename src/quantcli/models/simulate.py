@@ -6,16 +6,12 @@ position is in (and after R3 where the folder has online rotations), and values,
 float is read in full at every step and rounded again, token by token: the same values as if it held codes.
 """
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantcli.errors import InputError, UsageError
+from quantcli.errors import UsageError
+from quantcli.models.attention import intercept
 from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations, RunningRotation
 from quantcli.options import SimulationOptions
@@ -69,46 +65,22 @@ def rotate_and_round_cache(model: Any, blocks: int, options: SimulationOptions, 
         InputError: not all of them do.
         UsageError: groups wider than a head.
     """
-    config = model.config.get_text_config()
-    base = config._attn_implementation
-    attend = _Attention(base, options, online)
-    name = f"quantcli {base} {options} {online}"  # two models with other settings may be open at once
-    if base in ALL_MASK_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(name, attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-        config._attn_implementation = name
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    if len(attend.seen) != blocks:
-        raise InputError(
-            f"{type(model).__name__} computes attention in a way of its own ({len(attend.seen)} of {blocks} blocks use "
-            "transformers' interface): its keys and values cannot be quantized",
-            hint="leave out --k-bits and --v-bits; --a-bits works",
-        )
+    intercept(model, blocks, _Rounding(options, online), "leave out --k-bits and --v-bits; --a-bits works")
 
 
-class _Attention:
-    """An attention function: R3, then rounded keys and values, then the function that the model had."""
+class _Rounding:
+    """R3, then rounded keys and values."""
 
-    def __init__(self, base: str, options: SimulationOptions, online: OnlineRotations | None):
-        self._base, self._options, self._online = base, options, online
+    def __init__(self, options: SimulationOptions, online: OnlineRotations | None):
+        self._options, self._online = options, online
         self._rotations: dict[int, RunningRotation] = {}
-        self.seen: set[int] = set()
-        """The modules that have called it."""
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention over query [B, H, T, D], key and value [B, H', S, D]."""
-        self.seen.add(id(module))
+    def __call__(self, _module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of query [B, H, T, D], key and value [B, H', S, D]."""
         if self._online is not None:
             rotation = self._rotation(key.shape[-1])
             query, key = rotation(query), rotation(key)
-        key = self._rounded(key, self._options.k_bits)
-        value = self._rounded(value, self._options.v_bits)
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(self._base, own)
-        return function(module, query, key, value, *args, **kwargs)
+        return query, self._rounded(key, self._options.k_bits), self._rounded(value, self._options.v_bits)
 
     def _rotation(self, size: int) -> RunningRotation:
         if size not in self._rotations:

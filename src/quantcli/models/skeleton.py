@@ -26,6 +26,7 @@ __all__ = [
     "check_counts",
     "check_tensors",
     "disk_name",
+    "disk_stem",
     "first_names",
     "has_experts",
     "load_config",
@@ -110,6 +111,16 @@ def disk_name(name: str, model: Any, stored: Container[str]) -> str | None:
     """
     found = model.names_on_disk.get(name, name)
     return found if found in stored else None
+
+
+def disk_stem(path: str, model: Any, stored: Container[str]) -> str:
+    """The name on disk of a module of the skeleton that has weights in the files."""
+    for name in model.state_dict():
+        if name.startswith(f"{path}."):
+            disk, inside = disk_name(name, model, stored), name.removeprefix(path)
+            if disk is not None and disk.endswith(inside):
+                return disk.removesuffix(inside)
+    return path
 
 
 def check_counts(config: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:

@@ -17,7 +17,12 @@ from quantcli.scheme import PER_CHANNEL
 __all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
 PRESETS = ("fast", "balanced", "best")
-FORMATS = ("gptq", "awq", "compressed-tensors", "bnb", "float")
+FORMATS = (
+    "gptq", "awq", "compressed-tensors", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "bnb", "bnb-int8", "float",
+)  # fmt: skip
+ACTIVATIONS = ("dynamic", "static", "float")
+KV_CACHES = ("fp8",)
 READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "quantcli")
 GRAPH_READERS = ("genai", "onnxruntime", "quantcli")
 """Those of the readers that open ONNX graphs."""
@@ -36,6 +41,11 @@ class QuantizeOptions:
     algorithm: str | None = None
     """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
     what the preset says, gptq for balanced."""
+    backend: str | None = None
+    """External package that does the work instead of our own code, as `quantcli backends` lists them; -a is then one of
+    its methods. The result is verified, scored and kept as ours is."""
+    timeout: float | None = None
+    """Time that --backend may take, as 90s, 30m or 2h."""
     preset: str | None = None
     """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
     that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
@@ -45,10 +55,10 @@ class QuantizeOptions:
     """JSON file of a pass, as {"type": "GptqQuantizer", "bits": 4}, or of a workflow with passes, as Olive has them;
     flags beside it win. Which types and keys: docs/configurations.md."""
     bits: int | None = None
-    """Bits per weight. Default: 4; 8 for dynamic and static."""
+    """Bits per weight. Default: 4; 8 for llm-int8, dynamic and static."""
     group_size: int | None = None
     """Input columns that share a scale; -1 is one scale per output row. Default: 64; for -a awq 128, where that divides
-    the columns of every linear."""
+    the columns of every linear; -1 for llm-int8."""
     symmetric: bool | None = None
     """Symmetric grid (zero point fixed in the middle) or asymmetric. Default: sym for gptq and compressed-tensors at
     4 bits and more, which every server reads; else asym, as on ONNX graphs."""
@@ -73,8 +83,16 @@ class QuantizeOptions:
     """Calibration text."""
     format: str | None = None
     """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
-    nf4 and fp4) or float (dequantized, which every tool reads). Default: what can hold the result and most of
-    transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is said, bnb for nf4 and fp4."""
+    nf4 and fp4), bnb-int8 (its 8 bits, llm-int8) or float (dequantized, which every tool reads); with activations
+    rounded too int-quantized (W8A8), float-quantized (FP8), nvfp4-pack-quantized or mxfp4-pack-quantized. Default: what
+    can hold the result and most of transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is
+    said."""
+    activations: str | None = None
+    """Of a format that rounds activations: dynamic (scales of the values at hand), static (one scale for each input,
+    from calibration text; int- and float-quantized) or float (weights only; nvfp4 and mxfp4). Default: dynamic."""
+    kv_cache: str | None = None
+    """fp8: store scales, from calibration text, by which keys and values are rounded to FP8 as they enter the cache; in
+    the formats of compressed-tensors."""
     readers: tuple[str, ...] = ()
     """Program that has to open the result (repeatable): transformers, gptqmodel, vllm, sglang, peft, genai, onnxruntime
     or quantcli. Checked before the run; decides format and sym or asym where they are not given."""
@@ -101,6 +119,10 @@ class QuantizeOptions:
     """Print the plan with estimated size, memory and time, and do nothing."""
 
     def __post_init__(self) -> None:
+        if self.timeout is not None and self.backend is None:
+            raise UsageError(
+                "--timeout is for --backend", hint="leave it out: Ctrl-C stops a run, which can go on later"
+            )
         if self.preset is not None and self.preset not in PRESETS:
             raise UsageError(f"unknown preset {self.preset!r}, {nearest(self.preset, PRESETS)}")
         for name in self.readers:
@@ -110,6 +132,10 @@ class QuantizeOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}, {nearest(self.dtype, DTYPES)}")
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"unknown format {self.format!r}, {nearest(self.format, FORMATS)}")
+        if self.activations is not None and self.activations not in ACTIVATIONS:
+            raise UsageError(f"unknown --activations {self.activations!r}, {nearest(self.activations, ACTIVATIONS)}")
+        if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
+            raise UsageError(f"unknown --kv-cache {self.kv_cache!r}, {nearest(self.kv_cache, KV_CACHES)}")
         if self.weight_group_size != PER_CHANNEL and self.weight_group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if self.bits is not None and not 1 <= self.bits <= 8:

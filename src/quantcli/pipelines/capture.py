@@ -36,7 +36,7 @@ from quantcli.graphs.model.files import check_external_data
 from quantcli.graphs.weights.accuracy_level import change_accuracy_level, count_by_bits
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
-from quantcli.models.readers import reader_of
+from quantcli.models.readers import not_in_graphs
 from quantcli.models.source import locate_model
 from quantcli.options import CaptureOptions
 from quantcli.progress import Progress, Silent
@@ -91,9 +91,9 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     checkpoint = Checkpoint.open(folder)
     refuse_online(checkpoint.config, folder, "which no graph of ours computes")
     is_quantized = checkpoint.config.get("quantization_config") is not None
-    if is_quantized and not reader_of(checkpoint).uniform:
+    if (why := not_in_graphs(checkpoint)) is not None:
         raise InputError(
-            f"{folder} holds nf4 or fp4 codes; MatMulNBits has evenly spaced levels, which cannot hold them exactly",
+            f"{folder} has no exact form in MatMulNBits, which has evenly spaced levels and float activations: {why}",
             hint="quantize the original with -a gptq or kquant, or with --format float for a float graph",
         )
     _check_input(options, is_quantized)

@@ -1,5 +1,6 @@
 """`quantcli evaluate`: how good a model is, how far from its reference, how large and how fast."""
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,18 @@ from quantcli.tensors.inventory import quantized_bits_per_weight, total_bits_per
 __all__ = ["run"]
 
 
-def run(options: EvaluateOptions, progress: Progress | None = None) -> EvaluationResult:
+def run(
+    options: EvaluateOptions, progress: Progress | None = None, enough: Callable[[Scores], bool] | None = None
+) -> EvaluationResult:
     """Evaluates a folder; gates that fail are in the result's `failures`, the caller decides what they mean.
 
     The model is opened and timed alone, so that its speed and memory are its own; then it scores text side by side
     with the reference, window by window.
+
+    Args:
+        options: What to evaluate, and on what.
+        progress: Told what happens.
+        enough: Asked after each window whether what is known suffices; the result then tells of these windows alone.
 
     Raises:
         InputError: a folder that cannot be read or run, texts too short, models that do not share a vocabulary.
@@ -69,7 +77,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
     try:
         if reference_folder is not None:
             reference = _open_reference(reference_folder, options)
-        scores = _score(model, reference, windows, progress)
+        scores = _score(model, reference, windows, progress, enough)
     finally:
         model.close()
         if reference is not None:
@@ -95,8 +103,8 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> Evaluatio
         model=str(options.model),
         reference=options.reference,
         text=text,
-        windows=len(windows),
-        tokens=len(windows) * (windows.shape[1] - 1),
+        windows=len(scores.loss),
+        tokens=len(scores.loss) * (windows.shape[1] - 1),
         perplexity=scores.perplexity,
         size_bytes=weight_size_bytes(model_folder),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
@@ -180,7 +188,13 @@ def _open_reference(folder: Path, options: EvaluateOptions) -> Scorer:
     return KeptLogits(options.reference_cache, fingerprint(folder), open_model)
 
 
-def _score(model: LanguageModel, reference: Scorer | None, windows: Tensor, progress: Progress) -> Scores:
+def _score(
+    model: LanguageModel,
+    reference: Scorer | None,
+    windows: Tensor,
+    progress: Progress,
+    enough: Callable[[Scores], bool] | None,
+) -> Scores:
     scores = Scores()
     model.keep_float_weights()
     with progress.track("scoring", len(windows)) as task, torch.inference_mode():
@@ -189,6 +203,8 @@ def _score(model: LanguageModel, reference: Scorer | None, windows: Tensor, prog
             theirs = None if reference is None else reference.logits(window)
             score_window(scores, window, ours, theirs)
             task.advance(1, f"perplexity {scores.perplexity:.2f}")
+            if enough is not None and enough(scores):
+                break
     return scores
 
 

@@ -20,7 +20,7 @@ from quantcli.options import EvaluateOptions
 from quantcli.pipelines.graph.source import GraphSource, axis_lengths, is_graph
 from quantcli.progress import Progress, Silent
 
-__all__ = ["is_graph_pair", "run"]
+__all__ = ["is_graph_pair", "open_feeds", "run"]
 
 _OF_LANGUAGE_MODELS = (
     "text_field",
@@ -64,7 +64,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> GraphEval
     if pair.user_script is not None and pair.metric_function is not None:
         offered = {"data_dir": options.data, "batch_size": pair.batch_size}
         metric = GraphMetric(pair.user_script, pair.metric_function, offered)
-    feeds, origin = _feeds(options, source, model)
+    feeds, origin = open_feeds(options, source, model)
     progress.note(f"running {len(feeds)} samples through both graphs")
     compared = run_side_by_side(source.path, made.path, feeds)
     figures: dict[str, Any] = {}
@@ -137,8 +137,13 @@ def _words(value: Any) -> str:
     return f"{'of no known type' if value.dtype is None else value.dtype.name.lower()}{axes}"
 
 
-def _feeds(options: EvaluateOptions, source: GraphSource, model: Model) -> tuple[list[Feed], str]:
-    """The samples, and where they come from in words."""
+def open_feeds(options: EvaluateOptions, source: GraphSource, model: Model) -> tuple[list[Feed], str]:
+    """The samples, and where they come from in words.
+
+    Raises:
+        UsageError: images without their folder.
+        InputError: data that cannot be read or fed, or no sample.
+    """
     pair, data = options.pair, options.data
     sizes: Any = {"batch_size": pair.batch_size, "limit": options.num_samples}
     if pair.user_script is not None and pair.data_function is not None:

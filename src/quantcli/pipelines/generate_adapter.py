@@ -34,7 +34,7 @@ from quantcli.folder import (
 from quantcli.graphs.model.files import DATA_SUFFIX, open_graph, save_graph
 from quantcli.json_files import as_type, read_json
 from quantcli.models.checkpoint import Checkpoint
-from quantcli.models.readers import reader_of
+from quantcli.models.readers import not_in_graphs
 from quantcli.models.skeleton import has_experts
 from quantcli.models.source import locate_model
 from quantcli.models.unpack import write_float
@@ -192,9 +192,9 @@ def _capture(options: GenerateAdapterOptions, folder: Path, target: Path, progre
     checkpoint = Checkpoint.open(folder)
     if has_experts(checkpoint.config):
         raise InputError(f"{folder} is a mixture of experts, for which adapters cannot be generated", hint=hint)
-    if checkpoint.config.get("quantization_config") is not None and not reader_of(checkpoint).uniform:
+    if (why := not_in_graphs(checkpoint)) is not None:
         progress.warn(
-            "nf4 and fp4 codes have no exact form in ONNX: the base is written in float32, with the values that they "
+            f"its codes have no exact form in ONNX ({why}): the base is written in float32, with the values that they "
             "stand for; train beside weights of -a awq, gptq or kquant for a small one"
         )
         folder, packed = target.with_name("float"), folder

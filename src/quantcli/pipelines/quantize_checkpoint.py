@@ -32,6 +32,7 @@ from quantcli.pipelines.rotation.learn import learn_rotations
 from quantcli.pipelines.rotation.train import RotationReport
 from quantcli.progress import Progress, Silent
 from quantcli.report.layer import LayerReport
+from quantcli.report.outliers import OutlierReport
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["QuantizeResult", "run"]
@@ -57,13 +58,15 @@ class QuantizeResult:
     """How much of the matrices is quantized, and what is not; None where none is."""
     scales: list[ScaleReport] = field(default_factory=list)
     """What became of each input that smoothquant looked at."""
+    outliers: list[OutlierReport] = field(default_factory=list)
+    """Outlier features of each input, of a method that keeps them out of its product."""
     training: RotationReport | None = None
     """How rotations were trained, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        apart = ("layers", "evaluation", "output", "training", "scales", "share")
+        apart = ("layers", "evaluation", "output", "training", "scales", "outliers", "share")
         values = {k: v for k, v in self.__dict__.items() if k not in apart}
         return {
             "output": str(self.output),
@@ -71,13 +74,19 @@ class QuantizeResult:
             "share": self.share.to_dict() if self.share is not None else None,
             "layers": [asdict(layer) for layer in self.layers],
             "scales": [asdict(scale) for scale in self.scales],
+            "outliers": [asdict(outliers) for outliers in self.outliers],
             "training": asdict(self.training) if self.training is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
 
 
-def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeResult | Plan:
+def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path | None = None) -> QuantizeResult | Plan:
     """Quantizes a checkpoint; with `dry_run`, only the plan.
+
+    Args:
+        options: What was asked for.
+        progress: Told what happens.
+        kept: Where that stays what other runs on the same model and data need too: sensitivities and text.
 
     Raises:
         QuantcliError: see `errors`; nothing half-written stays behind.
@@ -111,7 +120,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             plan, training = learn_rotations(plan, partial.state, journal, progress)
             heap.settle()
         if plan.budget is not None:
-            plan = mix_bits(plan, partial.state, progress)
+            plan = mix_bits(plan, partial.state, progress, kept)
             heap.settle()
         work = _Run(plan, partial, journal, heap, progress)
         work.blocks()
@@ -141,6 +150,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> QuantizeR
             plan=plan.to_dict(),
             share=plan.share,
             scales=journal.scales,
+            outliers=journal.outliers,
             training=training,
         )
         write_json(partial.root / "report.json", result.to_dict())
@@ -227,7 +237,7 @@ class _Run:
         self.heap = heap
         self.progress = progress
         self.scaling = Scaling(plan, journal.scales)
-        self.solver = StageSolver(plan, self.scaling, journal.reports, progress)
+        self.solver = StageSolver(plan, self.scaling, journal.reports, journal.outliers, progress)
         self.shards = ShardWriter(plan, partial.model)
         self.streams = Streams()
         self.scales_nothing = False
@@ -249,13 +259,17 @@ class _Run:
                     results = calibrated.quantize(number)
                 else:
                     results = self.solver.solve_without_data(plan.block_targets(number))
-                self.shards.write(number, results, self.scaling.edited)
+                added = calibrated.take_cache_scales() if calibrated is not None else {}
+                self.shards.write(number, results, self.scaling.edited, added)
                 journal.remember(number + 1, self.streams)
                 del results
                 self.heap.settle()
                 errors = [r.relative_error for r in journal.reports[begun:]]
                 task.advance(1, f"worst error {max(errors):.2%}" if errors else "")
         self.scales_nothing = calibrated is not None and calibrated.scales_nothing
+        if calibrated is not None and calibrated.undivided:
+            names = ", ".join(sorted(calibrated.undivided))
+            self.progress.note(f"outputs of {names} are not scaled: {plan.codec.name} has no scales that fit then")
         del calibrated
         self.streams.finish_blocks(keep_hidden=head_follows)
         self.heap.settle()
@@ -273,9 +287,10 @@ class _Run:
 
     def _solve_head(self, head: Target) -> dict[str, QuantizedTensor]:
         plan = self.plan
-        moments = self.streams.head_moments(head.columns, plan.device) if plan.calibrates else None
+        sees = plan.calibrates and plan.gathering.moments
+        moments = self.streams.head_moments(head.columns, plan.device) if sees else None
         if moments is None:
-            if plan.calibrates:
+            if sees:
                 self.progress.warn(
                     "the norm before the head is not known; the head is quantized by kquant, without data"
                 )

@@ -1,9 +1,11 @@
 """`quantcli quantize` on an ONNX graph: weights alone in `graph.weights`, activations too in `graph.whole`."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from quantcli.options import QuantizeOptions
+from quantcli.pipelines.graph.beside import Gate
 from quantcli.pipelines.graph.output import GraphResult
 from quantcli.pipelines.graph.plan import GraphPlan, plan_graph, plan_weights
 from quantcli.pipelines.graph.source import context_length
@@ -14,8 +16,19 @@ from quantcli.progress import Progress, Silent
 __all__ = ["run"]
 
 
-def run(options: QuantizeOptions, progress: Progress | None = None) -> GraphResult | GraphPlan:
+def run(
+    options: QuantizeOptions,
+    progress: Progress | None = None,
+    gate: Gate | None = None,
+    kept: Path | None = None,
+) -> GraphResult | GraphPlan:
     """Quantizes a graph; with `dry_run`, only the plan.
+
+    Args:
+        options: What was asked for.
+        progress: Told what happens.
+        gate: What else a graph of integers must reach, for which nodes go back to float.
+        kept: Where ranges and statistics stay for other runs on the same graph and samples.
 
     Raises:
         UsageError: options that do not apply to graphs, or exclude each other.
@@ -29,7 +42,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None) -> GraphResu
     if options.dry_run:
         return plan
     progress.plan("Quantize", plan.rows())
-    result = quantize_whole(plan, progress) if whole else quantize_weights(plan, progress)
+    result = quantize_whole(plan, progress, gate, kept) if whole else quantize_weights(plan, progress, kept)
     return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
 
 

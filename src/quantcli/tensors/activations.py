@@ -1,13 +1,22 @@
-"""Activations on a grid of their own per token: what few-bit arithmetic would see, in float.
+"""Activations on grids of their own: what few-bit arithmetic would see, in float.
 
 Symbols: x [..., D], groups of g entries of the last axis (a shorter last one counted), b bits, c the clip ratio.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["quantize_per_token"]
+from quantcli.errors import InputError
+from quantcli.scheme import ActivationScheme
+from quantcli.tensors import floats
+
+__all__ = ["InputRounding", "quantize_per_token", "stored_input_scale"]
+
+_EIGHTH = 0.125
+"""Takes the place of FP8 scales that would be zero, in compressed-tensors' arithmetic."""
 
 
 def quantize_per_token(
@@ -69,3 +78,86 @@ def quantize_per_token(
 def _nonzero(scale: Tensor) -> Tensor:
     """Scales as divisors: 1 where a group is all zero or too small for float32 to divide."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def stored_input_scale(largest: Tensor, scheme: ActivationScheme) -> Tensor:
+    """What is stored of an input whose largest magnitude in calibration was `largest`; [1] float32."""
+    if scheme.scale == "e4m3":
+        return floats.tensor_divisor(largest, scheme.element)
+    top = floats.LARGEST.get(scheme.element, (2**scheme.bits - 1) / 2)
+    scale = _nonzero(largest.float() / top).to(torch.bfloat16).float()  # which readers in any dtype have exactly
+    return scale.reshape(1)
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """Rounds what a linear reads as the layout of its checkpoint says, and as compressed-tensors computes it.
+
+    With a the largest magnitude of a group, token or tensor:
+
+    - integers: scale = a / (2^b - 1) * 2, code = round(x / scale) in [-2^(b-1), 2^(b-1) - 1]; asymmetric ones spread
+      the range over all codes;
+    - small floats: scale = a / 448 or a / 6, as FP8 under the stored divisor, or the power of two of MX formats; the
+      value is the nearest float to x / scale, times the scale.
+    """
+
+    scheme: ActivationScheme
+    stored: Tensor | None = None
+    """[1] float32: the static scale, or what divides FP8 scales."""
+    zero: Tensor | None = None
+    """[1]: the zero point of static asymmetric integers."""
+
+    def __post_init__(self) -> None:
+        if self.scheme.stored and self.stored is None:
+            name = "input_scale" if self.scheme.scale == "float" else "input_global_scale"
+            raise InputError(f"{name} is missing")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rounds x [..., K] of any float dtype; the arithmetic is float32. Groups of NaN stay NaN."""
+        size, columns = self.scheme.group_size, x.shape[-1]
+        if size is None:
+            groups = x.float().reshape(1, -1)
+        else:
+            size = columns if size == -1 else min(size, columns)
+            groups = pad(x.float(), (0, -columns % size)).reshape(*x.shape[:-1], -1, size)
+        if not x.numel():
+            return x
+        values = self._integers(groups) if self.scheme.element == "int" else self._floats(groups)
+        if size is not None:
+            values = values.flatten(-2)[..., :columns]
+        return values.reshape(x.shape).to(x.dtype)
+
+    def _integers(self, groups: Tensor) -> Tensor:
+        bits = self.scheme.bits
+        least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        if not self.scheme.dynamic:
+            assert self.stored is not None
+            scale = self.stored.to(groups)
+            zero = scale.new_zeros(()) if self.zero is None else self.zero.to(groups)
+        else:
+            low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+            if self.scheme.symmetric:
+                scale, zero = _nonzero(torch.maximum(-low, high) / ((most - least) / 2)), low.new_zeros(())
+            else:
+                scale = _nonzero((high - low) / (most - least))
+                zero = (least - low / scale).clamp(least, most).round()
+        codes = (groups / scale + zero).clamp(least, most).round()
+        return (codes - zero) * scale
+
+    def _floats(self, groups: Tensor) -> Tensor:
+        name = self.scheme.element
+        largest = groups.abs().amax(-1, keepdim=True)
+        stored = None if self.stored is None else self.stored.to(groups)
+        if not self.scheme.dynamic:
+            assert stored is not None
+            scale = stored
+        elif self.scheme.scale == "e8m0":
+            scale = floats.mx_scale(largest, name)
+        else:
+            scale = largest / floats.LARGEST[name]
+            if self.scheme.scale == "e4m3":
+                assert stored is not None
+                fp8 = floats.round_values(scale * stored, "e4m3")
+                scale = torch.where(fp8 == 0, torch.full_like(fp8, _EIGHTH), fp8) / stored
+        scale = _nonzero(scale)
+        return floats.round_values(groups / scale, name) * scale

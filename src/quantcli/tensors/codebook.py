@@ -34,7 +34,9 @@ _TINY = 1e-38  # stands for the largest weight of a block of zeros, so that noth
 
 
 def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """The values of nf4 or fp4 by code, [16] float32; fp4 has two codes for zero."""
+    """The values of nf4 or fp4 by code, [16] float32, fp4 with two codes for zero; or of int8, [256]: k / 127."""
+    if name == "int8":
+        return (torch.arange(256, dtype=torch.float32, device=device) - 128) / 127
     # the second zero is plain too: a sign would be the only difference to bitsandbytes' table
     return torch.tensor(VALUES[name], dtype=torch.float32, device=device) + 0.0
 

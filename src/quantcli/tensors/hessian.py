@@ -29,6 +29,18 @@ class Moments:
         self._cross_tokens = 0
         self.tokens = 0
 
+    @classmethod
+    def summed(cls, sums: Tensor, tokens: int) -> "Moments":
+        """From `sums` and `tokens` of others; the sums' memory is taken over."""
+        found = cls.__new__(cls)
+        found._sum, found._cross, found._cross_tokens, found.tokens = sums, None, 0, tokens
+        return found
+
+    @property
+    def sums(self) -> Tensor:
+        """[K, K] float32, of which the lower triangle counts."""
+        return self._sum
+
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Adds tokens [..., K]; `reference` are the same tokens' inputs in the float model."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()

@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 __all__ = [
     "as_float16",
     "descend_block",
+    "descend_block_floats",
     "expand",
     "expand_codebook",
     "round_block",
+    "round_block_floats",
     "round_codebook",
+    "round_floats",
     "round_nearest",
+    "search_floats",
     "search_grid",
 ]
 
@@ -297,4 +301,123 @@ def descend_block(
             for r in range(count):
                 codes[first + r, j], steps[first + r, j] = np.uint8(code[r]), step[r]
                 quantized[first + r, j] = value[r]
+            _feed_forward(tile, j, step, hessian)
+
+
+@numba.njit(cache=True)
+def _place(bounds: Floats, x: Any) -> Any:
+    """How many of the rising bounds lie below x."""
+    low, high = 0, bounds.size
+    while low < high:
+        middle = (low + high) >> 1
+        if bounds[middle] < x:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True, parallel=True)
+def round_floats(
+    weight: Floats,
+    scale: Floats,
+    group: NDArray[np.int32],
+    bounds: Floats,
+    order: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+) -> None:
+    """Fills `codes` [N, K] with the nearest small float of each weight over its scale [N, G].
+
+    Args:
+        weight: [N, K].
+        scale: [N, G].
+        group: [K].
+        bounds: [levels - 1], rising: where the nearest level changes.
+        order: [levels] the codes in the order of their values.
+        codes: Out.
+    """
+    for r in numba.prange(weight.shape[0]):
+        for k in range(weight.shape[1]):
+            codes[r, k] = order[_place(bounds, weight[r, k] / scale[r, group[k]])]
+
+
+@numba.njit(cache=True, parallel=True)
+def search_floats(
+    weight: Floats, importance: Floats, candidates: Floats, group_size: int, values: Floats, bounds: Floats
+) -> NDArray[np.int64]:
+    """Per group, which of the scales [F, N, G] has the least importance-weighted squared error, the first of equals.
+
+    `importance` is [1 or N, K]; `values` [levels] and `bounds` [levels - 1] are rising.
+    """
+    rows, groups = candidates.shape[1:]
+    best = np.zeros((rows, groups), np.int64)
+    per_row = np.intp(1 if importance.shape[0] > 1 else 0)
+    for r in numba.prange(rows):
+        for g in range(groups):
+            w = weight[r, g * group_size : (g + 1) * group_size]
+            h = importance[np.intp(r) * per_row, g * group_size : (g + 1) * group_size]
+            least = np.inf
+            for f in range(candidates.shape[0]):
+                scale, total = candidates[f, r, g], 0.0
+                for i in range(w.size):
+                    error = values[_place(bounds, w[i] / scale)] * scale - w[i]
+                    total += h[i] * error * error
+                if total < least:
+                    least, best[r, g] = total, f
+    return best
+
+
+@numba.njit(cache=True, parallel=True)
+def round_block_floats(
+    weight: Floats,
+    codes: NDArray[np.uint8],
+    errors: Floats,
+    factor: Floats,
+    scale: Floats,
+    group: NDArray[np.int32],
+    values: Floats,
+    bounds: Floats,
+    order: NDArray[np.uint8],
+) -> None:
+    """`round_block` on a grid of small floats: `values` and `order` [levels] rising, `bounds` between them."""
+    rows, width = weight.shape
+    for part in numba.prange((rows + _LANES - 1) // _LANES):
+        first = part * _LANES
+        count, tile = min(_LANES, rows - first), _tile(weight, first)
+        error = np.zeros(_LANES, weight.dtype)
+        for j in range(width):
+            for r in range(count):
+                s = scale[first + r, group[j]]
+                place = _place(bounds, tile[j, r] / s)
+                error[r] = (tile[j, r] - values[place] * s) / factor[j, j]
+                codes[first + r, j], errors[first + r, j] = order[place], error[r]
+            _feed_forward(tile, j, error, factor)
+
+
+@numba.njit(cache=True, parallel=True)
+def descend_block_floats(
+    residual: Floats,
+    quantized: Floats,
+    codes: NDArray[np.uint8],
+    steps: Floats,
+    hessian: Floats,
+    scale: Floats,
+    group: NDArray[np.int32],
+    values: Floats,
+    bounds: Floats,
+    order: NDArray[np.uint8],
+) -> None:
+    """`descend_block` on a grid of small floats."""
+    rows, width = residual.shape
+    for part in numba.prange((rows + _LANES - 1) // _LANES):
+        first = part * _LANES
+        count, tile = min(_LANES, rows - first), _tile(residual, first)
+        step = np.zeros(_LANES, residual.dtype)
+        for j in range(width):
+            for r in range(count):
+                s, value = scale[first + r, group[j]], quantized[first + r, j]
+                place = _place(bounds, (value + tile[j, r] / hessian[j, j]) / s)
+                new = values[place] * s
+                step[r] = new - value
+                codes[first + r, j], steps[first + r, j], quantized[first + r, j] = order[place], step[r], new
             _feed_forward(tile, j, step, hessian)

@@ -55,7 +55,8 @@ class QuantizedTensor:
     codes: Tensor
     """[N, K] uint8 in [0, scheme.levels)."""
     scale: Tensor
-    """[N, G] in the dtype that is stored (float16; float32 with a codebook); negative only on symmetric grids."""
+    """[N, G] in the dtype that is stored (float16; float32 with a codebook); negative only on symmetric grids. Rows
+    that share a scale (`scheme.block_rows`) repeat it."""
     zero: Tensor
     """[N, G] uint8 in [scheme.lowest_zero, scheme.levels), or float16 of any value where the format holds fractions;
     zeros, and unused, with a codebook."""
@@ -66,6 +67,10 @@ class QuantizedTensor:
     """[scheme.levels] float32: the value of each code, before its scale; None on uniform grids."""
     nested: NestedScale | None = None
     """How `scale` is stored where it is codes itself (`scheme.double_quant`); `scale` is what they expand to."""
+    divisor: Tensor | None = None
+    """[1] float32: what the FP8 scales of an NVFP4 matrix are divided by; `scale` is what comes out."""
+    input_scale: Tensor | None = None
+    """[1] float32: what is stored of its input, where that is rounded by it: a scale, or the divisor of FP8 scales."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,6 +125,8 @@ class QuantizedTensor:
             group=self.group.to(device),
             codebook=None if self.codebook is None else self.codebook.to(device),
             nested=None if self.nested is None else self.nested.to(device),
+            divisor=None if self.divisor is None else self.divisor.to(device),
+            input_scale=None if self.input_scale is None else self.input_scale.to(device),
         )
 
     def _with_plain_scales(self) -> "QuantizedTensor":

@@ -82,6 +82,7 @@ def quantize(
     from quantcli.graphs.model.inputs import rewound
     from quantcli.graphs.rewrite.gemms import split_gemms
     from quantcli.graphs.rewrite.prepare import prepare
+    from quantcli.graphs.walk.matrices import refuse_quantized
 
     with TemporaryDirectory(dir=target.parent, prefix=".dynamic-") as name:
         folder = Path(name)
@@ -104,6 +105,7 @@ def quantize(
         save_graph(model, folder / "ready.onnx")
         asked = {(str(n.name), n.op_type) for n in model.graph.all_nodes() if n.name in names and _holds_weights(n)}
         if not asked:
+            refuse_quantized(model)
             computed = f"what its products multiply is computed ({', '.join(str(n.name) for n in chosen[:3])})"
             why = unfit.list_float(model, reasons) or [computed]
             raise InputError(

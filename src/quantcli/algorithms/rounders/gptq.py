@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantcli.scheme import Scheme
+    from quantcli.tensors.grids import Grid
     from quantcli.tensors.hessian import Statistics
     from quantcli.tensors.quantized import QuantizedTensor
 
@@ -125,8 +126,8 @@ def _solve(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Sta
     """The result of error feedback, then one after refit and one after the sweeps where they are asked for."""
     import torch
 
-    from quantcli.tensors.affine import SCALE_DTYPE
-    from quantcli.tensors.quantized import QuantizedTensor, group_index
+    from quantcli.tensors.grids import find_divisor
+    from quantcli.tensors.quantized import group_index
 
     columns = weight.shape[1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -154,38 +155,39 @@ def _solve(weight: Tensor, scheme: Scheme, options: GptqOptions, statistics: Sta
         target = _corrected(target, hessian, statistics.cross.to(dtype), upper, order, options.correction)
 
     grid_order = order if options.order == "desc_act" else natural
+    divisor = find_divisor(target, scheme)
     if options.order == "dynamic" or (options.order == "desc_act" and scheme.group_size != -1):
-        codes, scale, zero = _feed_back_dynamic(target, upper, order, hessian.diagonal(), scheme, options)
+        codes, grid = _feed_back_dynamic(target, upper, order, hessian.diagonal(), scheme, options, divisor)
     else:
-        scale, zero = _grid(target[:, grid_order], hessian.diagonal()[grid_order], scheme, options)
-        codes = _feed_back(target[:, order].contiguous(), upper, scale, zero, group[order], scheme, options.block_size)
+        grid = _grid(target[:, grid_order], hessian.diagonal()[grid_order], scheme, options, divisor)
+        codes = _feed_back(target[:, order].contiguous(), upper, grid, group[order], options.block_size)
     at = group[order]
 
     def result() -> QuantizedTensor:
         in_memory = torch.empty_like(codes)
         in_memory[:, order] = codes
-        return QuantizedTensor(in_memory, scale.to(SCALE_DTYPE), zero.to(torch.uint8), scheme, group)
+        return grid.tensor(in_memory, group)
 
     results = [result()]
     if options.refit or options.sweeps:
         goal, ordered = target[:, order], hessian[order][:, order]
         if options.refit:
-            scale = _refit(goal, ordered, codes, scale, zero, at)
+            grid = _refit(goal, ordered, codes, grid, at)
             results.append(result())
         if options.sweeps:
-            codes = _descend(goal, ordered, codes.clone(), scale, zero, at, scheme, options)
+            codes = _descend(goal, ordered, codes.clone(), grid, at, options)
             if options.refit:
-                scale = _refit(goal, ordered, codes, scale, zero, at)
+                grid = _refit(goal, ordered, codes, grid, at)
             results.append(result())
     return results
 
 
-def _grid(weight: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions) -> tuple[Tensor, Tensor]:
-    from quantcli.tensors.affine import minmax_grid, searched_grid
+def _grid(weight: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions, divisor: Tensor | None) -> Grid:
+    from quantcli.tensors.grids import searched_grid, span_grid
 
     if options.grid == "minmax":
-        return minmax_grid(weight, scheme)
-    return searched_grid(weight, scheme, diagonal, steps=options.grid_steps)
+        return span_grid(weight, scheme, divisor=divisor)
+    return searched_grid(weight, scheme, diagonal, steps=options.grid_steps, divisor=divisor)
 
 
 def _corrected(weight: Tensor, hessian: Tensor, cross: Tensor, upper: Tensor, order: Tensor, share: float) -> Tensor:
@@ -197,26 +199,27 @@ def _corrected(weight: Tensor, hessian: Tensor, cross: Tensor, upper: Tensor, or
     return out
 
 
-def _feed_back(
-    weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: Tensor, scheme: Scheme, block_size: int
-) -> Tensor:
+def _feed_back(weight: Tensor, upper: Tensor, grid: Grid, group: Tensor, block_size: int) -> Tensor:
     """Codes [N, K] uint8 in solving order; `weight` [N, K], `upper` and `group` are in that order and W is consumed."""
     import torch
 
     columns = weight.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        errors = _round_block(weight, codes, upper, scale, zero, group, scheme.levels - 1, start, stop)
-        if stop < columns:
-            weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        _round_block(weight, codes, upper, grid, group, start, min(start + block_size, columns))
     return codes
 
 
 def _feed_back_dynamic(
-    weight: Tensor, upper: Tensor, order: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_feed_back`, with each group's grid chosen when its turn comes; codes, S, Z.
+    weight: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    diagonal: Tensor,
+    scheme: Scheme,
+    options: GptqOptions,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Grid]:
+    """Like `_feed_back`, with each group's grid chosen when its turn comes; codes and the grid of all.
 
     A block is a group: its grid must see the errors of every earlier column.
     """
@@ -226,71 +229,34 @@ def _feed_back_dynamic(
     columns = weight.shape[1]
     size = scheme.columns_per_group(columns)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scales, zeros = [], []
+    alone = torch.zeros(columns, dtype=torch.int32, device=weight.device)
+    grids = []
     for start in range(0, columns, size):
         stop = min(start + size, columns)
-        scale, zero = _grid(weight[:, start:stop], diagonal[start:stop], scheme, options)
-        scales.append(scale)
-        zeros.append(zero)
-        alone = torch.zeros(columns, dtype=torch.int32, device=weight.device)
-        errors = _round_block(weight, codes, upper, scale, zero, alone, scheme.levels - 1, start, stop)
-        if stop < columns:
-            weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes, torch.cat(scales, 1), torch.cat(zeros, 1)
+        grids.append(_grid(weight[:, start:stop], diagonal[start:stop], scheme, options, divisor))
+        _round_block(weight, codes, upper, grids[-1], alone, start, stop)
+    scale, zero = torch.cat([g.scale for g in grids], 1), torch.cat([g.zero for g in grids], 1)
+    return codes, replace(grids[0], scale=scale, zero=zero)
 
 
 def _round_block(
-    weight: Tensor,
-    codes: Tensor,
-    upper: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    top: int,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Rounds columns [start, stop) with feedback among themselves; returns their errors [N, B]."""
-    import torch
-
-    block = weight[:, start:stop].contiguous()
-    errors = torch.empty_like(block)
-    factor = upper[start:stop, start:stop].contiguous()
-    if block.device.type == "cpu":
-        from quantcli.tensors import kernels
-
-        part = torch.empty(block.shape, dtype=torch.uint8)
-        kernels.round_block(
-            block.numpy(),
-            part.numpy(),
-            errors.numpy(),
-            factor.numpy(),
-            scale.contiguous().numpy(),
-            zero.contiguous().numpy(),
-            group[start:stop].contiguous().numpy(),
-            top,
-        )
-        codes[:, start:stop] = part
-        return errors
-    at = group.long()
-    for j in range(stop - start):
-        s, z = scale[:, at[start + j]], zero[:, at[start + j]]
-        code = ((block[:, j] / s).round() + z).clamp(0, top)
-        codes[:, start + j] = code.to(torch.uint8)
-        errors[:, j] = (block[:, j] - (code - z) * s) / factor[j, j]
-        block[:, j + 1 :] -= errors[:, j, None] * factor[j, None, j + 1 :]
-    return errors
+    weight: Tensor, codes: Tensor, upper: Tensor, grid: Grid, group: Tensor, start: int, stop: int
+) -> None:
+    """Rounds columns [start, stop) with feedback among themselves and into those behind them."""
+    block, factor = weight[:, start:stop].contiguous(), upper[start:stop, start:stop]
+    codes[:, start:stop], errors = grid.round_block(block, factor, group[start:stop])
+    if stop < weight.shape[1]:
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
 
 
-def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Tensor:
+def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Tensor) -> Grid:
     """For fixed codes, the scales [N, G] that minimize the output error: (P^T H P) s = P^T H w per row.
 
     P [K, G] holds a row's C - Z in the column of each weight's group. Kept per row only where the error falls.
     """
     import torch
 
-    from quantcli.tensors.affine import stored_scale
-
+    scale = grid.scale
     order = torch.argsort(group, stable=True)  # columns of one group side by side: sums over groups are sums over runs
     at, groups = group.long()[order], scale.shape[1]
     ends = torch.bincount(at, minlength=groups).cumsum(0).tolist()
@@ -308,7 +274,8 @@ def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: 
     rows = max(1, (1 << 26) // max(groups * groups, weight.shape[1]))
     for first in range(0, weight.shape[0], rows):
         part = slice(first, first + rows)
-        levels = codes[part].to(weight.dtype) - zero[part][:, at]
+        own = replace(grid, scale=scale[part], zero=grid.zero[part])
+        levels = own.steps(codes[part], at)
         right = by_group((weight[part] @ ridge) * levels, groups).double()
         system = right.new_zeros(len(levels), groups, groups)
         for g, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):  # it is symmetric: half is enough
@@ -318,89 +285,38 @@ def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: 
         trace = system.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
         system.diagonal(dim1=1, dim2=2).add_(1e-9 * trace / groups + 1e-12)
         solved = torch.linalg.solve(system, right)
-        usable = torch.isfinite(solved) & (solved.abs() >= 1e-8)
-        candidate = stored_scale(torch.where(usable, solved, scale[part].double()))
+        # small floats have positive scales
+        sizes = solved.abs() if grid.scheme.codebook is None else solved
+        usable = torch.isfinite(solved) & (sizes >= 1e-8)
+        candidate = own.rescaled(torch.where(usable, solved, scale[part].double())).scale
 
         def error(s: Tensor, a: Tensor = system, b: Tensor = right) -> Tensor:
             return torch.einsum("ng,ngh,nh->n", s, a, s) - 2 * (b * s).sum(1)
 
         better = error(candidate) < error(scale[part].double())
         out[part] = torch.where(better[:, None], candidate, scale[part].double()).to(scale.dtype)
-    return out
+    return replace(grid, scale=out)
 
 
-def _descend(
-    weight: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    scheme: Scheme,
-    options: GptqOptions,
-) -> Tensor:
+def _descend(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Tensor, options: GptqOptions) -> Tensor:
     """Sweeps of cyclic coordinate descent over the codes [N, K], all in solving order."""
-    top, columns = scheme.levels - 1, weight.shape[1]
+    columns = weight.shape[1]
     at = group.long()
     for _ in range(options.sweeps):
-        quantized = (codes.to(weight.dtype) - zero[:, at]) * scale[:, at]
+        quantized = grid.steps(codes, at) * grid.scale[:, at]
         residual = (weight - quantized) @ hessian
         changed = False
         for start in range(0, columns, options.block_size):
             stop = min(start + options.block_size, columns)
-            steps = _descend_block(residual, quantized, codes, hessian, scale, zero, group, top, start, stop)
+            part = slice(start, stop)
+            rest, block = residual[:, part].contiguous(), hessian[part, part].contiguous()
+            codes[:, part], steps = grid.descend_block(rest, quantized[:, part], codes[:, part], block, group[part])
             changed = changed or bool(steps.any())
             if stop < columns:
-                residual[:, stop:] -= steps @ hessian[start:stop, stop:]
+                residual[:, stop:] -= steps @ hessian[part, stop:]
         if not changed:
             break
     return codes
-
-
-def _descend_block(
-    residual: Tensor,
-    quantized: Tensor,
-    codes: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    top: int,
-    start: int,
-    stop: int,
-) -> Tensor:
-    """Re-rounds columns [start, stop) one after another; returns how far their values moved, [N, B]."""
-    import torch
-
-    rest = residual[:, start:stop].contiguous()
-    block = hessian[start:stop, start:stop].contiguous()
-    steps = torch.empty_like(rest)
-    if rest.device.type == "cpu":
-        from quantcli.tensors import kernels
-
-        values, part = quantized[:, start:stop].contiguous(), codes[:, start:stop].contiguous()
-        kernels.descend_block(
-            rest.numpy(),
-            values.numpy(),
-            part.numpy(),
-            steps.numpy(),
-            block.numpy(),
-            scale.contiguous().numpy(),
-            zero.contiguous().numpy(),
-            group[start:stop].contiguous().numpy(),
-            top,
-        )
-        codes[:, start:stop] = part
-        return steps
-    at = group.long()
-    for j in range(stop - start):
-        s, z = scale[:, at[start + j]], zero[:, at[start + j]]
-        value = quantized[:, start + j]
-        code = (((value + rest[:, j] / block[j, j]) / s).round() + z).clamp(0, top)
-        steps[:, j] = (code - z) * s - value
-        codes[:, start + j] = code.to(torch.uint8)
-        rest[:, j + 1 :] -= steps[:, j, None] * block[j, None, j + 1 :]
-    return steps
 
 
 ALGORITHM = Algorithm(

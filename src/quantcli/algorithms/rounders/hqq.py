@@ -89,4 +89,5 @@ ALGORITHM = Algorithm(
     options=HqqOptions,
     run=quantize,
     inputs=("checkpoint", "onnx"),
+    formats=("gptq", "awq", "compressed-tensors", "float"),
 )

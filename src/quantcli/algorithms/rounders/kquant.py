@@ -50,17 +50,16 @@ def importance(weight: Tensor, statistics: Statistics | None) -> Tensor:
 
 def quantize(weight: Tensor, scheme: Scheme, options: KquantOptions, statistics: Statistics | None) -> QuantizedTensor:
     """Rounds W [N, K] onto the grids of least weighted error."""
-    from quantcli.tensors.affine import round_to_grid, searched_grid
+    from quantcli.tensors.grids import searched_grid
 
-    scale, zero = searched_grid(
+    return searched_grid(
         weight,
         scheme,
         importance(weight, statistics),
         steps=options.steps,
         smallest=options.smallest,
         refine=options.refine,
-    )
-    return round_to_grid(weight, scale, zero, scheme)
+    ).round(weight)
 
 
 ALGORITHM = Algorithm(

@@ -38,9 +38,9 @@ class RtnOptions:
 
 def quantize(weight: Tensor, scheme: Scheme, options: RtnOptions, statistics: Statistics | None) -> QuantizedTensor:
     """Rounds each weight of W [N, K] to the nearest code of its group's min/max grid, or of a share of that."""
-    from quantcli.tensors.affine import minmax_grid, round_to_grid
+    from quantcli.tensors.grids import round_nearest
 
-    return round_to_grid(weight, *minmax_grid(weight, scheme, options.clip_ratio), scheme)
+    return round_nearest(weight, scheme, options.clip_ratio)
 
 
 def quantize_array(weight: np.ndarray, scheme: Scheme, options: RtnOptions) -> QuantizedArray:

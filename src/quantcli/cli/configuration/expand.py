@@ -16,7 +16,7 @@ from quantcli.cli.configuration.workflows import BESIDE, DATA, INPUT_MODEL, SYST
 from quantcli.errors import UsageError, nearest
 from quantcli.options import ConfigurationFile
 
-__all__ = ["Expanded", "expand"]
+__all__ = ["Expanded", "expand", "words_of"]
 
 _SOURCES = {"data", "data_name", "calibration_inputs", "user_script"}
 _OF_SOURCE = {
@@ -82,15 +82,40 @@ def expand(args: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, s
         if item.sets == "algorithm" and len(item.words) == 2:
             find_chain(item.words[1])  # what is wrong with it is not the file's fault
     read = read_json(path)
-    try:
-        said = _Reader(typed, flags, names).read(read.values)
-    except UsageError as error:
-        hint = error.hint or "docs/configurations.md lists types and keys"
-        raise UsageError(f"{path}: {error.message}", hint=hint) from error
+    said = _read(path, read.values, typed, flags, names)
     words = [word for item in said.items for word in item.words]
     notes = [f"{path.name}: {note}" for note in said.notes]
     notes.append(f"{path.name} says {shlex.join(words)}" if words else f"{path.name} says nothing else")
     return Expanded([*words, *(w for item in typed for w in item.words)], notes, read.file)
+
+
+def words_of(
+    values: Mapping[str, Any], path: Path, typed: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, str]
+) -> list[str]:
+    """The whole command line of `quantize` for a configuration in which every choice is made.
+
+    Args:
+        values: The configuration.
+        path: Where it was read, for messages.
+        typed: Flags that win over it.
+        flags: As of `expand`.
+        names: As of `expand`.
+
+    Raises:
+        UsageError: it says what cannot be.
+    """
+    said = _read(path, values, _split(typed, flags, names), flags, names)
+    return [*(word for item in said.items for word in item.words), *typed]
+
+
+def _read(
+    path: Path, values: Mapping[str, Any], typed: Sequence[_Item], flags: Mapping[str, bool], names: Mapping[str, str]
+) -> "_Words":
+    try:
+        return _Reader(typed, flags, names).read(values)
+    except UsageError as error:
+        hint = error.hint or "docs/configurations.md lists types and keys"
+        raise UsageError(f"{path}: {error.message}", hint=hint) from error
 
 
 def _split(args: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, str]) -> list[_Item]:
@@ -171,8 +196,8 @@ class _Reader:
             if isinstance(found, list):
                 if len(found) != 1 or not isinstance(found[0], dict):
                     raise UsageError(
-                        f"pass {name!r} has {len(found)} versions: choosing is tuning, nothing is tuned here",
-                        hint="keep one",
+                        f"pass {name!r} has {len(found)} versions: to choose is a search",
+                        hint="use `quantcli tune`, or keep one",
                     )
                 found = found[0]
             passes.append((name, found))
@@ -297,7 +322,7 @@ def _find(kind: str, called: str, values: dict[str, Any]) -> tuple[str, Pass]:
     chosen = given if is_given(given) else spec.default
     if not isinstance(chosen, str) or chosen not in spec.passes:
         if chosen == "SEARCHABLE_VALUES":
-            raise UsageError(f'{name}: "{spec.key}" asks for tuning, nothing is tuned here', hint="name a value")
+            raise UsageError(f'{name}: "{spec.key}" asks for a search', hint="use `quantcli tune`, or name a value")
         raise UsageError(
             f'{name}: unknown "{spec.key}" {chosen!r}, {nearest(str(chosen), spec.passes)}',
             hint=f"one of {', '.join(spec.passes)}",

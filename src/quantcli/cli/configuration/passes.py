@@ -23,7 +23,7 @@ from quantcli.cli.configuration.keys import (
 __all__ = ["OTHER_TYPES", "PASSES"]
 
 _GRAPH_DATA = "add --calibration-inputs FOLDER of samples, or --data FILE, text for a language model"
-_TUNING = Refused("nothing is tuned here", "choose values and leave it out")
+_TUNING = Refused("it is for a search", "use `quantcli tune`, or choose values and leave it out")
 
 
 def _choice(key: str, *values: str) -> Key:

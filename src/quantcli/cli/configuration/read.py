@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ _PARTS = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 class ReadFile:
     """A configuration that was read."""
 
-    values: Mapping[str, Any]
+    values: Any
     """The object in it; what was not in braces is put into them."""
     file: ConfigurationFile
     """What a manifest keeps of it."""
 
 
-def read_json(path: Path) -> ReadFile:
-    """Reads an object, each file once: it may be a pipe.
+def read_json(path: Path, *, lists: bool = False) -> ReadFile:
+    """Reads an object, each file once: it may be a pipe; with `lists`, a list of objects is one too.
 
     Raises:
         UsageError: no such file, or it holds no object.
@@ -50,7 +49,7 @@ def read_json(path: Path) -> ReadFile:
         raise UsageError(f"{path}: {error.message}", hint=error.hint) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}", hint=_HINT) from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) and not (lists and isinstance(found, list)):
         raise UsageError(f"{path} holds a {_KINDS.get(type(found), 'null')}, expected an object", hint=_HINT)
     return ReadFile(found, ConfigurationFile(path.name, hashlib.sha256(data).hexdigest()))
 

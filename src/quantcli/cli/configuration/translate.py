@@ -72,7 +72,7 @@ def translate(owner: str, values: Mapping[str, Any], keys: Keys, said: Said) -> 
 def _translate_one(owner: str, name: str, key: Key, value: Any, said: Said) -> None:
     called, to = f'"{name}"', key.to
     if value == _SEARCH:
-        raise UsageError(f"{owner}: {called} asks for tuning, nothing is tuned here", hint="name a value")
+        raise UsageError(f"{owner}: {called} asks for a search", hint="use `quantcli tune`, or name a value")
     if to is None or isinstance(to, Together):
         _checked(owner, called, key.kind, value)
         return
@@ -111,7 +111,7 @@ def _together(owner: str, name: str, key: Key, values: Mapping[str, Any], keys: 
     for known in (name, *(others or key.to.other[:1])):
         value = values.get(known)
         if value == _SEARCH:
-            raise UsageError(f'{owner}: "{known}" asks for tuning, nothing is tuned here', hint="name a value")
+            raise UsageError(f'{owner}: "{known}" asks for a search', hint="use `quantcli tune`, or name a value")
         given.append(_texts(_checked(owner, f'"{known}"', keys[known].kind, value))[0] if is_given(value) else None)
     if given == [None, None]:
         return ()
@@ -145,8 +145,8 @@ def _checked(owner: str, called: str, kind: Kind, value: Any) -> Any:
         if isinstance(value, list):
             if len(value) > 1:
                 raise UsageError(
-                    f"{owner}: {called} has {len(value)} values: to choose among them is tuning, nothing is tuned here",
-                    hint="name one value",
+                    f"{owner}: {called} has {len(value)} values: to choose among them is a search",
+                    hint="use `quantcli tune`, or name one value",
                 )
             value = value[0]
         right = _is_of(kind, value)

@@ -8,10 +8,10 @@ from quantcli.cli.configuration.keys import Key, Keys, Nested, only
 __all__ = ["BESIDE", "DATA", "INPUT_MODEL", "SYSTEM", "WORKFLOW"]
 
 _HERE = "it runs where it is called"
-_EVALUATORS = Refused("evaluators are not run", "leave it out, and add --evaluate")
+_EVALUATORS = Refused("evaluators are for a search", "use `quantcli tune`, or leave it out and add --evaluate")
 
 BESIDE: Keys = {
-    "disable_search": only("true or false", "nothing is tuned", "True"),
+    "disable_search": only("true or false", "quantize chooses nothing", "True"),
     "host": only("text", _HERE),
     "evaluator": Key("any", _EVALUATORS),
 }
@@ -117,7 +117,9 @@ _ENGINE: Mapping[str, Key] = {
     "clean_evaluation_cache": only("true or false", "nothing is kept between runs"),
     "evaluate_input_model": only("true or false", "--evaluate compares with the input", "False"),
     "evaluator": Key("any", _EVALUATORS),
-    "search_strategy": Key("any", Refused("nothing is tuned", "choose values, and leave it out")),
+    "search_strategy": Key(
+        "any", Refused("it is for a search", "use `quantcli tune`, or choose values and leave it out")
+    ),
     "log_severity_level": Key("whole number", Rename("--log_level")),
     "ort_log_severity_level": only("whole number", "libraries are kept quiet"),
     "ort_py_log_severity_level": only("whole number", "libraries are kept quiet"),
@@ -132,7 +134,7 @@ WORKFLOW: Keys = {
     "data_configs": Key("any", None),
     "systems": Key("object", None),
     "passes": Key("object", None),
-    "evaluators": only("object", "evaluators are not run"),
+    "evaluators": only("object", "evaluators are for `quantcli tune`"),
     "workflow_id": only("text", "a run is called by its folder"),
     "azureml_client": Key("object", _NO_CLOUD),
     "auto_optimizer_config": Key("object", Refused("passes are not chosen for you", "name them under passes")),

@@ -6,19 +6,23 @@ that no asked tensor needs, and of a part's values no more than one batch is in 
 read.
 """
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.graphs.calibration.partition_runs import Stream
 from quantcli.tensors.hessian import Moments, Statistics
 
-__all__ = ["InputMoments", "collect_moments", "combine"]
+__all__ = ["InputMoments", "KeptMoments", "collect_moments", "combine"]
 
 
 @dataclass
@@ -60,6 +64,48 @@ def collect_moments(
             target = moments[name].held_out if judges else moments[name].train
             target.add(*(_tensor(found[name]) for found in (values, wanted) if found is not None))
     return moments
+
+
+class KeptMoments:
+    """Moments of a graph's tensors in files, one for each, for runs on the same graph and samples."""
+
+    def __init__(self, folder: Path | None, held_out_step: int):
+        """Nothing is read yet.
+
+        Args:
+            folder: Of this graph and these samples; None: nothing is kept.
+            held_out_step: Every so many batches one is held out.
+        """
+        self._folder, self._step = folder, held_out_step
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor's are there."""
+        return self._folder is not None and self._file(name).is_file()
+
+    def read(self, name: str) -> InputMoments:
+        """A tensor's, in memory of their own."""
+        parts = load_file(self._file(name))
+        return InputMoments(*(Moments.summed(parts[n], int(parts[n + "_tokens"])) for n in ("train", "held_out")))
+
+    def write(self, found: Mapping[str, InputMoments]) -> None:
+        """Keeps them, each file there whole or not at all."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name, moments in found.items():
+            parts: dict[str, Tensor] = {}
+            for part in ("train", "held_out"):
+                own: Moments = getattr(moments, part)
+                parts |= {part: own.sums, f"{part}_tokens": torch.tensor(own.tokens)}
+            file = self._file(name)
+            aside = file.with_name(f"{file.name}.{os.getpid()}")
+            save_file(parts, aside)
+            aside.replace(file)
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        digest = hashlib.sha256(f"{self._step} {name}".encode()).hexdigest()[:24]
+        return self._folder / f"{digest}.safetensors"
 
 
 def combine(parts: Sequence[InputMoments], *, spent: bool = False) -> Statistics | None:

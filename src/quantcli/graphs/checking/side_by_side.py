@@ -177,14 +177,14 @@ class FloatRun:
         self._session = None if large else session
         self._found: ort.InferenceSession | None = None
 
-    def beside(self, made: Path) -> SideBySide:
-        """Runs the samples through another graph, and compares; no times are taken.
+    def beside(self, made: Path, *, optimized: bool = True) -> SideBySide:
+        """Runs the samples through another graph, `optimized` as users open it, and compares; no times are taken.
 
         Raises:
             GraphRunError: it does not load, or does not run.
         """
         self._found = None
-        found = _open(made, GraphRunError)
+        found = _open(made, GraphRunError, optimized=optimized)
         sums = {name: _Sums(name in self._scored) for name in self._names}
         for feed, values in zip(self._feeds, self._expected, strict=True):
             _add(sums, values, _run(found, self._turn(feed), GraphRunError), self._turned)
@@ -288,10 +288,10 @@ def _open_source(path: Path) -> ort.InferenceSession:
     return graph_session(model, path.parent)
 
 
-def _open(path: Path, error: type[InputError]) -> ort.InferenceSession:
+def _open(path: Path, error: type[InputError], *, optimized: bool = True) -> ort.InferenceSession:
     size = path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(path.name + ".*"))
     # else weights are held twice
-    return open_session(path, prepacked=size <= _TOGETHER_BYTES, what=path.name, error=error)
+    return open_session(path, optimized=optimized, prepacked=size <= _TOGETHER_BYTES, what=path.name, error=error)
 
 
 def _run(session: ort.InferenceSession, feed: Feed, error: type[InputError]) -> dict[str, Any]:

@@ -12,15 +12,16 @@ the function; large biases are not moved into the next layer, which is not exact
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.graphs.rewrite.makers import Maker, find_maker
 from quantcli.graphs.walk.channels import (
-    Maker,
     column_sizes,
     constant_of,
-    find_maker,
     has_weight,
     scale_columns,
     weight_rows,
+    weight_width,
 )
+from quantcli.graphs.walk.origins import shapes_of
 
 __all__ = ["equalize"]
 
@@ -48,6 +49,7 @@ def equalize(model: ir.Model) -> list[tuple[str, str]]:
 
 def _pairs(model: ir.Model) -> list[tuple[Maker, ir.Node]]:
     found = []
+    shapes = shapes_of(model)
     for node in model.graph:
         if not has_weight(node) or node.op_type == "ConvTranspose" or node.attributes.get_int("transA", 0) != 0:
             continue
@@ -55,7 +57,7 @@ def _pairs(model: ir.Model) -> list[tuple[Maker, ir.Node]]:
         if node.op_type == "MatMul" and (weight is None or weight.shape is None or len(weight.shape) != 2):
             continue
         axis = -1 if node.op_type in ("Gemm", "MatMul") else 1 - len(x.shape) if x is not None and x.shape else 0
-        maker = find_maker(x, axis, [node])
+        maker = find_maker(x, axis, weight_width(node), [node], shapes)
         if maker is not None and maker.linear is not None:
             found.append((maker, node))
     return found

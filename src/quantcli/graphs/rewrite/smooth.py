@@ -21,8 +21,10 @@ from quantcli.graphs.activations.nodes import select_nodes
 from quantcli.graphs.model.files import open_graph, save_graph
 from quantcli.graphs.model.inputs import CalibrationReader
 from quantcli.graphs.model.session import open_session, run_sample
+from quantcli.graphs.rewrite.makers import find_maker
 from quantcli.graphs.rewrite.prepare import prepare
-from quantcli.graphs.walk.channels import constant_of, find_maker, has_weight, scale_columns, weight_columns
+from quantcli.graphs.walk.channels import constant_of, has_weight, scale_columns, weight_columns, weight_width
+from quantcli.graphs.walk.origins import shapes_of
 from quantcli.tensors.channels import Channels
 
 __all__ = ["Place", "Smoothed", "smooth"]
@@ -107,10 +109,11 @@ def smooth(
                 raise UsageError(f"no node that is smoothed is called {pattern!r}, which has an alpha of its own")
         seen = _look(ready, [p.tensor for p in places], reader, rows)
         folded, multiplied, kept = [], [], []
+        shapes = shapes_of(model)
         for place in places:
             value = place.readers[0].inputs[0]
             assert value is not None
-            maker = find_maker(value, -1, place.readers)
+            maker = find_maker(value, -1, weight_width(place.readers[0]), place.readers, shapes)
             foldable = maker is not None and maker.repeat == 1
             factors = None
             if foldable or not fold_only:

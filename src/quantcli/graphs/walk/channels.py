@@ -1,37 +1,25 @@
-"""Where a factor per channel can go in an ONNX graph: into the constants of what makes a tensor, or of what reads it.
+"""The weights and constants of single nodes: their channels, and other values for them."""
 
-y / s is had by dividing the gain of the norm that makes y, or the rows of the linear in front of it, through operators
-that commute with positive factors (Relu, pooling, Flatten); no node is added and the float function stays once the
-readers' columns are multiplied by s. A tensor that anything else reads too is left alone.
-
-Axes are counted from the back: constants that broadcast have fewer axes than what they are added to.
-"""
-
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 __all__ = [
+    "LINEAR",
     "NORMS",
-    "Edit",
-    "Maker",
     "column_sizes",
     "constant_of",
-    "find_maker",
     "has_weight",
     "new_constant",
     "scale_columns",
     "weight_columns",
     "weight_rows",
+    "weight_width",
 ]
 
-_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-# operators that commute with positive factors per channel, and those that do so where they work within a channel
-_HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout", "Abs")
-_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 NORMS: Mapping[str, tuple[int, ...]] = {
     "LayerNormalization": (1, 2),
     "SimplifiedLayerNormalization": (1,),
@@ -40,46 +28,6 @@ NORMS: Mapping[str, tuple[int, ...]] = {
     "SkipSimplifiedLayerNormalization": (2,),
 }
 """Inputs that hold the gain and, where there is one, the bias of output 0."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A constant that takes the factors."""
-
-    node: ir.Node
-    """Its reader."""
-    place: int
-    """Which of the reader's inputs it is."""
-    axis: int
-    """Axis of the channels, from the back; a constant that has no such axis is spread over it."""
-    inverse: bool = False
-    """Whether it divides where the others multiply."""
-
-    def apply(self, factors: np.ndarray) -> None:
-        """Multiplies the constant by factors [channels]."""
-        value = self.node.inputs[self.place]
-        old = constant_of(value)
-        assert value is not None and old is not None
-        along = factors.reshape(-1, *[1] * (-self.axis - 1))
-        new = old.astype(np.float64) * (1 / along if self.inverse else along)
-        new_constant(self.node, self.place, new.astype(old.dtype))
-
-
-@dataclass(frozen=True)
-class Maker:
-    """What makes a tensor's channels."""
-
-    edits: tuple[Edit, ...]
-    """Constants that the channels are proportional to, all of them together."""
-    linear: ir.Node | None
-    """The linear among their readers, None for a norm or a product with a constant."""
-    repeat: int = 1
-    """How many neighbours along the tensor's axis are one channel: a Flatten makes a pixel a column of its own."""
-
-    def divide(self, scale: np.ndarray) -> None:
-        """Divides the tensor's channels by scale [channels], float64 and positive, in the constants."""
-        for edit in self.edits:
-            edit.apply(1 / scale)
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
@@ -112,7 +60,7 @@ def new_constant(node: ir.Node, place: int, array: np.ndarray) -> None:
 
 def has_weight(node: ir.Node) -> bool:
     """Whether a node multiplies by a constant float matrix or kernel."""
-    weight = node.inputs[1] if node.domain == "" and node.op_type in _LINEAR and len(node.inputs) > 1 else None
+    weight = node.inputs[1] if node.domain == "" and node.op_type in LINEAR and len(node.inputs) > 1 else None
     return weight is not None and weight.is_initializer() and weight.dtype in _FLOATS
 
 
@@ -137,6 +85,16 @@ def weight_columns(node: ir.Node, weight: np.ndarray) -> np.ndarray:
     return weight.T if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else weight
 
 
+def weight_width(node: ir.Node) -> int:
+    """How many channels of the input a Conv's, Gemm's or MatMul's weight meets."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    shape = [int(n) for n in weight.const_value.shape.numpy()]
+    if node.op_type == "Conv":
+        return shape[1] * node.attributes.get_int("group", 1)
+    return shape[-1] if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0 else shape[-2]
+
+
 def column_sizes(node: ir.Node) -> np.ndarray:
     """The largest magnitude of the weights that each input channel meets, [channels] float64."""
     weight = constant_of(node.inputs[1])
@@ -153,91 +111,3 @@ def scale_columns(node: ir.Node, scale: np.ndarray) -> None:
     view = weight_columns(node, new)
     view *= scale.reshape(*view.shape[:2], 1, 1) if view.ndim == 4 else scale[:, None]
     new_constant(node, 1, new.astype(weight.dtype))
-
-
-def find_maker(value: ir.Value | None, axis: int, readers: Collection[ir.Node]) -> Maker | None:
-    """What makes the channels of a tensor, where that can be scaled without anything else noticing.
-
-    Args:
-        value: The tensor.
-        axis: Of its channels, from the back.
-        readers: The nodes that may read it; where there are others, there is no maker.
-    """
-    if value is None or value.is_graph_output() or not {user for user, _ in value.uses()} <= set(readers):
-        return None
-    node = value.producer()
-    if node is None or node.domain not in ("", "com.microsoft") or node.outputs[0] is not value:
-        return None
-    if node.op_type in _LINEAR:
-        return _linear(node, axis, value)
-    if node.op_type in NORMS:
-        return _norm(node, axis)
-    x = node.inputs[0]
-    rank = len(x.shape) if x is not None and x.shape is not None else 0
-    if node.op_type in _HOMOGENEOUS or (node.op_type in _POOLS and axis == 1 - rank):
-        return find_maker(x, axis, [node])
-    if node.op_type in ("Flatten", "Reshape"):
-        return _flattened(node, axis)
-    if node.op_type in ("Add", "Sub", "Mul", "Div"):
-        return _elementwise(node, axis)
-    return None
-
-
-def _linear(node: ir.Node, axis: int, output: ir.Value) -> Maker | None:
-    if not has_weight(node) or output.shape is None:
-        return None
-    if node.op_type in ("Conv", "ConvTranspose"):
-        if axis != 1 - len(output.shape) or (node.op_type != "Conv" and node.attributes.get_int("group", 1) != 1):
-            return None
-    elif axis != -1:
-        return None
-    weight = node.inputs[1]
-    assert weight is not None and weight.shape is not None
-    if len(weight.shape) < 2:  # a vector leaves no channels
-        return None
-    edits = [Edit(node, 1, weight_rows(node) - len(weight.shape))]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        if constant_of(node.inputs[2]) is None:
-            return None
-        edits.append(Edit(node, 2, -1))
-    return Maker(tuple(edits), node)
-
-
-def _norm(node: ir.Node, axis: int) -> Maker | None:
-    places = [p for p in NORMS[node.op_type] if p < len(node.inputs) and node.inputs[p] is not None]
-    last = node.attributes.get_int("axis", -1)
-    rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else 0
-    if axis != -1 or last not in (-1, rank - 1) or any(constant_of(node.inputs[p]) is None for p in places):
-        return None
-    return Maker(tuple(Edit(node, p, -1) for p in places), None)
-
-
-def _elementwise(node: ir.Node, axis: int) -> Maker | None:
-    constants = [i for i, v in enumerate(node.inputs) if constant_of(v) is not None]
-    if node.op_type in ("Mul", "Div") and len(constants) == 1:
-        (place,) = constants
-        if node.op_type == "Div" and place == 0:  # c / x is proportional to c alone
-            return Maker((Edit(node, 0, axis),), None)
-        return Maker((Edit(node, place, axis, inverse=node.op_type == "Div"),), None)
-    if node.op_type == "Mul" and not constants:
-        shapes = [v.shape for v in node.inputs if v is not None]
-        same = len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]
-        found = [find_maker(v, axis, [node]) for v in node.inputs] if same and node.inputs[0] != node.inputs[1] else []
-        return next((m for m in found if m is not None), None)
-    if node.op_type in ("Add", "Sub") and len(constants) == 1:
-        (place,) = constants
-        behind = find_maker(node.inputs[1 - place], axis, [node])
-        return behind and replace(behind, edits=(*behind.edits, Edit(node, place, axis)))
-    return None
-
-
-def _flattened(node: ir.Node, axis: int) -> Maker | None:
-    """[n, C, H, W] to [n, C H W]."""
-    x, output = node.inputs[0], node.outputs[0]
-    if x is None or x.shape is None or output.shape is None or len(output.shape) != 2 or len(x.shape) < 3:
-        return None
-    inner = [n for n in x.shape[2:] if isinstance(n, int)]
-    if axis != -1 or x.shape[0] != output.shape[0] or len(inner) != len(x.shape) - 2:
-        return None
-    behind = find_maker(x, 1 - len(x.shape), [node])
-    return behind and replace(behind, repeat=behind.repeat * int(np.prod(inner)))

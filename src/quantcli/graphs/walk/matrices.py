@@ -32,6 +32,7 @@ __all__ = [
     "other_matrix",
     "prepare",
     "read_matrix",
+    "refuse_quantized",
     "stored_weight",
     "weight_uses",
 ]
@@ -45,7 +46,10 @@ _NAMELESS = re.compile(
 _MOST_NAMED = 8
 _LOWEST_OPSET = 7  # numpy-style broadcasting of Add and Gemm
 _WHOLE = "export the model again from a sound checkpoint, or exclude the node with --nodes-exclude"
-_QUANTIZED = ("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger")
+_QUANTIZED = (
+    *("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "DequantizeLinear", "QLinearMatMul", "MatMulInteger"),
+    *("QLinearConv", "ConvInteger", "QGemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"),
+)
 
 
 @dataclass(frozen=True)
@@ -160,13 +164,22 @@ def prepare(model: ir.Model) -> list[str]:
     LiftConstantsToInitializersPass(lift_all_constants=False)(model)
     RemoveInitializersFromInputsPass()(model)
     lift_body_weights(model)
-    found = next((n for n in graph.all_nodes() if n.op_type in _QUANTIZED and not _is_stored(n)), None)
+    refuse_quantized(model)
+    codes = [str(folded.name) for folded in fold_weights(model) if folded.requantized]
+    return [f"{name} is stored as codes, with a DequantizeLinear: it is quantized a second time" for name in codes]
+
+
+def refuse_quantized(model: ir.Model) -> None:
+    """Refuses a graph whose products are computed from codes.
+
+    Raises:
+        InputError: naming the first node that is.
+    """
+    found = next((n for n in model.graph.all_nodes() if n.op_type in _QUANTIZED and not _is_stored(n)), None)
     if found is not None:
         raise InputError(
             f"the graph is quantized already: node {found.name!r} is a {found.op_type}", hint="give the float graph"
         )
-    codes = [str(folded.name) for folded in fold_weights(model) if folded.requantized]
-    return [f"{name} is stored as codes, with a DequantizeLinear: it is quantized a second time" for name in codes]
 
 
 def _is_stored(node: ir.Node) -> bool:

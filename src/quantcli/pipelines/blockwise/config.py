@@ -4,6 +4,7 @@ from typing import Any
 
 from quantcli import __version__
 from quantcli.formats.codec import Described
+from quantcli.formats.compressed_config import INTEGER_LAYOUT
 from quantcli.models.layout import is_linear
 from quantcli.models.marks import add_mark
 from quantcli.pipelines.planning.plan import Plan
@@ -25,9 +26,13 @@ def result_config(plan: Plan) -> dict[str, Any]:
             head=targets[plan.layout.head].stem if plan.layout.head in targets else None,
             producer=f"quantcli:{__version__}",
             damp_percent=damp,
+            outlier_threshold=getattr(plan.settings, "threshold", None),
             quantized=list(targets),
             blocks=plan.layout.blocks,
             float_linears=[n for n, m in plan.skeleton.named_modules() if is_linear(m) and n not in targets],
+            layout=plan.codec.name if plan.codec.layout is not None else INTEGER_LAYOUT,
+            activations=plan.activations,
+            fp8_cache=plan.options.kv_cache is not None,
             dtype=plan.float_dtype_of(next(iter(targets.values()))) if targets else plan.dtype,
         )
     )

@@ -7,6 +7,7 @@ from quantcli.folder import PartialFolder, read_state, write_json
 from quantcli.pipelines.blockwise.scaling import ScaleReport
 from quantcli.pipelines.blockwise.streams import Streams
 from quantcli.report.layer import LayerReport
+from quantcli.report.outliers import OutlierReport
 
 __all__ = ["Journal"]
 
@@ -19,6 +20,7 @@ class _Finished:
     seconds: float
     layers: list[LayerReport]
     scales: list[ScaleReport] = field(default_factory=list)
+    outliers: list[OutlierReport] = field(default_factory=list)
 
 
 class Journal:
@@ -30,6 +32,7 @@ class Journal:
         """Blocks that are written."""
         self.reports: list[LayerReport] = []
         self.scales: list[ScaleReport] = []
+        self.outliers: list[OutlierReport] = []
         self.seconds_before = 0.0
         """Of the interrupted runs."""
         self._state = partial.state
@@ -38,12 +41,12 @@ class Journal:
         if partial.resumed and self._file.is_file():
             found = read_state(self._file, _Finished)
             self.done, self.seconds_before = found.done, found.seconds
-            self.reports, self.scales = found.layers, found.scales
+            self.reports, self.scales, self.outliers = found.layers, found.scales, found.outliers
 
     def remember(self, done: int, streams: Streams) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
         streams.save(self._state, done)
         seconds = self.seconds_before + time.perf_counter() - self._started
-        write_json(self._file, asdict(_Finished(done, seconds, self.reports, self.scales)))
+        write_json(self._file, asdict(_Finished(done, seconds, self.reports, self.scales, self.outliers)))
         streams.forget(self._state, done - 1)
         self.done = done

@@ -1,5 +1,6 @@
 """Shards, one per block and one for the rest: written, read back and compared."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,20 @@ class ShardWriter:
         self._writer = CheckpointWriter(folder)
         self._names = _assign(plan)
 
-    def write(self, number: int, results: dict[str, QuantizedTensor], edited: dict[str, Tensor]) -> None:
+    def write(
+        self,
+        number: int,
+        results: dict[str, QuantizedTensor],
+        edited: dict[str, Tensor],
+        added: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Writes a shard, reads it back and compares: what is exported is what was computed.
 
         Args:
             number: Of the block; the number behind the last is that of all tensors outside the blocks.
             results: By module path, what was quantized of it.
             edited: By name on disk, tensors that stay float and have changed; those that are written are taken out.
+            added: By name on disk, tensors that the model did not have.
         """
         plan = self._plan
         quantized = {t.disk: t for t in plan.targets.values() if t.name in results}
@@ -71,8 +79,8 @@ class ShardWriter:
             if tensor.is_floating_point() and keep is not None:
                 tensor = tensor.to(keep)
             tensors[disk] = tensor
-        path = self._writer.write(number, tensors)
-        tensors = {name: tensors[name] for name in changed}
+        path = self._writer.write(number, tensors | dict(added or {}))
+        tensors = {name: tensors[name] for name in changed} | dict(added or {})
         self._compare(path, list(quantized.values()), results, tensors)
 
     def finish(self) -> None:
@@ -134,13 +142,14 @@ def _assign(plan: Plan) -> list[list[str]]:
 
 
 def _same(read: QuantizedTensor, computed: QuantizedTensor) -> bool:
-    parts = ("codes", "zero", "scale", "group", "codebook", "nested")
+    parts = ("codes", "zero", "scale", "group", "codebook", "nested", "divisor", "input_scale")
     return all(_equal(getattr(read, p), getattr(computed, p)) for p in parts) and all_finite(read.scale)
 
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
+        # codes for NaN stand in the codebook of FP8
+        return isinstance(b, Tensor) and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, NestedScale) and isinstance(b, NestedScale):
         return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return bool(a == b)

@@ -14,9 +14,10 @@ from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.pipelines.planning.target import Target
 from quantcli.report.layer import LayerReport
-from quantcli.scheme import Scheme
-from quantcli.tensors.affine import LARGEST_SCALE, minmax_grid, round_to_grid
+from quantcli.scheme import CODEBOOKS, Scheme
+from quantcli.tensors.affine import LARGEST_SCALE
 from quantcli.tensors.finite import require_finite
+from quantcli.tensors.grids import round_nearest
 from quantcli.tensors.hessian import Statistics, output_error
 from quantcli.tensors.quantized import QuantizedTensor
 
@@ -65,8 +66,9 @@ def solve_linears(
     """
     alike: dict[tuple[Scheme, float | None, int], list[Target]] = defaultdict(list)
     for number, target in enumerate(targets):
-        # nested scales run over the rows of a matrix: those of two matrices must not mix
-        alike[target.scheme, target.clip_ratio, number if target.scheme.double_quant else 0].append(target)
+        # nested scales, and blocks, run over the rows of a matrix: those of two matrices must not mix
+        apart = target.scheme.double_quant or target.scheme.block_rows > 1
+        alike[target.scheme, target.clip_ratio, number if apart else 0].append(target)
     results: dict[str, QuantizedTensor] = {}
     reports: dict[str, LayerReport] = {}
     seen = statistics.scaled(scale) if statistics is not None and scale is not None else statistics
@@ -101,7 +103,8 @@ def _report(
     quantized = part.dequantize()
     error = output_error(weight, quantized if scale is None else quantized / scale, hessian)
     rows = weight[:: max(1, target.rows // _RTN_ROWS)]  # rtn is a yardstick: a sample of rows tells it
-    rtn = round_to_grid(rows, *minmax_grid(rows, target.scheme), target.scheme)
+    uniform = target.scheme.codebook in CODEBOOKS  # which bitsandbytes' codebooks are measured by
+    rtn = round_nearest(rows, replace(target.scheme, codebook=None, double_quant=False) if uniform else target.scheme)
     plain = algorithm.name == "rtn" and target.clip_ratio is None
     rtn_error = error if plain else output_error(rows, rtn.dequantize(), hessian)
     tokens = statistics.tokens if statistics is not None else 0

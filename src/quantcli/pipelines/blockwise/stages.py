@@ -1,7 +1,9 @@
 """One stage: linears that share an input, read, solved by what was seen of that input, and reported."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from quantcli.algorithms import find
@@ -13,7 +15,10 @@ from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.planning.targets import is_expert
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
+from quantcli.report.outliers import LISTED_CHANNELS, OutlierReport
+from quantcli.tensors.activations import stored_input_scale
 from quantcli.tensors.hessian import Statistics
+from quantcli.tensors.outliers import OutlierCounts
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["FEW_TOKENS", "StageSolver"]
@@ -25,16 +30,25 @@ FEW_TOKENS = 16
 class StageSolver:
     """Quantizes the linears of a run, stage by stage."""
 
-    def __init__(self, plan: Plan, scaling: Scaling, reports: list[LayerReport], progress: Progress):
+    def __init__(
+        self,
+        plan: Plan,
+        scaling: Scaling,
+        reports: list[LayerReport],
+        outliers: list[OutlierReport],
+        progress: Progress,
+    ):
         """Nothing is quantized yet.
 
         Args:
             plan: With the rounder and the scheme of every linear.
             scaling: Keeps what scales of inputs change elsewhere.
             reports: To which one is added for each linear.
+            outliers: To which one is added for each input whose outliers are counted.
             progress: Warned where a linear saw no token.
         """
-        self._plan, self._scaling, self._reports, self._progress = plan, scaling, reports, progress
+        self._plan, self._scaling, self._progress = plan, scaling, progress
+        self._reports, self._outliers = reports, outliers
 
     def solve(
         self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None = None
@@ -55,15 +69,35 @@ class StageSolver:
         fewest = FEW_TOKENS if is_expert(targets[0], plan.skeleton) else 1
         if moments is not None and moments.tokens and (moments.tokens >= fewest or not plan.calibrates):
             statistics = _statistics(moments)
-        elif algorithm.calibration == "required":  # the run names those at its end
+        elif algorithm.calibration == "required" and algorithm.sees == "moments":  # the run names those at its end
             algorithm = find("kquant")
             settings = algorithm.options()
         scale = None
-        if place is not None and moments is not None and statistics is not None:
+        if place is not None and moments is not None and moments.tokens:
             scale = self._scaling.scale(targets, list(weights.values()), Seen(statistics, moments.channels), place)
+        if moments is not None and moments.outliers is not None:
+            self._outliers.append(_outlier_report(targets, moments.outliers, scale is not None))
         results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self._reports += reports
-        return results, scale
+        stored = self._input_scale(targets, moments, scale)
+        return {name: replace(tensor, input_scale=stored) for name, tensor in results.items()}, scale
+
+    def _input_scale(
+        self, targets: Sequence[Target], moments: StageMoments | None, scale: Tensor | None
+    ) -> Tensor | None:
+        """[1] float32 that is stored of the input of linears, where their layout rounds it by one."""
+        activations = self._plan.activations
+        if activations is None or not activations.stored:
+            return None
+        channels = moments.channels if moments is not None else None
+        if channels is None or not channels.tokens:
+            self._progress.warn(
+                f"no calibration token reached {targets[0].name}: its input is rounded as if its largest value were 1"
+            )
+            largest = torch.ones(())
+        else:
+            largest = (channels.largest if scale is None else channels.largest / scale).amax()
+        return stored_input_scale(largest, activations)
 
     def scale_alone(self, targets: Sequence[Target], moments: StageMoments | None, place: Place | None) -> None:
         """Scales the columns of linears that share an input and stay float; arguments as of `solve`."""
@@ -91,8 +125,25 @@ class StageSolver:
         return results
 
 
-def _statistics(moments: StageMoments) -> Statistics:
-    assert moments.train is not None
+def _outlier_report(targets: Sequence[Target], counts: OutlierCounts, scaled: bool) -> OutlierReport:
+    channels, tokens = counts.columns(), max(counts.tokens, 1)
+    return OutlierReport(
+        linears=[t.name for t in targets],
+        threshold=counts.threshold,
+        columns=len(counts.hits),
+        outlier_columns=len(channels),
+        channels=channels[:LISTED_CHANNELS],
+        tokens=counts.tokens,
+        touched=counts.touched / tokens,
+        most_frequent=float(counts.hits.max()) / tokens,
+        largest=float(counts.largest.max()),
+        scaled=scaled,
+    )
+
+
+def _statistics(moments: StageMoments) -> Statistics | None:
+    if moments.train is None:
+        return None
     held = moments.held_out if moments.held_out is not None and moments.held_out.tokens else None
     return Statistics(
         moments.train.matrix(),

@@ -16,6 +16,7 @@ from quantcli.models.writer import write_tensors
 from quantcli.pipelines.blockwise.loading import outside_loaded
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.target import HELD_OUT_SHARE
+from quantcli.tensors.channels import Channels
 from quantcli.tensors.hessian import Moments
 
 __all__ = ["Streams", "begin_streams"]
@@ -61,12 +62,14 @@ class Streams:
         """Moments [columns, columns] of the head's input; None where the norm in front of it is not known."""
         if self.norm is None:
             return None
-        train, held = Moments(columns, device), Moments(columns, device)
+        train, held, channels = Moments(columns, device), Moments(columns, device), Channels(columns, 1, device)
         for index, hidden in enumerate(self.hidden):
             chosen = held if index in self.held_out else train
             other = self.norm(self.float_hidden[index]) if self.float_hidden is not None else None
-            chosen.add(self.norm(hidden), other)
-        return StageMoments(train, held)
+            inputs = self.norm(hidden)
+            chosen.add(inputs, other)
+            channels.add(inputs, measures=chosen is train)
+        return StageMoments(train, held, channels)
 
 
 def begin_streams(plan: Plan, saved: dict[str, Tensor], state: Path, done: int) -> Streams:

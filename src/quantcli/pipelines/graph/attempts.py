@@ -1,9 +1,10 @@
 """The quantizer of a whole graph, run once or again with more nodes in float, on ranges that are measured once."""
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quantcli.graphs.model.inputs import input_specs
 from quantcli.graphs.model.session import open_session
 from quantcli.graphs.rewrite.channel_last import turn_feed
 from quantcli.pipelines.graph.beside import Beside
+from quantcli.pipelines.graph.feeds import describe_feeds
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.progress import Progress
 
@@ -41,12 +43,21 @@ class Files:
 class Attempts:
     """The quantizer, run once or again with more nodes in float, on ranges that are measured once."""
 
-    def __init__(self, plan: GraphPlan, files: Files, samples: Samples | None, progress: Progress):
+    def __init__(
+        self,
+        plan: GraphPlan,
+        files: Files,
+        samples: Samples | None,
+        progress: Progress,
+        kept: Path | None = None,
+    ):
+        """Nothing is written yet; `kept`: a folder in which ranges stay for other runs."""
         self._plan, self._files, self._samples = plan, files, samples
         self._progress, self._settings = progress, plan.step.settings
         cache = plan.options.graph.calibration_cache
         uses_none = plan.step.algorithm.calibration == "none"
-        self._ranges = cache if cache is not None or uses_none else files.ranges
+        own = files.ranges if kept is None or plan.transforms else _kept_ranges(plan, kept)
+        self._ranges = cache if cache is not None or uses_none else own
         inputs, outputs = (tuple(getattr(plan.step.settings, name, ())) for name in _TURNED)
         self.beside = Beside(plan, samples, progress, lambda feed: turn_feed(feed, inputs), outputs)
 
@@ -107,7 +118,7 @@ class Attempts:
         return tuple(slow)
 
     def _take_int8(self, best: Any) -> Any:
-        """The faster of two sessions: weights of uint8, or of int8 on the same grid; as they are where one was asked."""
+        """The faster of two sessions: weights of uint8, or of int8 on that grid; as they are where one was asked."""
         asked = self._plan.options.settings.get("weight_type") is not None or self._plan.options.bits is not None
         if asked or self._settings.weight_type != "uint8":
             return best
@@ -153,6 +164,20 @@ class Attempts:
             feeds = self.beside.feeds
             return Samples(input_specs(self._plan.source.path), lambda: ((feed, "made-up inputs") for feed in feeds))
         return again(self._samples)
+
+
+_RANGES_ALIKE = ("per_channel", "reduce_range", "weight_type", "weight_grid", "bias_correction")
+"""Settings on which ranges do not depend."""
+
+
+def _kept_ranges(plan: GraphPlan, kept: Path) -> Path:
+    """The file of ranges of all runs that measure the same tensors of the same graph on the same samples."""
+    settings = {name: v for name, v in asdict(plan.step.settings).items() if name not in _RANGES_ALIKE}
+    opset = getattr(plan.step.settings, "opset", None)
+    samples = describe_feeds(plan.options, plan.model.graph), asdict(plan.options.calibration)
+    digest = hashlib.sha256(repr((settings, opset, samples, plan.source.digest)).encode()).hexdigest()[:16]
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept / f"ranges-{digest}.json"
 
 
 def again(samples: Samples | None) -> Samples | None:

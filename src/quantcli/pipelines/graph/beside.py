@@ -9,26 +9,55 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from quantcli.data.graph_inputs import Samples
 from quantcli.errors import InputError, QualityError, UsageError
 from quantcli.graphs.checking.side_by_side import FloatRun, GraphRunError, SideBySide, Turn
-from quantcli.graphs.model.files import open_graph
+from quantcli.graphs.model.files import Model, open_graph
 from quantcli.graphs.model.finite import name_not_finite
 from quantcli.graphs.model.inputs import Feed
 from quantcli.graphs.model.made_inputs import sample_inputs
 from quantcli.graphs.model.session import open_session
-from quantcli.pipelines.graph.plan import GraphPlan
-from quantcli.pipelines.graph.source import axis_lengths
+from quantcli.pipelines.graph.source import GraphSource, axis_lengths
 from quantcli.progress import Progress
 
-__all__ = ["Beside", "Held", "hold_outputs"]
+__all__ = ["Beside", "FloatGraph", "Gate", "Held", "Limit", "hold_outputs"]
 
 _SAMPLES = 8
 _ATTEMPTS = 12
 """Of leaving fewer nodes float, once it holds: each writes the graph once more."""
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What else a written graph must reach, as far as nodes in float get it there."""
+
+    missing: Callable[[Path], str | None]
+    """Judges a graph file: what it comes to where that is too little, else None."""
+    words: str
+    """What it must reach."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a written graph must reach."""
+
+    least_db: float
+    """Least signal to quantization noise of every output; 0 takes what comes."""
+    gate: Gate | None = None
+    """A figure of its own, asked where the outputs hold."""
+    written: Path = Path()
+    """The graph's file."""
+
+    def wanting(self, found: SideBySide | None) -> tuple[list[str], str]:
+        """What is too little, none where all holds; and the limit."""
+        below = found.below(self.least_db) if found is not None else []
+        if below:
+            return [f"output {output}" for output in below], f"{self.least_db:g} dB (--min-sqnr)"
+        missing = self.gate.missing(self.written) if self.gate is not None else None
+        return ([missing], self.gate.words) if missing is not None and self.gate is not None else ([], "")
 
 
 @dataclass(frozen=True)
@@ -43,12 +72,26 @@ class Held(Generic[Made]):
     """Nodes that went back to float, with the reason."""
 
 
+class FloatGraph(Protocol):
+    """Where the float graph lies; a plan is one."""
+
+    @property
+    def source(self) -> GraphSource:
+        """The file and what belongs to it."""
+        ...
+
+    @property
+    def model(self) -> Model:
+        """The graph in it, opened."""
+        ...
+
+
 class Beside:
     """The float graph and samples for it."""
 
     def __init__(
         self,
-        plan: GraphPlan,
+        plan: FloatGraph,
         samples: Samples | None,
         progress: Progress,
         turn: Turn | None = None,
@@ -85,7 +128,7 @@ class Beside:
         """A sample as the written graph takes it."""
         return feed if self._turn is None else self._turn(feed)
 
-    def run(self, written: Path) -> SideBySide | None:
+    def run(self, written: Path, *, optimized: bool = True) -> SideBySide | None:
         """How far off the outputs of a written graph are; None without samples.
 
         Raises:
@@ -98,9 +141,9 @@ class Beside:
                 self._feeds = []
                 self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
         if self._float is None:
-            open_session(written, what="the quantized graph", error=GraphRunError)
+            open_session(written, optimized=optimized, what="the quantized graph", error=GraphRunError)
             return None
-        found = self._float.beside(written)
+        found = self._float.beside(written, optimized=optimized)
         lost = [o.name for o in found.outputs if o.float_nan]
         if lost and not self._told:
             self._told = True
@@ -119,7 +162,7 @@ def hold_outputs(
     run: Callable[[], SideBySide | None],
     names: Callable[[Made], Collection[str]],
     ranked: Callable[[Made, tuple[str, ...]], Sequence[str]],
-    least_db: float,
+    limit: Limit,
     progress: Progress,
 ) -> Held[Made]:
     """Makes a graph, and makes it again with more nodes in float until it runs and its outputs hold.
@@ -129,7 +172,7 @@ def hold_outputs(
         run: Runs what was written beside the float graph.
         names: The nodes that an attempt quantized.
         ranked: The same, those that cost most first; given what was made, and what is float already.
-        least_db: The least signal to quantization noise of every output; 0 takes what comes.
+        limit: What it must reach. Where nodes in float do not get it past its gate, the graph stays as it was.
         progress: Told of every node that goes back to float.
 
     Raises:
@@ -151,27 +194,31 @@ def hold_outputs(
                 raise
             returned[name] = error.message
             progress.warn(f"{name} stays float: {error.message}")
-    if found is None or not found.below(least_db):
+    wanting, bound = limit.wanting(found)
+    if not wanting:
         return Held(made, found, returned)
-    wanting = found.below(least_db)
-    progress.note(f"below {least_db:g} dB: {'; '.join(map(str, wanting))}; nodes go back to float")
+    gated = not (found is not None and found.below(limit.least_db))
+    progress.note(f"{'; '.join(wanting)}, the limit is {bound}; nodes go back to float")
     order = [name for name in ranked(made, tuple(returned)) if name not in returned]
     with progress.track("Nodes back to float", _ATTEMPTS) as task:
 
         def holds(some: Sequence[str]) -> Outcome[Made] | None:
             task.advance(detail=f"{len(some)} of {len(order)}")
-            return _holds(attempt, run, (*returned, *some), least_db)
+            return _holds(attempt, run, (*returned, *some), limit)
 
         good = _least(order, holds)
+    if good is None and gated:
+        progress.warn(f"{wanting[0]}, the goal is {bound}: nodes in float do not get it there")
+        return Held(attempt(tuple(returned)), found, returned)
     if good is None:
         raise QualityError(
-            f"output {wanting[0]}, below {least_db:g} dB, also with nodes in float",
+            f"{wanting[0]}, below {limit.least_db:g} dB, also with nodes in float",
             hint="use more bits or --nodes-exclude; --min-sqnr 0 keeps it as it is",
         )
     for name in good[0]:
-        returned[name] = f"with its like in integers, output {wanting[0]}"
+        returned[name] = f"with its like in integers, {wanting[0]}"
     few = ", ".join(good[0][:5]) + (f" and {len(good[0]) - 5} more" if len(good[0]) > 5 else "")
-    progress.warn(f"{few} stay float: with them {wanting[0]}, the limit is {least_db:g} dB (--min-sqnr)")
+    progress.warn(f"{few} stay float: with them {wanting[0].removeprefix('output ')}, the limit is {bound}")
     return Held(good[1][0], good[1][1], returned)
 
 
@@ -182,14 +229,14 @@ def _holds(
     attempt: Callable[[tuple[str, ...]], Made],
     run: Callable[[], SideBySide | None],
     excluded: tuple[str, ...],
-    least_db: float,
+    limit: Limit,
 ) -> Outcome[Made] | None:
     try:
         made = attempt(excluded)
         found = run()
     except (InputError, UsageError):  # nothing is left to quantize, or it does not run either
         return None
-    return None if found is not None and found.below(least_db) else (made, found)
+    return None if limit.wanting(found)[0] else (made, found)
 
 
 def _least(

@@ -1,6 +1,6 @@
 """What every quantizer of graphs writes: the graph opened once more, its companions, report and manifest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from quantcli.folder import (
     PartialFolder,
     create_output,
     folder_size_bytes,
+    package_versions,
     public_options,
     require_free_bytes,
     write_json,
@@ -116,6 +117,7 @@ def commit_graph(
     options: QuantizeOptions,
     result: GraphResult,
     progress: Progress,
+    versions: Mapping[str, str] | None = None,
 ) -> GraphResult:
     """Opens the written graph as its users will, then puts the folder in its place.
 
@@ -126,6 +128,7 @@ def commit_graph(
         options: As resolved, algorithm named.
         result: What was measured; sizes are filled in.
         progress: Told of what is not copied.
+        versions: Of packages that took part beside our own.
 
     Raises:
         InputError: onnxruntime cannot open it, or it is not smaller and has to be.
@@ -147,5 +150,6 @@ def commit_graph(
         **({"mean_relative_error": sum(errors) / len(errors)} if errors else {}),
         **({"outputs": result.outputs.to_dict()} if result.outputs is not None else {}),
     }
-    partial.commit(Manifest("onnx", "quantize", public_options(asdict(options)), source.describe(), metrics))
+    took_part = package_versions() | dict(versions or {})
+    partial.commit(Manifest("onnx", "quantize", public_options(asdict(options)), source.describe(), metrics, took_part))
     return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantcli.algorithms import Step, find
 from quantcli.errors import InputError
 from quantcli.graphs.calibration.partition_runs import Stream
-from quantcli.graphs.calibration.second_moments import InputMoments, collect_moments, combine
+from quantcli.graphs.calibration.second_moments import InputMoments, KeptMoments, collect_moments, combine
 from quantcli.graphs.model.files import LazyTensor, Model
 from quantcli.graphs.walk.folds import find_graph_folds
 from quantcli.graphs.walk.matrices import GraphTarget, other_matrix, read_matrix
@@ -52,6 +52,8 @@ class GraphWork:
     """Whether each matrix sees what the quantized ones before it make of the inputs, and corrects their error."""
     room: Room = field(default_factory=Room)
     """What calibration may hold in memory."""
+    kept: Path | None = None
+    """A folder in which the statistics of the float graph stay for other runs on the same samples."""
 
 
 def solve_graph(
@@ -106,6 +108,8 @@ def _calibrate(
     planned = plan_stages(
         work.model.graph, work.found, work.room, layer_wise=work.layer_wise, held_out=held_out_step > 0
     )
+    moments = KeptMoments(None if work.layer_wise else work.kept, held_out_step)
+    known = all(moments.has(name) for name in planned.widths)
     room = work.room.kept_bytes // (2 if work.layer_wise else 1)
     spills = [folder / name for name in ("stream", "float")]
     for path in spills:
@@ -126,7 +130,12 @@ def _calibrate(
     seen: dict[str, InputMoments] = {}
     for number, stage in enumerate(planned.names):
         widths = {name: planned.widths[name] for name in stage}
-        seen |= collect_moments(stream, number, widths, held_out_step, reference)
+        if known:
+            seen |= {name: moments.read(name) for name in stage}
+        else:
+            found = collect_moments(stream, number, widths, held_out_step, reference)
+            moments.write(found)
+            seen |= found
         heap.watch()  # what the session has left
         last = number == len(planned.names) - 1
         for inputs in [key for key in by_inputs if set(key) <= set(seen)]:

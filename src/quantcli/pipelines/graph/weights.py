@@ -6,6 +6,7 @@ file back. One Hessian per tensor; no more of them at a time than memory takes.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,8 +23,8 @@ from quantcli.graphs.weights.blocks import container_bits
 from quantcli.graphs.weights.matmul_nbits import Placement
 from quantcli.graphs.weights.replace import note_bits, replace_matrices
 from quantcli.pipelines.graph.arrays import round_matrices
-from quantcli.pipelines.graph.beside import Beside, hold_outputs
-from quantcli.pipelines.graph.feeds import open_feeds
+from quantcli.pipelines.graph.beside import Beside, Limit, hold_outputs
+from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import OPSET_HINT, GraphPlan, selection
 from quantcli.pipelines.graph.source import axis_lengths
@@ -42,8 +43,14 @@ if TYPE_CHECKING:
 __all__ = ["quantize_weights"]
 
 
-def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
-    """Weights alone, matrix by matrix; activations stay float."""
+def quantize_weights(plan: GraphPlan, progress: Progress, kept: Path | None = None) -> GraphResult:
+    """Weights alone, matrix by matrix; activations stay float.
+
+    Args:
+        plan: What runs.
+        progress: Told what happens.
+        kept: Where statistics stay for other runs on the same graph and samples.
+    """
     begin, source, model, options = time.perf_counter(), plan.source, plan.model, plan.options
     targets = dict(plan.targets or {})
     for said in plan.notes:
@@ -54,7 +61,7 @@ def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
         progress.note(str(conversion))
     with open_graph_output(source, options, int(1.1 * plan.size_bytes)) as partial, peak_memory() as watched:
         feeds = open_feeds(options, model.graph, source, progress) if plan.calibrates else None
-        results, reports = _solve(plan, feeds, partial.root, progress)
+        results, reports = _solve(plan, feeds, partial.root, progress, kept)
         written = partial.model / source.path.name
         placing = _Placing(plan, model, results, written)
         beside = Beside(plan, feeds, progress)
@@ -63,7 +70,7 @@ def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
             lambda: beside.run(written),
             lambda _: list(targets),
             lambda _, __: [r.name for r in sorted(reports, key=lambda r: -r.relative_error)],
-            options.graph.min_sqnr,
+            Limit(options.graph.min_sqnr),
             progress,
         )
         progress.note("every weight of the graph was compared with what was computed")
@@ -92,7 +99,7 @@ def quantize_weights(plan: GraphPlan, progress: Progress) -> GraphResult:
 
 
 def _solve(
-    plan: GraphPlan, feeds: Samples | None, spill: Path, progress: Progress
+    plan: GraphPlan, feeds: Samples | None, spill: Path, progress: Progress, kept: Path | None
 ) -> tuple[Mapping[str, Codes], list[LayerReport]]:
     """The codes of every matrix; torch is imported where anything more than round-to-nearest is asked for."""
     targets = dict(plan.targets or {})
@@ -103,8 +110,16 @@ def _solve(
     held_out = min(HELD_OUT_SHARE, len(feeds)) if feeds and plan.holds_out and len(feeds) > 1 else 0
     steps = (plan.step, plan.transforms[0] if plan.transforms else None, plan.must_scale)
     extras = (plan.options.graph.layer_wise, Room.of(plan.options))
-    work = GraphWork(plan.model, plan.source.folder, plan.found, targets, *steps, *extras)
+    work = GraphWork(plan.model, plan.source.folder, plan.found, targets, *steps, *extras, _kept_moments(plan, kept))
     return solve_graph(work, feeds, progress, spill=spill, held_out_step=held_out)
+
+
+def _kept_moments(plan: GraphPlan, kept: Path | None) -> Path | None:
+    """A folder for the statistics of this graph on these samples."""
+    if kept is None:
+        return None
+    said = describe_feeds(plan.options, plan.model.graph), asdict(plan.options.calibration), plan.source.digest
+    return kept / f"moments-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
 
 
 class _Placing:

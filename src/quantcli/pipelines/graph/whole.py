@@ -17,7 +17,7 @@ from quantcli.errors import UsageError
 from quantcli.evaluate.memory import peak_memory
 from quantcli.options import CalibrationOptions
 from quantcli.pipelines.graph.attempts import Attempts, Files, again
-from quantcli.pipelines.graph.beside import hold_outputs
+from quantcli.pipelines.graph.beside import Gate, Limit, hold_outputs
 from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_feeds
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
@@ -113,8 +113,17 @@ def _has_ranges(plan: GraphPlan) -> bool:
     return cached and not again and not plan.transforms
 
 
-def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
-    """Runs the algorithm on the source's file; the folder is made as for every other graph."""
+def quantize_whole(
+    plan: GraphPlan, progress: Progress, gate: Gate | None = None, kept: Path | None = None
+) -> IntegerResult:
+    """Runs the algorithm on the source's file; the folder is made as for every other graph.
+
+    Args:
+        plan: What runs.
+        progress: Told what happens.
+        gate: What else the graph must reach, for which nodes go back to float.
+        kept: Where ranges stay for other runs on the same graph and samples.
+    """
     begin, source, options, graph = time.perf_counter(), plan.source, plan.options, plan.options.graph
     samples: Samples | None = None
     cache = graph.calibration_cache
@@ -130,7 +139,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
             path = _transform(plan.transforms, source.path, folder, samples, notes)
             progress.note(f"{name} reads {describe_feeds(options, plan.model.graph)}" if samples else name)
             files = Files(path, written, folder / "ranges.json")
-            work = Attempts(plan, files, samples, progress)
+            work = Attempts(plan, files, samples, progress, kept)
             excluded = work.exclude_worst()
             slow = work.take_faster() if graph.faster else ()
             held = hold_outputs(
@@ -138,7 +147,7 @@ def quantize_whole(plan: GraphPlan, progress: Progress) -> IntegerResult:
                 lambda: work.beside.run(written),
                 lambda made: list(made.nodes),
                 work.ranked,
-                graph.min_sqnr,
+                Limit(graph.min_sqnr, gate, written),
                 progress,
             )
         made = held.made

@@ -4,8 +4,10 @@ What was measured and chosen is kept beside the run's other state, so that a run
 same choice.
 """
 
+import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from quantcli.folder import read_state, write_json
 from quantcli.pipelines.blockwise.tokens import measured_tokens
 from quantcli.pipelines.mixed_bits.allocation import choose_bits
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
-from quantcli.pipelines.mixed_bits.sensitivity import measure
+from quantcli.pipelines.mixed_bits.sensitivity import Sensitivities, measure
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import with_choice
 from quantcli.progress import Progress
@@ -24,13 +26,14 @@ from quantcli.progress import Progress
 __all__ = ["mix_bits"]
 
 
-def mix_bits(plan: Plan, state: Path, progress: Progress) -> Plan:
+def mix_bits(plan: Plan, state: Path, progress: Progress, kept: Path | None = None) -> Plan:
     """The plan with the bits of each linear chosen for its target.
 
     Args:
         plan: With a budget.
         state: Where an interrupted run keeps what it needs.
         progress: Told of the measurement and of what was chosen.
+        kept: Where sensitivities stay for runs with other targets.
 
     Raises:
         UsageError: overrides and shared inputs leave no choice within the target.
@@ -40,15 +43,16 @@ def mix_bits(plan: Plan, state: Path, progress: Progress) -> Plan:
     if file.is_file():
         choice = _read(read_state(file, _Written), plan)
     else:
-        choice = _choose(plan, plan.budget, measured_tokens(plan, state, progress), progress)
+        choice = _choose(plan, plan.budget, measured_tokens(plan, state, progress), progress, kept)
         write_json(file, _written(choice))
     progress.plan("Bits", plan.budget.choice_rows(choice))
     return with_choice(plan, choice)
 
 
-def _choose(plan: Plan, budget: Budget, tokens: Tensor, progress: Progress) -> Choice:
+def _choose(plan: Plan, budget: Budget, tokens: Tensor, progress: Progress, kept: Path | None) -> Choice:
     begun = time.perf_counter()
-    measured = measure(plan, {name: tuple(sizes) for name, sizes in budget.sizes.items()}, tokens, progress)
+    widths = {name: tuple(sizes) for name, sizes in budget.sizes.items()}
+    measured = _measured(plan, widths, tokens, progress, kept)
     fixed = set(budget.fixed)
     groups = [free for names in measured.groups if (free := [n for n in names if n not in fixed])]
     groups += [[name] for name in budget.sizes if name in fixed]
@@ -61,6 +65,34 @@ def _choose(plan: Plan, budget: Budget, tokens: Tensor, progress: Progress) -> C
         bits = choose_bits(*given, lowest=budget.lowest) or bits
     seconds = time.perf_counter() - begun
     return Choice(bits, measured.costs, groups, _counts(plan), measured.tokens, seconds)
+
+
+def _measured(
+    plan: Plan, widths: Mapping[str, tuple[int, ...]], tokens: Tensor, progress: Progress, kept: Path | None
+) -> Sensitivities:
+    """What each linear costs at each width; read where another run has measured the same."""
+    if kept is None:
+        return measure(plan, widths, tokens, progress)
+    schemes = {name: (t.scheme.group_size, t.scheme.symmetric) for name, t in plan.targets.items()}
+    said = repr((plan.model_digest, widths, schemes, plan.transforms)).encode() + tokens.numpy().tobytes()
+    file = kept / f"sensitivities-{hashlib.sha256(said).hexdigest()[:16]}.json"
+    if file.is_file():
+        found = read_state(file, _Measured)
+        costs = {name: {int(bits): cost for bits, cost in by.items()} for name, by in found.costs.items()}
+        return Sensitivities(found.groups, costs, found.tokens)
+    measured = measure(plan, widths, tokens, progress)
+    kept.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(measured))
+    return measured
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Sensitivities as they are kept; JSON has texts for keys."""
+
+    groups: list[list[str]]
+    costs: dict[str, dict[str, float]]
+    tokens: int
 
 
 def _counts(plan: Plan) -> dict[str, int]:

@@ -8,11 +8,12 @@ from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
+from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.share import count_share, require_share
 from quantcli.pipelines.planning.sizes import written_bytes
-from quantcli.pipelines.planning.steps import allowed_formats, resolve_group_size, resolve_steps
+from quantcli.pipelines.planning.steps import allowed_formats, resolve_bits, resolve_group_size, resolve_steps
 from quantcli.pipelines.planning.storage import choose_storage
 from quantcli.pipelines.planning.targets import find_embedding, find_scaled, refuse_unmatched
 
@@ -28,6 +29,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         ResourceError: not enough memory or disk.
     """
     _refuse_graph_flags(options)
+    options = resolve_layout(options)
     *transforms, rounder = resolve_steps(options)
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     allowed_formats(options.format, rounder.algorithm)
@@ -35,8 +37,8 @@ def make_plan(options: QuantizeOptions) -> Plan:
     columns = (weight_shape(model.skeleton.get_submodule(name))[1] for name in model.layout.linears)
     options = replace(
         options,
-        bits=None if options.mixes else options.weight_bits,
-        group_size=resolve_group_size(options, transforms, columns),
+        bits=None if options.mixes else resolve_bits(options, rounder.algorithm),
+        group_size=resolve_group_size(options, (*transforms, rounder), columns),
     )
     storage = choose_storage(options, model, rounder)
     options, targets = storage.options, storage.targets

@@ -114,7 +114,7 @@ def _flops(plan: Plan) -> float:
     seen: set[tuple[str, int, int]] = set()
     for target in plan.walked.values():
         forward += 2 * target.rows * target.columns * tokens
-        solves += 4 * target.rows * target.columns**2 if plan.targets else 0
+        solves += 4 * target.rows * target.columns**2 if plan.targets and plan.algorithm.sees == "moments" else 0
         # linears of one block with the same inputs are counted once: a guess by shape, good enough for an estimate
         block = re.sub(r"[^.]+$", "", target.name)
         if (block, target.columns, 0) not in seen:

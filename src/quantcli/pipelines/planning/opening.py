@@ -88,7 +88,9 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
 def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
     found = checkpoint.config.get("quantization_config")
     method = found.get("quant_method", "unknown method") if isinstance(found, dict) else None
-    if method is None and any(name.endswith((".qweight", ".weight_packed", ".absmax")) for name in checkpoint.entries):
+    if method is None and any(
+        name.endswith((".qweight", ".weight_packed", ".absmax", ".SCB")) for name in checkpoint.entries
+    ):
         method = "packed weights"
     if method is not None:
         raise InputError(

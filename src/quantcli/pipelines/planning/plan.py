@@ -20,10 +20,11 @@ from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
+from quantcli.pipelines.planning.layout import activations
 from quantcli.pipelines.planning.share import Share
 from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.rotation.train import TrainingCost
-from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
 
 __all__ = ["DTYPES", "MEASURED_TOKENS", "Plan", "is_trained"]
 
@@ -117,9 +118,18 @@ class Plan:
     @property
     def gathering(self) -> Gathering:
         """What the walk gathers of each input."""
-        step = self.scaling
+        step, counts = self.scaling, self.algorithm.sees == "outliers"
         rows = step.settings.rows if step is not None and step.algorithm.sees == "channels" else 0
-        return Gathering(bool(self.targets) or not rows, rows)
+        if not rows and self.activations is not None and self.activations.stored:
+            rows = 1  # for the magnitudes beside them
+        rounded = bool(self.targets) and not counts
+        moments = rounded or (step is not None and not rows)
+        return Gathering(moments, rows, self.settings.threshold if counts else None)
+
+    @property
+    def activations(self) -> ActivationScheme | None:
+        """How what the linears read will be rounded."""
+        return activations(self.options)
 
     def source_of(self, target: Target) -> str:
         """The tensor on disk that a target is read from: a tied head is the embedding's."""
@@ -153,7 +163,9 @@ class Plan:
         if not self.walked:
             return False
         used = [self.algorithm.calibration, *(s.algorithm.calibration for s in self.transforms if not is_trained(s))]
-        if "required" in used:
+        if "required" in used or self.options.kv_cache is not None:
+            return True
+        if self.activations is not None and self.activations.stored:
             return True
         named = bool(self.options.calibration.data or self.options.calibration.data_name)
         return "optional" in used and named and self.options.preset != "fast"
@@ -232,11 +244,17 @@ class Plan:
         scheme = self.default
         bits = str(scheme.bits) if self.budget is None else ", ".join(map(str, self.budget.widths))
         group = "one per row" if scheme.group_size == PER_CHANNEL else str(scheme.group_size)
+        group += f" x {scheme.block_rows} rows" if scheme.block_rows > 1 else ""
         kind = scheme.codebook or ("sym" if scheme.symmetric else "asym")
         return [
             ("algorithm", _words(Step(self.algorithm, self.settings))),
             ("scheme", f"{bits} bits, group size {group}, {kind}"),
             *([("mixed bits", self._mixed_words(self.budget))] if self.budget is not None else []),
+            *([("activations", self.activations.describe())] if self.activations is not None else []),
+            *(
+                [("cache", "FP8, one stored scale for each layer's keys and one for its values")]
+                * bool(self.options.kv_cache)
+            ),
             ("format", self.codec.name),
             ("opens in", self._opens_words()),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),

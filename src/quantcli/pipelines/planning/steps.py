@@ -6,9 +6,11 @@ from dataclasses import fields, replace
 from quantcli import algorithms
 from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import UsageError
+from quantcli.formats.layouts import LAYOUTS
 from quantcli.options import CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.planning.layout import activations
 
-__all__ = ["allowed_formats", "check_ranges", "resolve_group_size", "resolve_steps"]
+__all__ = ["allowed_formats", "check_ranges", "resolve_bits", "resolve_group_size", "resolve_steps"]
 
 _BEST = {"refit": "true", "sweeps": "2"}
 _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
@@ -45,7 +47,7 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:
-        given = options.bits if rounder.kind == "graph" else options.weight_bits
+        given = options.bits if rounder.kind == "graph" else resolve_bits(options, rounder)
         if given is not None and given not in algorithm.bits:
             allowed = ", ".join(map(str, algorithm.bits))
             raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
@@ -84,7 +86,7 @@ def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
         UsageError: it cannot hold what the algorithm makes.
     """
     if asked is None:
-        return tuple(name for name in algorithm.formats if name != "float") or algorithm.formats
+        return tuple(n for n in algorithm.formats if n != "float" and n not in LAYOUTS) or algorithm.formats
     if asked not in algorithm.formats:
         able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
         raise UsageError(
@@ -94,8 +96,26 @@ def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
     return (asked,)
 
 
+def resolve_bits(options: QuantizeOptions, rounder: Algorithm) -> int:
+    """Bits per weight: as asked, or as usual, or all that the rounder makes."""
+    usual = options.weight_bits
+    return rounder.bits[0] if options.bits is None and usual not in rounder.bits else usual
+
+
 def resolve_group_size(options: QuantizeOptions, steps: Sequence[Step], columns: Iterable[int]) -> int:
-    """Columns that share a scale: as asked, or the wish of a transform that was named, if it divides all `columns`."""
+    """Columns that share a scale: as asked, or the wish of a transform that was named, if it divides all `columns`.
+
+    Raises:
+        UsageError: others were asked for than the rounder makes.
+    """
+    for algorithm in (step.algorithm for step in steps if step.algorithm.kind == "rounder"):
+        if algorithm.group_size is not None:
+            if options.group_size not in (None, algorithm.group_size):
+                raise UsageError(
+                    f"{algorithm.name} makes groups of {algorithm.group_size} alone, not {options.group_size}",
+                    hint="leave --group-size out",
+                )
+            return algorithm.group_size
     wishes = [step.algorithm.group_size for step in steps if step.algorithm.group_size]
     heard = options.group_size is None and options.preset is None and options.algorithm is not None
     if wishes and heard and all(count % wishes[0] == 0 for count in columns):
@@ -141,7 +161,9 @@ def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain
     calibration = options.calibration
     if calibration.data_split != CalibrationOptions.data_split and calibration.data_name is None:
         raise UsageError("--data-split is for --data-name", hint="leave it out")
-    algorithm, needs = chain[-1], any(a.calibration == "required" for a in chain)
+    inputs = activations(options)
+    measures = options.kv_cache is not None or (inputs is not None and inputs.stored)
+    algorithm, needs = chain[-1], measures or any(a.calibration == "required" for a in chain)
     if needs or (algorithm.calibration == "optional" and preset != "fast"):
         if needs or calibration.data or calibration.data_name:
             return

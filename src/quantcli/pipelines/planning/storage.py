@@ -11,6 +11,7 @@ from quantcli.formats.opening import Contents, Obstacle, StoredLinear, opens_in
 from quantcli.formats.readers import DEFAULT_READERS, READERS
 from quantcli.options import MIXED_BITS, QuantizeOptions
 from quantcli.pipelines.mixed_bits.widths import holds_mixed
+from quantcli.pipelines.planning.layout import weight_scheme
 from quantcli.pipelines.planning.opening import FloatModel
 from quantcli.pipelines.planning.steps import allowed_formats
 from quantcli.pipelines.planning.target import Target
@@ -109,7 +110,7 @@ def _store(options: QuantizeOptions, model: FloatModel, rounder: Step, name: str
     wide = codec.unpack is not None and model.stored_dtype.itemsize > 2
     dtype = options.dtype or ("bfloat16" if wide else "keep")
     options = replace(options, format=name, symmetric=symmetric, dtype=dtype)
-    default = Scheme(
+    default = weight_scheme(options) or Scheme(
         options.weight_bits,
         options.weight_group_size,
         options.weight_symmetric,
@@ -117,6 +118,11 @@ def _store(options: QuantizeOptions, model: FloatModel, rounder: Step, name: str
         algorithm.codebook,
         getattr(rounder.settings, "double_quant", False),
     )
+    if default.block_rows > 1 and getattr(rounder.settings, "refit", False):
+        raise UsageError(
+            f"refit fits the scales of single rows, {name} has one for {default.block_rows} of them",
+            hint="add --set refit=false",
+        )
     targets = find_targets(options, model, default, algorithm)
     settings = choose_zero_points(rounder.settings, codec, targets)
     refuse_format(codec, options, targets, default, Step(algorithm, settings), model)
@@ -174,7 +180,7 @@ def _opened_wrong(way: Storage, options: QuantizeOptions, model: FloatModel, rou
 
 def _elsewhere(options: QuantizeOptions, model: FloatModel, rounder: Step) -> str | None:
     """The format that would do in place of the one that was asked for."""
-    if options.format is None:
+    if options.format is None or CODECS[options.format].layout is not None:
         return None
     try:
         return choose_storage(replace(options, format=None), model, rounder).options.format

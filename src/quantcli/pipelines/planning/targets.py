@@ -73,7 +73,7 @@ def find_targets(
         scheme = _overridden(options, name, default, algorithm)
         module = skeleton.get_submodule(name)
         rows, columns = weight_shape(module)
-        if columns < scheme.group_size:
+        if columns < scheme.group_size and CODECS[options.format or ""].layout is None:
             scheme = replace(scheme, group_size=PER_CHANNEL)
         disk = source = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
         if disk is None and name == layout.head:  # tied: read from the embedding, written under its own name

@@ -72,6 +72,8 @@ class WeightOnlyQuantConfig(ABC):
     """Blocks run along what is summed over; other axes are refused."""
     customized_weight_config: Mapping[str, Mapping[str, Any]] | None = None
     """By the name of a node: bits, group_size, scheme (sym or asym)."""
+    quant_last_matmul: bool = True
+    """Quantize products with no other product behind them, such as a language model's output head."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further options of our algorithms, as `quantcli algorithms NAME` lists them."""
 
@@ -257,6 +259,7 @@ class MatMulNBitsQuantizer:
             op_types=tuple(config.op_types_to_quantize or op_types_to_quantize or ("MatMul",)),
             nodes_include=_exactly(nodes_to_include),
             nodes_exclude=_exactly(nodes_to_exclude),
+            quantize_last_matmul=config.quant_last_matmul,
         )
         self._encoding = weight_encoding(self._graph)
         self._options = QuantizeOptions(
@@ -297,7 +300,8 @@ class MatMulNBitsQuantizer:
         feeds = None if self._reader is None else ReaderFeeds.drain(self._reader)
         model, folder = self._open()
         graph = self._graph
-        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude, stacks=self._encoding == "qdq")
+        stacks, last = self._encoding == "qdq", graph.quantize_last_matmul
+        selection = Selection(graph.op_types, graph.nodes_include, graph.nodes_exclude, stacks, last)
         found, self.kept = find_targets(model.graph, selection)
         codebook = step.algorithm.codebook
         if codebook is not None:

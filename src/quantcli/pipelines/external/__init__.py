@@ -1,0 +1,1 @@
+"""`quantize --backend`: a job for another package, whose result is then treated as ours are."""

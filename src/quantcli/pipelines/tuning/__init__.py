@@ -1,0 +1,1 @@
+"""Rooms of `tune`: what is tried, how it is judged, what is tried next, and where trials run."""
