@@ -8,7 +8,7 @@ SOURCES := src tests scripts $(wildcard benchmarks)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-finetune test quick large check format bench docs backends dist clean
+.PHONY: help demo demo-finetune test quick large check format bench models docs backends dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: $(INSTALLED) ## let ruff format and fix what it can
 
 bench: $(INSTALLED) ## measure speed and quality on the demo model, beside peers that are installed
 	$(BIN)/python benchmarks/speed.py
+
+models: $(INSTALLED) ## a tiny model of every causal class of transformers, quantized and read back; writes docs/models.md
+	$(BIN)/python scripts/try_models.py
 
 backends: $(INSTALLED) ## install, check and remove every backend, one after the other; writes docs/backends.md: half an hour, 2 GB at a time
 	$(BIN)/python scripts/try_backends.py

@@ -69,11 +69,14 @@ def test_quantize_prints_a_table_and_one_summary_line(model, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["layers", "worst", "bits"]
-    kinds = [line.split()[0] for line in lines[1:-1]]
+    kinds = [line.split()[0] for line in lines[1:8]]
     assert kinds == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert all("1.00x" in line for line in lines[1:-1])  # rtn against rtn
+    assert all("1.00x" in line for line in lines[1:8])  # rtn against rtn
     assert lines[-1].startswith(f"{target}: ")
+    assert "14 of 14 matrices, 100.0% of matrix parameters quantized" in lines[-1]
     assert "bits per weight" in lines[-1]
+    assert all(line.startswith("left float: ") for line in lines[8:-1])
+    assert [line.split(" (")[0] for line in lines[8:-1]] == ["left float: embeddings", "left float: output head"]
     assert err.splitlines()[0] == "Plan"
 
 

@@ -190,11 +190,14 @@ def test_no_linear_layers(refused, tmp_path):
     assert end.code == INPUT and "no linear layers" in end.error
 
 
+READ = "tensors of float32, float16, bfloat16 or float64 are read"
+
+
 def test_already_quantized(refused, model, tmp_path, capsys):
     assert app.run(["quantize", "-m", str(model), "-o", str(tmp_path / "Q"), "-a", "rtn", "-q"]) == 0
     end = refused(tmp_path / "Q")
     assert end.code == INPUT
-    assert end.error == f"{tmp_path / 'Q' / 'model'} is already quantized (gptq)"
+    assert end.error == f"{tmp_path / 'Q' / 'model'} is already quantized (gptq); " + READ
     assert "original" in end.hint
     tiny.edit_json(tmp_path / "Q" / "model" / "config.json", quantization_config=None)
     assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
@@ -320,6 +323,48 @@ def test_missing_tensor(refused, model, text, name, args):
     tiny.edit_weights(model, lambda t: t.pop(name))
     end = refused(model, *args)
     assert end.code == INPUT and f"tensor {name} is missing from {model}" in end.error
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(refused, model):
+    tiny.edit_weights(model, lambda t: t.update({f"model.extra.{i}.weight": torch.ones(8, 8) for i in range(12)}))
+    end = refused(model)
+    assert end.code == INPUT and "model.extra.9.weight and 2 more" in end.error and "model.extra.0.weight" in end.error
+
+
+def test_missing_tensors_are_named_the_first_ten(refused, model):
+    gone = [f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("gate", "up", "down")]
+    gone += [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 1) for n in "qkvo"]
+    tiny.edit_weights(model, lambda t: [t.pop(name) for name in gone])
+    end = refused(model)
+    assert end.code == INPUT and "and 4 more" in end.error and sum(name in end.error for name in gone) == 10
+
+
+@pytest.mark.parametrize(("written", "newer"), [("99.1.0", True), ("4.30.0", False), (None, False)])
+def test_configuration_of_a_newer_transformers(refused, model, written, newer):
+    tiny.edit_json(model / "config.json", model_type="llama99", transformers_version=written)
+    end = refused(model)
+    assert end.code == INPUT and transformers.__version__ in end.error
+    assert ("written by 99.1.0" in end.error) == newer == ("99.1.0" in (end.hint or ""))
+
+
+def test_an_empty_auto_map_is_none(model, tmp_path):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": None}))
+    assert app.run(["quantize", "-m", str(model), "-o", str(tmp_path / "Q"), "-a", "rtn", "-q"]) == 0
+
+
+def test_rows_longer_than_the_learned_positions(refused, tmp_path, text, capsys):
+    model = tiny.checkpoint(tmp_path / "gpt2", "gpt2", n_positions=64)
+    end = refused(model, "-a", "gptq", "--seq-len", "128", "--data", text)
+    assert end.code == USAGE and "longer than the 64 positions" in end.error and end.hint == "use --seq-len 64"
+    args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", "gptq", "--num-samples", "2", "--data", str(text)]
+    assert app.run(["quantize", *args]) == 0
+    assert "2 rows of 64 tokens" in capsys.readouterr().err
+
+
+def test_experts_of_a_model_that_has_none(refused, model, text):
+    end = refused(model, *CALIBRATED, "--data", text, "--moe-calibration", "all")
+    assert end.code == USAGE and "has no experts" in end.error
 
 
 def sharded(model: Path) -> dict[str, str]:

@@ -46,6 +46,11 @@ def show(result: Any, console: "Console") -> None:
         ("parameters", f"{result.parameters:,}"),
         ("size", human_size(result.size_bytes)),
         ("bits per weight", bits),
+        *([("share", result.share["words"])] if result.share else []),
+        *(
+            ("left float", f"{one['kind']} ({one['count']}): {one['reason']}")
+            for one in (result.share or {}).get("left", ())
+        ),
         ("files", _files_in_words(result)),
         *_readers_in_words(result.opens),
     ]

@@ -11,6 +11,7 @@ from quantcli.options import (
     DTYPES,
     FORMATS,
     GRAPH_ENCODINGS,
+    MOE_CALIBRATIONS,
     PRESETS,
     READER_NAMES,
     ConfigurationFile,
@@ -82,6 +83,10 @@ def show(result: Any, console: "Console") -> None:
     content = getattr(result, "information_bits_per_weight", None)
     if content is not None and content < result.bits_per_weight:
         stored = f"{result.bits_per_weight:.2f} bits per weight that hold {content:.2f}, "
+    if getattr(result, "share", None) is not None:
+        for one in result.share.left:
+            console.text(f"left float: {one.kind} ({one.count}, {one.parameters:,} parameters): {one.reason}")
+        stored = f"{result.share.words}, {stored}"
     console.text(
         f"{result.output}: {human_size(result.size_bytes)}, {share:.0%} of {human_size(result.parent_size_bytes)}, "
         f"{stored}in {human_duration(result.seconds)}, peak memory {human_size(result.peak_bytes)}"
@@ -181,6 +186,7 @@ COMMAND = Command(
         "target_size": FlagStyle(metavar="SIZE", read=parse_size),
         "mixed_bits": FlagStyle(metavar="N,N,...", read=_widths),
         "exclude": FlagStyle(metavar="REGEX"),
+        "moe_calibration": FlagStyle(choices=MOE_CALIBRATIONS, metavar="|".join(MOE_CALIBRATIONS)),
         "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
         "format": FlagStyle(choices=FORMATS, metavar="|".join(FORMATS)),
         "readers": FlagStyle(("--for",), choices=READER_NAMES, metavar="NAME"),

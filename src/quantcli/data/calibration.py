@@ -75,8 +75,13 @@ def calibration_rows(
             model = load(folder, device=device, trust_remote_code=trust_remote_code)
             return sampling.open_sampler(model, tokenizer)
 
-        tokens = sampling.cached_sample(key, open_sampler, progress)
-        return CalibrationRows(tokens, "text that the model wrote itself", 0, time.perf_counter() - begun)
+        tokens = sampling.cached_sample(key, open_sampler, progress, whole=options.data == SELF)
+        if tokens is not None:
+            return CalibrationRows(tokens, "text that the model wrote itself", 0, time.perf_counter() - begun)
+        progress.warn(
+            "the model keeps nothing of earlier tokens, its own text would take too long: Python's documentation is "
+            "used instead; --data self asks for it all the same, --data FILE gives better text"
+        )
     texts, words = _texts(options, tokenizer)
     generator = torch.Generator().manual_seed(options.seed)
     wanted = options.num_samples * options.seq_len

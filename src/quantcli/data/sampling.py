@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from quantcli.data.cache import cache_folder
 from quantcli.data.kvcache import preallocated_cache
 from quantcli.data.windows import bos_prefix
 from quantcli.errors import InputError
+from quantcli.models.layout import config_value
 from quantcli.progress import Progress
 
 __all__ = ["Sampler", "SamplingKey", "cached_sample", "estimate_sampling", "first_tokens"]
@@ -33,6 +35,8 @@ VERSION = 1
 _BLOCK = 128  # vocabulary entries whose probabilities are summed before one of them is looked for
 # a product with one column per row reaches this share of the machine's rate for square matrices
 _SKINNY = 0.7
+_PROBE = 3  # tokens on which a way to write is tried
+_SAME = 0.01  # of the largest logit, between a token at a time and all at once
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,23 @@ class SamplingKey:
         return cache_folder() / "self-text" / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
 
 
-def cached_sample(key: SamplingKey, open_sampler: Callable[[], "Sampler"], progress: Progress) -> Tensor:
-    """The model's own text [rows, seq_len] int64, out of the cache or written now and kept for the next run."""
+def cached_sample(
+    key: SamplingKey, open_sampler: Callable[[], "Sampler"], progress: Progress, *, whole: bool = True
+) -> Tensor | None:
+    """The model's own text [rows, seq_len] int64, out of the cache or written now and kept for the next run.
+
+    Args:
+        key: What decides the text.
+        open_sampler: Opens the model.
+        progress: Told of what is written.
+        whole: Whether to write where that means to run each row again for each token; None comes back where not.
+    """
     tokens = _read(key, progress)
     if tokens is None:
-        tokens = open_sampler().sample(key.rows, key.seq_len, key.seed, progress)
+        sampler = open_sampler()
+        if not (whole or sampler.keeps_state):
+            return None
+        tokens = sampler.sample(key.rows, key.seq_len, key.seed, progress)
         _write(key, tokens, progress)
     return tokens
 
@@ -73,7 +89,7 @@ class Sampler:
         self.starts = starts
         self.prefix = prefix
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = model.config.get_text_config().eos_token_id if ends is None else ends
+        ends = getattr(model.config.get_text_config(), "eos_token_id", None) if ends is None else ends
         self.ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
 
     def sample(
@@ -101,16 +117,15 @@ class Sampler:
         given = [torch.full((rows,), token) for token in self.prefix] + [self._beginnings(rows, generator)]
         for column, values in enumerate(given[:seq_len]):
             tokens[:, column] = values
-        cache = preallocated_cache(self.model.config, seq_len)
+        if not self.keeps_state:
+            progress.note(f"{type(self.model).__name__} writes without a cache: each token runs its whole row again")
+        step = self._steps(self.model, seq_len)
         begun = time.perf_counter()
         label = f"writing {rows} x {seq_len} tokens of calibration text"
         with torch.inference_mode(), _fast_head(self.model), progress.track(label, rows * seq_len) as task:
             for column in range(seq_len - 1):
-                inputs = tokens[:, column : column + 1].to(device)
-                output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                logits = step.logits(tokens[:, : column + 1].to(device))
                 if column + 1 >= len(given):
-                    logits = output.logits[:, -1]
                     written = (choose(logits) if choose else draw(logits, generator)).cpu()
                     ended = torch.isin(tokens[:, column], self.ends)
                     if choose is None and bool(ended.any()):
@@ -121,8 +136,78 @@ class Sampler:
             task.advance(rows)
         return tokens
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a token costs one token, not the whole row so far."""
+        return self._steps is not _WholeSteps
+
+    @cached_property
+    def _steps(self) -> type["_Steps"]:
+        """How this model writes token by token: the first way that gives what all at once give."""
+        tokens = self.starts[torch.arange(2 * _PROBE) % self.starts.numel()].reshape(2, _PROBE).to(self.model.device)
+        with torch.inference_mode():
+            expected = _WholeSteps(self.model, _PROBE).logits(tokens).float()
+            for kind in (_BufferSteps, _CacheSteps, _StateSteps):
+                try:
+                    step = kind(self.model, _PROBE)
+                    found = [step.logits(tokens[:, : column + 1]) for column in range(_PROBE)][-1].float()
+                except Exception:  # what a class says of a cache that it does not know
+                    continue
+                if torch.allclose(found, expected, rtol=0, atol=_SAME * float(expected.abs().max())):
+                    return kind
+        return _WholeSteps
+
     def _beginnings(self, rows: int, generator: torch.Generator) -> Tensor:
         return self.starts[torch.randint(self.starts.numel(), (rows,), generator=generator)]
+
+
+class _Steps:
+    """Text token by token, with what the model keeps of earlier tokens."""
+
+    def __init__(self, model: Any, seq_len: int):
+        """Nothing is written yet; rows will have `seq_len` tokens at most."""
+        self._model, self._kept = model, self.begin(model, seq_len)
+
+    @staticmethod
+    def begin(model: Any, seq_len: int) -> Any:
+        """What is kept at first."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, V] behind tokens [B, t]; called with one column more each time."""
+        output = self._model(input_ids=tokens[:, -1:], use_cache=True, **{self.argument: self._kept})
+        self._kept = getattr(output, self.argument)
+        found: Tensor = output.logits[:, -1]
+        return found
+
+    argument = "past_key_values"
+
+
+class _BufferSteps(_Steps):
+    """Keys and values are written in place."""
+
+    @staticmethod
+    def begin(model: Any, seq_len: int) -> Any:
+        """The buffers."""
+        return preallocated_cache(model.config, seq_len)
+
+
+class _CacheSteps(_Steps):
+    """The model makes the cache that it wants."""
+
+
+class _StateSteps(_Steps):
+    """State space models call it otherwise."""
+
+    argument = "cache_params"
+
+
+class _WholeSteps(_Steps):
+    """Nothing is kept: every row is run again from its beginning."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As in `_Steps`."""
+        found: Tensor = self._model(input_ids=tokens, use_cache=False).logits[:, -1]
+        return found
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -187,9 +272,9 @@ def estimate_sampling(
         bandwidth: Bytes per second that it reads from memory.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    per_token = 2 * 4 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    heads = config_value(text, "num_attention_heads") or 1
+    head_dim = config_value(text, "head_dim") or text.hidden_size // heads
+    per_token = 2 * 4 * text.num_hidden_layers * (config_value(text, "num_key_value_heads") or heads) * head_dim
     kept = rows * seq_len * per_token
     logits = 3 * 4 * rows * text.vocab_size
     # every step reads the weights once, and the keys and values so far: half of them on average

@@ -22,7 +22,7 @@ class BlockCall:
 def forward(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The block's output hidden state, [b, T, D]."""
     out = block(hidden, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
+    result: Tensor = out[0] if isinstance(out, tuple | list) else out
     return result
 
 

@@ -138,8 +138,11 @@ class ModelTensors(Checkpoint):
             self._add_group(name, group)
         for disk in sources.unknown:
             self.entries[disk] = base.entries[disk]
+        head = model.get_output_embeddings()
+        own = {name for name, module in model.named_modules() if module is head}
         for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-            if target not in self.names and source in self.names:
+            # a tied head is the embedding's matrix read, but written under a name of its own
+            if target not in self.names and source in self.names and target.rpartition(".")[0] not in own:
                 self.names.setdefault(target, self.names[source])
 
     def read(self, name: str) -> Tensor:

@@ -6,8 +6,10 @@ parameter stood gives, when it is indexed or multiplied by, the product of that 
 biases of any architecture stay its own. Symbols: E experts, N outputs, K inputs of one expert's matrix.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import InputError
 
-__all__ = ["Expert", "Stacked", "unfuse_experts"]
+__all__ = ["Expert", "Stacked", "show_all_tokens", "unfuse_experts"]
 
 _LINEAR = (nn.functional.linear,)
 _MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
@@ -167,6 +169,34 @@ def unfuse_experts(model: nn.Module, names: Mapping[str, tuple[str, ...]]) -> di
         if stacks and hasattr(module, "config"):
             module.config._experts_implementation = "eager"
     return found
+
+
+def show_all_tokens(block: nn.Module) -> list[str]:
+    """Lets every expert of a block see every token before each is routed as ever; the output stays what it was.
+
+    Returns:
+        Paths of the modules whose experts are called in another way, and see what they are given.
+    """
+    left = []
+    for path, module in block.named_modules():
+        experts = sum(isinstance(child, Expert) for child in module.children())
+        if not experts:
+            continue
+        if len(signature(module.forward).parameters) != 3 and not hasattr(type(module), "_apply_gate"):
+            left.append(path)
+            continue
+        module.forward = partial(_forward_twice, module.forward, experts)
+    return left
+
+
+def _forward_twice(
+    routed: Callable[..., Tensor], experts: int, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Once with every token at every expert, for who listens; then as the router says."""
+    count = index.shape[0]
+    every = torch.arange(experts, device=index.device, dtype=index.dtype).expand(count, experts)
+    routed(hidden, every, weights.new_ones(count, experts))
+    return routed(hidden, index, weights)
 
 
 def _leaves(module: nn.Module, name: str) -> tuple[str, ...]:

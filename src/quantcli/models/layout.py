@@ -1,19 +1,32 @@
 """Where a language model keeps its blocks, embedding, final norm and head: facts per model type, and a fallback.
 
-A new family is one line in `FAMILIES`; a model that is not listed is looked at: its blocks are the longest list of
-modules of one class that hold linears.
+A new family is one line in `FAMILIES`; a model that is not listed is looked at: its blocks are the list of modules with
+linears that stands nearest to the embedding.
 """
 
-from collections import Counter
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantcli.errors import InputError
 
-__all__ = ["FAMILIES", "Family", "Layout", "find_layout", "head_size", "is_linear", "is_transposed", "weight_shape"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Layout",
+    "config_value",
+    "find_layout",
+    "head_size",
+    "is_linear",
+    "is_transposed",
+    "position_count",
+    "weight_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Family:
     """Ends of names of linears that are routers or gates, not weights worth quantizing."""
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+_OFFSET = 4  # some tables have a few rows more, for padding
 _LLAMA = Family("model.layers", "model.norm")
 _GPT2 = Family("transformer.h", "transformer.ln_f")
 _SHARED_GATE = ("shared_expert_gate",)
@@ -73,8 +88,25 @@ class Layout:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by one stored matrix."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module multiplies by one stored matrix, and does nothing else."""
+    kind: Any = type(module)
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _computes_linear(kind))
+
+
+@cache
+def _computes_linear(kind: Any) -> bool:
+    """Whether a class with a forward of its own computes what nn.Linear does: tried on a few numbers."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    with torch.random.fork_rng(), torch.no_grad():
+        probe = kind.__new__(kind)
+        nn.Linear.__init__(probe, 4, 6, device="cpu")
+        x = torch.randn(2, 3, 4, device="cpu")
+        try:
+            out = probe(x)
+            return isinstance(out, Tensor) and torch.allclose(out, nn.functional.linear(x, probe.weight, probe.bias))
+        except Exception:  # it wants other inputs or attributes
+            return False
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -93,7 +125,28 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def head_size(model: Any) -> int:
     """Columns of an attention head, by the model's configuration."""
     config = model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(config_value(config, "head_dim") or config.hidden_size // config_value(config, "num_attention_heads"))
+
+
+def position_count(model: Any) -> int | None:
+    """How many positions a model has tables for (learned, or computed beforehand); None where any number goes."""
+    text = model.config.get_text_config()
+    found = (getattr(text, name, None) for name in _POSITIONS)
+    count = next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
+    if count is None:
+        return None
+    embedding = model.get_input_embeddings().weight
+    tables = [t.shape for t in (*model.parameters(), *model.buffers()) if t is not embedding and t.ndim >= 2]
+    learned = any(count <= shape[0] <= count + _OFFSET and len(shape) == 2 for shape in tables)
+    return count if learned or any(len(shape) == 4 and shape[-1] == count for shape in tables) else None
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A value of a configuration, the largest where it differs from layer to layer; None where there is none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one of several
+        return max(getattr(config.per_layer_config[i], name) for i in range(config.num_hidden_layers))
 
 
 def find_layout(model: Any) -> Layout:
@@ -103,7 +156,7 @@ def find_layout(model: Any) -> Layout:
         InputError: there are no repeated blocks with linears.
     """
     family = FAMILIES.get(model.config.model_type)
-    path = family.blocks if family else _longest_list(model)
+    path = family.blocks if family else _block_list(model)
     gates = family.keep_float if family else _GATES
     try:
         blocks = model.get_submodule(path)
@@ -114,7 +167,7 @@ def find_layout(model: Any) -> Layout:
         f"{path}.{number}.{name}"
         for number, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if is_linear(module) and name.rsplit(".", 1)[-1] not in gates
+        if is_linear(module) and not _is_router(module, name, gates)
     )
     if not linears:
         raise InputError(f"{type(model).__name__} has no linear layers to quantize")
@@ -131,19 +184,31 @@ def find_layout(model: Any) -> Layout:
     )
 
 
-def _longest_list(model: nn.Module) -> str:
-    """The path of the longest ModuleList whose entries share a class and hold linears."""
-    candidates = []
+def _is_router(module: nn.Module, name: str, gates: tuple[str, ...]) -> bool:
+    """Whether a linear chooses experts or weighs branches: named so, and with few outputs."""
+    rows, columns = weight_shape(module)
+    return name.rsplit(".", 1)[-1] in gates and 4 * rows <= columns
+
+
+def _block_list(model: Any) -> str:
+    """The path of the list of modules with linears that stands nearest to the embedding; of several, the largest.
+
+    Entries may be of several classes (attention and state spaces in turns); lists within a block are smaller.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())].split(".")
+    candidates: list[tuple[int, int, str]] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            _, count = Counter(type(entry) for entry in module).most_common(1)[0]
-            # lists within a block (experts, heads) repeat as often as the blocks: the shallowest wins
-            if count == len(module) and any(is_linear(m) for m in module[0].modules()):
-                candidates.append((-name.count("."), len(module), name))
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        sizes = [sum(math.prod(weight_shape(m)) for m in entry.modules() if is_linear(m)) for entry in module]
+        if all(sizes):
+            parts = name.split(".")
+            shared = next((i for i, (x, y) in enumerate(zip(parts, embedding, strict=False)) if x != y), 0)
+            candidates.append((shared, sum(sizes), name))
     if not candidates:
         raise InputError(f"{type(model).__name__} has no repeated blocks with linear layers")
-    path: str = max(candidates, key=lambda c: c[:2])[2]
-    return path
+    return max(candidates)[2]
 
 
 def _norm_beside(model: nn.Module, blocks: str) -> str | None:

@@ -1,12 +1,15 @@
 """A model without weights: transformers' classes on the meta device, and the names their tensors have on disk."""
 
 import logging
+import math
+import re
 import warnings
-from collections.abc import Container, Mapping, Sequence, Sized
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,13 +48,20 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{folder / 'config.json'} names no model_type", hint="give a transformers checkpoint")
-    if "auto_map" in raw and not trust_remote_code and model_type not in _known_types():
+    brings_code = bool(raw.get("auto_map"))
+    if brings_code and not trust_remote_code and model_type not in _known_types():
         raise InputError(
             f"{model_type} brings its own model code, which is not run unasked",
             hint="add --trust-remote-code if you trust the folder",
         )
-    if "auto_map" not in raw and model_type not in _known_types():
-        raise InputError(f"model type {model_type!r} is not known to the installed transformers")
+    if not brings_code and model_type not in _known_types():
+        made = raw.get("transformers_version")
+        newer = isinstance(made, str) and re.match(r"\d+\.\d+", made) is not None and _is_newer(made)
+        raise InputError(
+            f"model type {model_type!r} is not known to the installed transformers {transformers.__version__}"
+            + (f"; config.json was written by {made}" if newer else ""),
+            hint=f"pip install 'transformers>={made}'" if newer else None,
+        )
     try:
         if is_marked(raw):  # the file names a type that transformers is not to know
             config = AutoConfig.for_model(**raw)
@@ -65,11 +75,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise InputError(
             f"{folder / 'config.json'} names the architectures {architectures!r}, expected a list of names"
         )
-    wrong = [a for a in architectures if a not in decoders] if "auto_map" not in raw else []
+    wrong = [a for a in architectures if a not in decoders] if not brings_code else []
     if getattr(config, "is_encoder_decoder", False) or (wrong and len(wrong) == len(architectures)):
         what = wrong[0] if wrong else model_type
         raise InputError(f"{folder} holds a {what}; a decoder-only language model (…ForCausalLM) is expected")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in raw:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not brings_code:
         raise InputError(f"{folder} holds a {model_type}; a decoder-only language model (…ForCausalLM) is expected")
     return config
 
@@ -113,14 +123,16 @@ def disk_stem(path: str, model: Any, stored: Container[str]) -> str:
     return path
 
 
-def check_counts(config: Any, entries: Sized, folder: Path) -> None:
+def check_counts(config: Any, entries: Mapping[str, TensorEntry], folder: Path) -> None:
     """Refuses a configuration with more layers or experts than files can hold, before a model of that size is built.
 
     Raises:
         InputError: a count that cannot be.
     """
     text = config.get_text_config()
-    for name, most in ({"num_hidden_layers": len(entries)} | dict.fromkeys(_EXPERT_COUNTS, 1024)).items():
+    rows = sum(math.prod(entry.shape) for entry in entries.values()) // max(getattr(text, "hidden_size", 1), 1)
+    # an expert has at least a row of its own
+    for name, most in ({"num_hidden_layers": len(entries)} | dict.fromkeys(_EXPERT_COUNTS, min(rows, 65536))).items():
         count = getattr(text, name, None)
         if isinstance(count, int) and count > most:
             raise InputError(f"{folder / 'config.json'} says {name} {count}, the files hold {len(entries)} tensors")
@@ -184,6 +196,12 @@ def materialize(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def _reason(error: Exception) -> str:
     """One line of an error that may have none or many."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _is_newer(version: str) -> bool:
+    """Whether a version of transformers is newer than the installed one."""
+    mine, other = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (transformers.__version__, version))
+    return other > mine
 
 
 def _known_types() -> Container[str]:

@@ -5,7 +5,7 @@ A field's docstring is its help text on the command line. `None` means "inherit"
 
 from quantcli.options.adapters import ADAPTER_FORMATS, ConvertAdapterOptions, GenerateAdapterOptions
 from quantcli.options.backends import BACKEND_ACTIONS, BACKEND_INSTALLERS, BackendsOptions, CompareOptions
-from quantcli.options.calibration import BUILTIN, SELF, CalibrationOptions
+from quantcli.options.calibration import BUILTIN, MOE_CALIBRATIONS, SELF, CalibrationOptions
 from quantcli.options.capture import CaptureOptions
 from quantcli.options.configuration import ConfigurationFile
 from quantcli.options.evaluate import EvaluateOptions, GraphEvaluationOptions
@@ -35,6 +35,7 @@ __all__ = [
     "METHODS",
     "METRICS",
     "MIXED_BITS",
+    "MOE_CALIBRATIONS",
     "PRESETS",
     "READER_NAMES",
     "SAMPLERS",

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from quantcli.errors import UsageError
 
-__all__ = ["BUILTIN", "SELF", "CalibrationOptions"]
+__all__ = ["BUILTIN", "MOE_CALIBRATIONS", "SELF", "CalibrationOptions"]
 
 SELF, BUILTIN = "self", "builtin"
+MOE_CALIBRATIONS = "routed", "all"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class CalibrationOptions:
     """Tokens per calibration row."""
     batch_size: int = 1
     """Rows that go through a block together; more takes more memory and, on a CPU, more time."""
+    moe_calibration: str = "routed"
+    """Which tokens an expert's statistics are gathered on: routed (those that its router sends it) or all."""
     seed: int = 0
     """Seed of every random choice."""
 
@@ -39,6 +42,9 @@ class CalibrationOptions:
         for name in ("num_samples", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.moe_calibration not in MOE_CALIBRATIONS:
+            known = ", ".join(MOE_CALIBRATIONS)
+            raise UsageError(f"--moe-calibration must be one of {known}, got {self.moe_calibration!r}")
         if self.data is not None and self.data_name is not None:
             raise UsageError("--data and --data-name exclude each other", hint="leave one out")
         chosen = [n for n in ("text_field", "text_template") if getattr(self, n) is not None]

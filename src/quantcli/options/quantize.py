@@ -78,6 +78,8 @@ class QuantizeOptions:
     """Quantize the input embedding too (8 bits, rtn); read by quantcli's own loader and capture only."""
     exclude: tuple[str, ...] = ()
     """Regular expressions of linears that stay float."""
+    allow_partial: bool = False
+    """Go on although less than 95% of the matrix parameters can be quantized."""
     overrides: tuple[Override, ...] = ()
     """Other bits, group_size, sym or (of rtn) clip_ratio for some linears; the last match wins."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)

@@ -76,6 +76,8 @@ class Inspection:
     """Of what is quantized, with scales and zero points."""
     bits_per_weight: float | None
     """Of the whole model."""
+    share: dict[str, Any] | None
+    """How much of the matrices was quantized, and what was not, as the manifest says."""
     histogram: list[BitsRow]
     """Weights by bits."""
     operators: dict[str, int]
@@ -128,6 +130,7 @@ def run(folder: Path, *, nodes: bool = False) -> Inspection:
         size_bytes=_file_size_bytes(model, graphs[0].data) if is_file else weight_size_bytes(model),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
+        share=None if manifest is None else manifest.metrics.get("share"),
         histogram=bits_histogram(records),
         operators=dict(sum((g.operators for g in graphs), Counter[str]()).most_common()),
         opens=_opens(model, graphs),

@@ -13,13 +13,14 @@ from quantcli.evaluate.memory import peak_memory
 from quantcli.folder import Manifest, PartialFolder, create_output, describe_parent, public_options, write_json
 from quantcli.models.checkpoint import copy_companions
 from quantcli.models.machine import Heap, settled_heap
+from quantcli.models.skeleton import first_names
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.blockwise.blocks import CalibratedBlocks
 from quantcli.pipelines.blockwise.config import result_config
 from quantcli.pipelines.blockwise.journal import Journal
 from quantcli.pipelines.blockwise.scaling import ScaleReport, Scaling
 from quantcli.pipelines.blockwise.shards import ShardWriter
-from quantcli.pipelines.blockwise.stages import StageSolver
+from quantcli.pipelines.blockwise.stages import FEW_TOKENS, StageSolver
 from quantcli.pipelines.blockwise.streams import Streams, begin_streams
 from quantcli.pipelines.blockwise.tokens import saved_tokens, training_tokens
 from quantcli.pipelines.distilling.teacher import Teacher
@@ -28,6 +29,7 @@ from quantcli.pipelines.mixed_bits.choose import mix_bits
 from quantcli.pipelines.planning.decide import make_plan
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.share import Share
 from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.rotation.learn import learn_rotations
 from quantcli.pipelines.rotation.train import RotationReport
@@ -55,6 +57,8 @@ class QuantizeResult:
     bits_per_weight: float
     """Stored bits per quantized weight, scales and zeros included."""
     plan: dict[str, Any]
+    share: Share | None = None
+    """How much of the matrices is quantized, and what is not; None where none is."""
     scales: list[ScaleReport] = field(default_factory=list)
     """What became of each input that smoothquant looked at."""
     outliers: list[OutlierReport] = field(default_factory=list)
@@ -67,11 +71,12 @@ class QuantizeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        apart = ("layers", "evaluation", "output", "training", "distilled", "scales", "outliers")
+        apart = ("layers", "evaluation", "output", "training", "distilled", "scales", "outliers", "share")
         values = {k: v for k, v in self.__dict__.items() if k not in apart}
         return {
             "output": str(self.output),
             **values,
+            "share": self.share.to_dict() if self.share is not None else None,
             "layers": [asdict(layer) for layer in self.layers],
             "scales": [asdict(scale) for scale in self.scales],
             "outliers": [asdict(outliers) for outliers in self.outliers],
@@ -131,6 +136,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
         work = _Run(plan, partial, journal, heap, progress)
         if not journal.whole:
             work.blocks()
+            _name_unseen(plan, work, progress)
             _check_scales(plan, work, progress)
             work.outside()
             journal.close()
@@ -157,6 +163,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             parent_size_bytes=plan.checkpoint.size_bytes,
             bits_per_weight=bits,
             plan=plan.to_dict(),
+            share=plan.share,
             scales=journal.scales,
             outliers=journal.outliers,
             training=training,
@@ -168,6 +175,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             "peak_bytes": result.peak_bytes,
             "size_bytes": size,
             "bits_per_weight": round(bits, 4),
+            **({"share": plan.share.to_dict()} if plan.share is not None else {}),
             "mean_relative_error": sum(r.relative_error for r in journal.reports) / max(len(journal.reports), 1),
         }
         parent = describe_parent(plan.folder, plan.model_digest)
@@ -222,6 +230,19 @@ def evaluate_result(options: QuantizeOptions, reference: str, config: Any, progr
         ),
         progress,
     )
+
+
+def _name_unseen(plan: Plan, work: "_Run", progress: Progress) -> None:
+    """Names the matrices that too few tokens reached."""
+    if plan.algorithm.calibration != "required":
+        return
+    unseen = [r.name for r in work.journal.reports if r.algorithm != plan.algorithm.name and r.name in plan.targets]
+    if unseen:
+        progress.warn(
+            f"{len(unseen)} matrices saw too few calibration tokens (none, or fewer than {FEW_TOKENS} for an expert's) "
+            f"and are quantized by kquant, without data: {first_names(unseen)}; more --num-samples"
+            f"{' or --moe-calibration all' if plan.skeleton.stacked else ''} would help"
+        )
 
 
 def _check_scales(plan: Plan, work: "_Run", progress: Progress) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, first_line
 from quantcli.formats.compressed_config import FP8_CACHE
 from quantcli.models.attention import CacheRanges
 from quantcli.models.block import BlockCall, block_stages
+from quantcli.models.experts import show_all_tokens
 from quantcli.models.folds import Fold, find_folds
 from quantcli.models.gathering import StageMoments
 from quantcli.models.layout import head_size
@@ -79,11 +80,22 @@ class CalibratedBlocks:
         path = plan.layout.blocks[number]
         block = load_block(plan, number)
         reference = deepcopy(block) if plan.options.correct_earlier else None
+        if plan.options.calibration.moe_calibration == "all":
+            show_all_tokens(block)
+            if reference is not None:
+                show_all_tokens(reference)
         linears = [t.name.removeprefix(path + ".") for t in plan.walked_linears(number)]
         calls = [found[number] for found in streams.calls]
         first = streams.hidden[0]
-        stages = block_stages(block, linears, first, calls[0])
-        kind = (type(block), *map(tuple, stages))
+        try:
+            stages = block_stages(block, linears, first, calls[0])
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # what a class says when called apart
+            raise InputError(
+                f"{path} of {type(plan.skeleton).__name__} cannot be run by itself: {first_line(error)}",
+                hint="use an algorithm that needs no text: -a rtn, kquant or hqq",
+            ) from error
+        built = tuple((name, type(module)) for name, module in block.named_modules())
+        kind = (built, *map(tuple, stages))
         if kind not in self._pauses:
             self._pauses[kind] = study_pauses(block, stages, first, calls[0])
             if plan.scaling is not None:

@@ -133,9 +133,10 @@ def _assign(plan: Plan) -> list[list[str]]:
                 disk = disk_name(name, plan.skeleton, entries)
                 if disk is None:
                     raise InputError(f"tensor {name} is missing from {plan.folder}")
-                found.append(disk)
+                if disk not in taken:  # blocks may share tensors
+                    found.append(disk)
+                    taken.add(disk)
         units.append(found)
-        taken.update(found)
     units.append([name for name in entries if name not in taken])
     return units
 

@@ -13,6 +13,7 @@ from quantcli.pipelines.blockwise.scaling import Place, Scaling, Seen
 from quantcli.pipelines.blockwise.solve import read_weight, solve_linears
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.target import Target
+from quantcli.pipelines.planning.targets import is_expert
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
 from quantcli.report.outliers import LISTED_CHANNELS, OutlierReport
@@ -21,7 +22,10 @@ from quantcli.tensors.hessian import Statistics
 from quantcli.tensors.outliers import OutlierCounts
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["StageSolver"]
+__all__ = ["FEW_TOKENS", "StageSolver"]
+
+FEW_TOKENS = 16
+"""An expert that sees fewer is quantized by its weights alone: its second moments are of too low a rank to tell."""
 
 
 class StageSolver:
@@ -63,12 +67,10 @@ class StageSolver:
         plan = self._plan
         weights = {t.name: read_weight(plan.checkpoint, t, plan.source_of(t)).to(plan.device) for t in targets}
         algorithm, settings, statistics = plan.algorithm, plan.settings, None
-        if moments is not None and moments.tokens:
+        fewest = FEW_TOKENS if is_expert(targets[0], plan.skeleton) else 1
+        if moments is not None and moments.tokens and (moments.tokens >= fewest or not plan.calibrates):
             statistics = _statistics(moments)
-        elif algorithm.calibration == "required" and algorithm.sees == "moments":
-            self._progress.warn(
-                f"no calibration token reached {targets[0].name}; it is quantized by kquant, without data"
-            )
+        elif algorithm.calibration == "required" and algorithm.sees == "moments":  # the run names those at its end
             algorithm = find("kquant")
             settings = algorithm.options()
         scale = None

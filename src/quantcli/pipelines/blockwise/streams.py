@@ -41,9 +41,9 @@ class Streams:
         """Keeps what `begin_streams` takes up again after `done` blocks; nothing where there are no streams."""
         if not self.hidden:
             return
-        tensors = {f"hidden.{i}": h.cpu() for i, h in enumerate(self.hidden)}
+        tensors = {f"hidden.{i}": h.cpu().contiguous() for i, h in enumerate(self.hidden)}
         if self.float_hidden is not None:
-            tensors |= {f"float.{i}": h.cpu() for i, h in enumerate(self.float_hidden)}
+            tensors |= {f"float.{i}": h.cpu().contiguous() for i, h in enumerate(self.float_hidden)}
         write_tensors(tensors, state / "hidden.tmp")
         (state / "hidden.tmp").replace(_saved(state, done))
 

@@ -5,13 +5,14 @@ from dataclasses import fields, replace
 from quantcli.algorithms import Step
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
-from quantcli.models.layout import weight_shape
+from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
-from quantcli.options import QuantizeOptions
+from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_distilling, with_memory, with_source, with_training
 from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
+from quantcli.pipelines.planning.share import count_share, require_share
 from quantcli.pipelines.planning.sizes import written_bytes
 from quantcli.pipelines.planning.steps import allowed_formats, resolve_bits, resolve_group_size, resolve_steps
 from quantcli.pipelines.planning.storage import choose_storage
@@ -54,6 +55,11 @@ def make_plan(options: QuantizeOptions) -> Plan:
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
     embedding = find_embedding(options, model)
+    if options.calibration.moe_calibration != CalibrationOptions.moe_calibration and not model.skeleton.stacked:
+        raise UsageError(f"{model.folder} has no experts, --moe-calibration would have no effect", hint="leave it out")
+    share = count_share(model.skeleton, model.layout, targets, embedding, options) if targets else None
+    if share is not None:
+        require_share(share, options, str(model.folder))
     device = pick_device(options.device)
     plan = Plan(
         folder=model.folder,
@@ -81,7 +87,9 @@ def make_plan(options: QuantizeOptions) -> Plan:
         online=model.online,
         trainer=trainer,
         dequantized=model.dequantized,
+        share=share,
     )
+    plan = _within_positions(plan)
     plan = with_distilling(with_source(with_training(plan), model.config))
     plan = replace(plan, size_bytes=written_bytes(plan))
     if options.mixes:
@@ -96,6 +104,23 @@ def _refuse_format(options: QuantizeOptions, trainer: Step | None) -> None:
             f"{trainer.algorithm.name} trains scales that stand beside codes, which format {options.format} has not",
             hint=f"use --format {' or '.join(trainer.algorithm.formats)}",
         )
+
+
+def _within_positions(plan: Plan) -> Plan:
+    """Rows no longer than a model that counts its positions has of them.
+
+    Raises:
+        UsageError: longer ones were asked for.
+    """
+    limit, calibration = position_count(plan.skeleton), plan.options.calibration
+    if limit is None or calibration.seq_len <= limit or not plan.wants_text:
+        return plan
+    if calibration.seq_len != CalibrationOptions.seq_len:
+        raise UsageError(
+            f"--seq-len {calibration.seq_len} is longer than the {limit} positions of {plan.folder}",
+            hint=f"use --seq-len {limit}",
+        )
+    return replace(plan, options=replace(plan.options, calibration=replace(calibration, seq_len=limit)))
 
 
 def _refuse_graph_flags(options: QuantizeOptions) -> None:

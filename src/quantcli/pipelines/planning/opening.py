@@ -1,6 +1,6 @@
 """The float model as a run sees it: its files and its skeleton, through the rotations that it is rotated by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
             f"{folder} holds tensors that {type(skeleton).__name__} has no place for: {listed}",
             hint="take them out, or name the class that they are for in config.json",
         )
-    layout = find_layout(skeleton)
+    layout = _without_shared(find_layout(skeleton), skeleton)
     online = OnlineRotations.of(checkpoint.config)
     if rotation is not None:
         refuse_online(checkpoint.config, folder, "which cannot be taken in twice")
@@ -100,9 +100,15 @@ def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
         method = "packed weights"
     if method is not None:
         raise InputError(
-            f"{folder} is already quantized ({method})",
+            f"{folder} is already quantized ({method}); tensors of float32, float16, bfloat16 or float64 are read",
             hint="quantize the original model instead; of quantized ones, FP8, NVFP4 and MXFP4 are dequantized",
         )
+
+
+def _without_shared(layout: Layout, skeleton: Any) -> Layout:
+    """The layout without linears that are another block's: it is quantized once, for its first user."""
+    tied = getattr(skeleton, "all_tied_weights_keys", {})
+    return replace(layout, linears=tuple(name for name in layout.linears if f"{name}.weight" not in tied))
 
 
 def _rotated(

@@ -22,6 +22,7 @@ from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.distilling.cost import DistillCost
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
 from quantcli.pipelines.planning.layout import activations
+from quantcli.pipelines.planning.share import Share
 from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.rotation.train import TrainingCost
 from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
@@ -71,6 +72,8 @@ class Plan:
     peak_bytes: int
     seconds: float
     model_digest: str
+    share: Share | None = None
+    """How much of the matrices is quantized; None where none is."""
     why_source: str = ""
     judges: int = 0
     """Rows of the model's own text that only judge."""
@@ -264,6 +267,7 @@ class Plan:
             ("format", self.codec.name),
             ("opens in", self._opens_words()),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
+            *(self.share.rows() if self.share is not None else []),
         ]
 
     def _opens_words(self) -> str:
@@ -288,6 +292,7 @@ class Plan:
             "settings": asdict(self.settings),
             "scheme": self.default.to_dict(),
             "linears": len(self.targets),
+            "share": None if self.share is None else self.share.to_dict(),
             "overridden": {t.name: t.scheme.to_dict() for t in self.targets.values() if t.scheme != self.default},
             "online_rotations": None if self.online is None else asdict(self.online),
             "mixed_bits": None if self.budget is None else self.budget.to_dict(self.choice),
@@ -316,6 +321,7 @@ class Plan:
             "max_memory",
             "model",
             "graph",
+            "allow_partial",
         ):
             options.pop(name)
         if self.trainer is not None:  # how it trains is noted with its state: what is rounded serves any training
