@@ -347,7 +347,7 @@ UNREAD = {
         "4-bit",
     ),
     "cache": (
-        packed_scheme("pack-quantized", 4, "int") | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        packed_scheme("pack-quantized", 4, "int") | {"kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}},
         {"weight_packed": torch.zeros(16, 4, dtype=torch.int32), "weight_scale": torch.ones(16, 1)},
         "4-bit",
     ),
