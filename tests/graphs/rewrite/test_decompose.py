@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto as T
-from onnx import helper as h
+from onnx import helper as h  # noqa: TID251
 from onnx import numpy_helper as nh
 
 from quantcli.errors import InputError, UsageError
