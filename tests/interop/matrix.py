@@ -68,14 +68,14 @@ def table(answers: list[Answer], versions: dict[str, str], date: str) -> str:
         "|---|---|---|" + "---|" * len(readers),
     ]
     for case in CASES:
-        cells = [_cell(found[case.format, case.name, reader]) for reader in readers]
+        cells = [_cell(found[case.format, case.name, reader], len(case.families)) for reader in readers]
         if any(cell != "" for cell in cells):
             models = ", ".join(case.families)
             lines.append(f"| {case.format} | {case.name} | {models} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(answers: list[Answer]) -> str:
+def _cell(answers: list[Answer], models: int) -> str:
     by_verdict: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_verdict[answer.verdict].append(answer)
@@ -87,7 +87,7 @@ def _cell(answers: list[Answer]) -> str:
         word = verdict
         if verdict in ("opens", "nonsense"):
             word += f" ({max(a.error for a in group if a.error is not None):.1g})"
-        if len(by_verdict) > 1:
+        if len(group) < models:  # which
             word += " " + ", ".join(a.family for a in group)
         parts.append(word)
     return "; ".join(parts)
