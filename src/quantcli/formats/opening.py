@@ -106,6 +106,13 @@ def _broken(takes: Takes, contents: Contents) -> Iterator[tuple[str, str, str]]:
         yield "embedding", "its embedding is quantized", "leave --quantize-embeddings out"
     if contents.head is not None and not takes.head:
         yield "head", "its output head is quantized", "leave --quantize-lm-head out"
+    if contents.head is not None and contents.head.rows % takes.head_rows:
+        change = "use --format compressed-tensors, or leave --quantize-lm-head out"
+        yield (
+            "head_rows",
+            f"its quantized head's {contents.head.rows} rows are no multiple of {takes.head_rows}",
+            change,
+        )
     if not takes.experts and any(".experts." in name for name in contents.linears):
         change = f"use --format compressed-tensors --group-size {_fitting(takes, packed)}"
         yield "experts", "its experts are quantized one by one", change
