@@ -8,11 +8,11 @@ from quantcli.cli.evaluate import SIMULATION_STYLES
 from quantcli.cli.flags import parse_duration, parse_settings, parse_size
 from quantcli.errors import UsageError
 from quantcli.options import (
-    DTYPES,
     ACTIVATIONS,
+    DTYPES,
     FORMATS,
-    KV_CACHES,
     GRAPH_ENCODINGS,
+    KV_CACHES,
     MOE_CALIBRATIONS,
     PRESETS,
     READER_NAMES,
