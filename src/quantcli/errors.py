@@ -3,6 +3,7 @@
 QuantcliError                 1   our bug, when nothing below fits
 ├── UsageError                2   a flag, name or value that cannot be
 ├── InputError                3   a model, folder or data file that we cannot take
+│   └── DivergedError         3   training left the numbers; what was finished before is kept
 ├── ResourceError             4   not enough memory or disk
 ├── QualityError              5   a gate that the user set was not met
 └── InterruptedRunError     130   Ctrl-C; the same command continues
@@ -12,6 +13,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "DivergedError",
     "InputError",
     "InterruptedRunError",
     "QualityError",
@@ -44,6 +46,10 @@ class InputError(QuantcliError):
     """A model, folder or data file that is missing, damaged or of a kind we do not support."""
 
     exit_code = 3
+
+
+class DivergedError(InputError):
+    """Training came to numbers that are not finite; what was finished before it is kept."""
 
 
 class ResourceError(QuantcliError):

@@ -18,7 +18,7 @@ from typing import Any, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
-from quantcli.errors import InputError, InterruptedRunError, ResourceError, UsageError
+from quantcli.errors import DivergedError, InputError, InterruptedRunError, ResourceError, UsageError
 from quantcli.json_files import read_json
 
 __all__ = [
@@ -244,7 +244,8 @@ def create_output(
         plan: JSON values that decide the content; compared with those of an interrupted run.
         inputs: Folders that are read; the output may not lie inside one, nor contain one.
         force: Replace a folder that an earlier command of ours wrote, and drop an interrupted run of another plan.
-        resumable: Keep the work on Ctrl-C, lack of space or a kill; otherwise only a finished folder stays.
+        resumable: Keep the work on Ctrl-C, lack of space or memory, training that diverged or a kill; otherwise only a
+            finished folder stays.
 
     Raises:
         UsageError: the target cannot be written as asked.
@@ -282,7 +283,7 @@ def create_output(
         if partial is not None and partial.committed:
             hint = f"{target} is complete"
         raise InterruptedRunError("interrupted", hint=hint) from error
-    except (ResourceError, InterruptedRunError):  # the latter of a command that this one ran
+    except (ResourceError, InterruptedRunError, DivergedError):  # an interruption of a command that this one ran
         keep = resumable
         raise
     except OSError as error:

@@ -53,7 +53,7 @@ def test_documented_quantize_block_as_written():
 
 def test_documented_capture_block_as_written_with_its_dangling_backslash():
     made = parse(shell_words(CAPTURE)).options
-    assert (made.model, made.exporter, made.output) == ("quantized-model/model", "genai", Path("onnx-model"))
+    assert (made.model, made.exporter, made.output) == ("quantized-model/model", "auto", Path("onnx-model"))
 
 
 FINETUNE = r"""
@@ -132,18 +132,23 @@ def test_log_level_out_of_range():
         quantize("--log_level")
 
 
+@pytest.mark.parametrize("words", ["-t feature-extraction", "--task feature-extraction"])
+def test_tasks(words):
+    assert capture(words).task == "feature-extraction"
+
+
 @pytest.mark.parametrize(
     ("words", "exporter"),
     [
-        ("--use_ort_genai", "genai"),
-        ("--use_ort_genai True", "genai"),
-        ("--use_ort_genai=true", "genai"),
+        ("--use_ort_genai", "auto"),
+        ("--use_ort_genai True", "auto"),
+        ("--use_ort_genai=true", "auto"),
         ("--use_ort_genai False", "torch"),
         ("--use_model_builder", "genai"),
         ("--use_dynamo_exporter", "torch"),
         ("--use_dynamo_exporter --use_ort_genai", "torch"),
         ("--use_ort_genai True --use_dynamo_exporter", "torch"),
-        ("", "genai"),
+        ("", "auto"),
     ],
 )
 def test_exporters(words, exporter):

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -30,7 +31,8 @@ from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Described
 from quantcli.graphs.weights.accuracy_level import count_by_bits
 from quantcli.models.load import load
-from quantcli.options import CaptureOptions
+from quantcli.options import CaptureOptions, QuantizeOptions
+from quantcli.pipelines import quantize
 from quantcli.pipelines.capture import run
 from quantcli.progress import Silent
 from quantcli.scheme import PER_CHANNEL, Scheme
@@ -381,37 +383,67 @@ def test_torch_exporter_quantized(llama, tmp_path):
     assert_same_function(checkpoint, tmp_path / "o" / "model")
 
 
-def test_torch_exporter_takes_what_the_builder_does_not(tmp_path):
+def test_an_unknown_model_goes_through_torch_by_itself(tmp_path):
     config = GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1
     )
-    source = write_float(tmp_path / "f", config, tie=True)
+    source, heard = write_float(tmp_path / "f", config, tie=True), Heard()
     with pytest.raises(InputError, match="'gpt2'") as raised:
-        capture(source, tmp_path / "o")
+        capture(source, tmp_path / "o", exporter="genai")
     assert raised.value.hint == "add --exporter torch"
-    capture(source, tmp_path / "o", exporter="torch")
+    capture(source, tmp_path / "o", heard)
+    assert [n for n in heard.notes if "torch.onnx exports it" in n and "'gpt2'" in n]
+    assert read_manifest(tmp_path / "o").options["exporter"] == "torch"
     assert_same_function(source, tmp_path / "o" / "model")
 
 
-@pytest.mark.parametrize("exporter", ["genai", "torch"])
-def test_mixture_of_experts_is_refused(exporter, tmp_path):
-    source = write_float(tmp_path / "f", MixtralConfig(**SMALL, num_local_experts=2))
-    with pytest.raises(InputError, match="'mixtral'"):
-        capture(source, tmp_path / "o", exporter=exporter)
-    assert sorted(os.listdir(tmp_path)) == ["f"]
+EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4),
+    "gpt_oss": lambda: GptOssConfig(  # biases, gate and up interleaved, [K, N]
+        **SMALL, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.large), "gpt_oss"])
+def test_mixture_of_experts(family, tmp_path):
+    source = write_float(tmp_path / "f", EXPERTS[family]())
+    with pytest.raises(UsageError, match="holds all experts' matrices in one"):
+        capture(source, tmp_path / "o", precision="int4", exporter="torch")
+    capture(source, tmp_path / "o")
+    assert_same_function(source, tmp_path / "o" / "model")
+    quantize.run(QuantizeOptions(str(source), tmp_path / "q", "rtn", group_size=32))
+    result = capture(tmp_path / "q", tmp_path / "packed", accuracy_level=0)
+    assert result.nodes["4"] >= 2 * (4 + 4 * 2)  # attention and experts of two layers
+    assert_same_function(tmp_path / "q", tmp_path / "packed" / "model")
 
 
 def test_a_linear_that_the_builder_would_take_for_the_head_is_refused(tmp_path):
     source = write_float(tmp_path / "f", LlamaConfig(**SMALL | {"intermediate_size": VOCAB}))
     with pytest.raises(InputError, match="gate_proj has as many outputs as there are tokens"):
-        capture(source, tmp_path / "o")
+        capture(source, tmp_path / "o", exporter="genai")
 
 
 def test_a_graph_of_another_function_is_refused(tmp_path):
     source = write_float(tmp_path / "f", OlmoConfig(**SMALL))  # the builder's OLMo is not OLMo, and it does not say so
     with pytest.raises(InputError, match="'olmo' computes something else"):
-        capture(source, tmp_path / "o")
+        capture(source, tmp_path / "o", exporter="genai")
     assert sorted(os.listdir(tmp_path)) == ["f"]
+
+
+def test_a_graph_of_another_function_is_made_again_by_torch(tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    source, heard = write_float(tmp_path / "f", LlamaConfig(**SMALL, rope_parameters=yarn)), Heard()
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint = write_quantized(tmp_path / "q", source, Plan())
+    capture(checkpoint, tmp_path / "o", heard, accuracy_level=0)
+    assert [n for n in heard.notes if "computes something else" in n and "torch.onnx exports it" in n]
+    assert read_manifest(tmp_path / "o").options["exporter"] == "torch"
+    assert_same_function(checkpoint, tmp_path / "o" / "model")
 
 
 def test_half_precision_says_that_it_was_not_opened(llama, tmp_path):

@@ -25,9 +25,9 @@ class Algorithm:
 
     name: str
     """As on the command line; the file's name."""
-    kind: Literal["rounder", "transform", "graph"]
+    kind: Literal["rounder", "transform", "graph", "trainer"]
     """rounder: weight to codes; transform: float model to float model of the same function; graph: ONNX graph to ONNX
-    graph, activations too."""
+    graph, activations too; trainer: changes what a rounder has left of a whole model, by gradient."""
     summary: str
     """One line."""
     bits: tuple[int, ...]
@@ -38,7 +38,8 @@ class Algorithm:
     """Frozen dataclass of its own options; the fields' docstrings are their help."""
     run: Callable[..., Any]
     """rounder: (weight [N, K], scheme, options, statistics or None) -> QuantizedTensor; transform: see its file;
-    graph: (source file, target file, options, reader of samples or None) -> what became of it."""
+    graph: (source file, target file, options, reader of samples or None) -> what became of it; trainer: see
+    its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes: checkpoint, onnx."""
     formats: tuple[str, ...] = (
@@ -115,7 +116,9 @@ KEEP_FLOAT = Algorithm(
 
 
 def find_chain(text: str, model: str = "checkpoint") -> list[Algorithm]:
-    """The algorithms of `awq,gptq`: transforms, then one rounder; the rounder may be left to the last transform.
+    """The algorithms of `awq,gptq,distill`: transforms, one rounder, a trainer.
+
+    The rounder may be left to the last transform, and a trainer alone takes what is rounded already.
 
     Args:
         text: Their names, joined by commas.
@@ -127,8 +130,13 @@ def find_chain(text: str, model: str = "checkpoint") -> list[Algorithm]:
     chain = [find(name.strip()) for name in text.split(",")]
     if model == "onnx":
         chain = [a.on_graphs or a for a in chain]
+    trainers = chain[-1:] if chain[-1].kind == "trainer" else []
+    chain = chain[: len(chain) - len(trainers)]
+    if not chain:
+        return trainers
     if chain[-1].kind == "transform":
         chain.append(KEEP_FLOAT if chain[-1].then is None else find(chain[-1].then))
+    _refuse_trainers(chain, trainers)
     for algorithm in chain[:-1]:
         if algorithm.kind != "transform":
             raise UsageError(
@@ -150,7 +158,31 @@ def find_chain(text: str, model: str = "checkpoint") -> list[Algorithm]:
         raise UsageError(f"an algorithm is named twice in {text!r}")
     if [a.scope for a in chain[:-1]] not in ([], ["model"], ["stage"], ["model", "stage"], ["graph"]):
         raise UsageError(f"{text!r} cannot be combined", hint="rotate, then scale, then round: -a quarot,awq,gptq")
-    return chain
+    return [*chain, *trainers]
+
+
+def _refuse_trainers(chain: Sequence[Algorithm], trainers: Sequence[Algorithm]) -> None:
+    """Trainers stand last, behind a rounder that leaves them something to train."""
+    early = next((a.name for a in chain if a.kind == "trainer"), None)
+    if early is not None:
+        others = [a.name for a in chain if a.kind != "trainer"]
+        raise UsageError(
+            f"{early} trains what a rounder has left, nothing can follow it",
+            hint=f"write it once, and last, as in -a {','.join([*others, early])}",
+        )
+    for trainer in trainers:
+        if chain[-1] is KEEP_FLOAT:
+            transforms = ",".join(a.name for a in chain[:-1])
+            raise UsageError(
+                f"{trainer.name} trains what a rounder has left, {transforms} leaves a float model",
+                hint=f"name a rounder, as in -a {transforms},gptq,{trainer.name}",
+            )
+        if not set(trainer.formats) & set(chain[-1].formats):
+            raise UsageError(
+                f"{trainer.name} trains scales that stand beside codes, as in {', '.join(trainer.formats)}: "
+                f"{chain[-1].name} is stored as {', '.join(chain[-1].formats)}",
+                hint=f"use -a gptq,{trainer.name}",
+            )
 
 
 def make_steps(chain: Sequence[Algorithm], settings: Mapping[str, str]) -> list[Step]:

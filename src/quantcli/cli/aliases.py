@@ -233,8 +233,9 @@ ALIASES: dict[str, dict[str, Alias]] = {
     },
     "capture-onnx-graph": {
         **_EVERYWHERE,
-        **_CHECKPOINT,
-        "--use_ort_genai": Switch(_GENAI, _TORCH),
+        **{flag: alias for flag, alias in _CHECKPOINT.items() if flag != "--task"},
+        "-t": Rename("--task"),
+        "--use_ort_genai": Switch(("--exporter", "auto"), _TORCH),  # a GenAI folder, which both exporters write
         "--use_model_builder": Switch(_GENAI, _TORCH),
         "--use_dynamo_exporter": Switch(_TORCH, _GENAI),
         "--use_mobius_builder": Refused("that builder is not supported", "use --exporter genai or torch"),

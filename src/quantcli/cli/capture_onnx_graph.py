@@ -22,6 +22,11 @@ def show(result: Any, console: "Console") -> None:
     """What the graph holds, what it wrote when it was tried, and one summary line."""
     from quantcli.cli.console import human_duration, human_size
 
+    if hasattr(result, "task"):
+        rows = [(f"{name}.onnx", f"{error:.1e} off the checkpoint's outputs") for name, error in result.errors.items()]
+        console.pairs("", [("task", result.task), *rows])
+        console.text(f"{result.output}: {human_size(result.size_bytes)}, in {human_duration(result.seconds)}")
+        return
     kinds = [f"{count} {f'in {kind} bits' if kind.isdigit() else kind}" for kind, count in result.nodes.items()]
     rows = [("matrices", ", ".join(kinds))]
     if result.accuracy_level is not None:
@@ -39,19 +44,20 @@ def show(result: Any, console: "Console") -> None:
 
 COMMAND = Command(
     name="capture-onnx-graph",
-    summary="Turn a checkpoint, float or quantized, into an ONNX Runtime GenAI folder.",
+    summary="Turn a checkpoint, float or quantized, into ONNX: language models into an ONNX Runtime GenAI folder.",
     options=CaptureOptions,
     run=run,
     show=show,
     styles={
         "model": FlagStyle(("-m", "--model")),
         "output": FlagStyle(("-o", "--output")),
-        "exporter": FlagStyle(choices=("genai", "torch"), metavar="genai|torch"),
+        "exporter": FlagStyle(choices=("auto", "genai", "torch"), metavar="auto|genai|torch"),
         "precision": FlagStyle(choices=("fp32", "fp16", "int4", "int8"), metavar="fp32|fp16|int4|int8"),
     },
     examples=(
         "quantcli capture-onnx-graph -m Q -o onnx",
         "quantcli capture-onnx-graph -m SmolLM2-135M -o onnx --precision int4 --block-size 32",
         "quantcli capture-onnx-graph -m Q -o onnx --accuracy-level 0 --lm-head-bits 8",
+        "quantcli capture-onnx-graph -m MiniLM -o encoder",
     ),
 )

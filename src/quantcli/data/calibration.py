@@ -49,6 +49,7 @@ def calibration_rows(
     progress: Progress,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    flag: str = "--num-samples ",
 ) -> CalibrationRows:
     """Reads or writes calibration text and cuts it into rows; the same for the same seed.
 
@@ -60,6 +61,7 @@ def calibration_rows(
         progress: Told of what is read, written and missing.
         device: Where a model that writes its own text runs; default: as `quantcli.load`.
         trust_remote_code: Run tokenizer and model code that the folder brings along.
+        flag: By which the number of rows was asked for, where the text has fewer.
 
     Raises:
         InputError: data that cannot be read or holds less than one row.
@@ -96,7 +98,7 @@ def calibration_rows(
     if shortfall:
         progress.warn(
             f"{words} gives {count} rows of {options.seq_len} tokens, {options.num_samples} were asked for: "
-            f"add text, or choose --num-samples {count}"
+            f"add text, or choose {flag}{count}"
         )
     return CalibrationRows(rows, words, shortfall, time.perf_counter() - begun)
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantcli.errors import InputError, first_line
-from quantcli.export.matrices import Matrices, replace_by_names
+from quantcli.export.matrices import Matrices, find_matrices, replace_by_names
 from quantcli.folder import write_json
 from quantcli.graphs.model.files import save_graph
 from quantcli.graphs.walk.products import record_products
@@ -29,10 +31,12 @@ from quantcli.graphs.weights.checkpoint_rows import Rows
 from quantcli.graphs.weights.matmul_nbits import Placement, Rewriter
 from quantcli.models.checkpoint import copy_companions, read_config
 from quantcli.models.marks import is_marked
+from quantcli.models.skeleton import build_skeleton, load_config
 
-__all__ = ["GRAPH", "build", "build_half_precision"]
+__all__ = ["GRAPH", "build", "build_half_precision", "try_architecture"]
 
 GRAPH = "model.onnx"
+_LARGE = 1 << 24  # numbers that are no matter of norms and biases
 _SETTINGS = (
     "hf_token=false",
     "shared_embeddings=false",  # the rewrite shares the table, without the builder's Transpose of it
@@ -87,6 +91,47 @@ def build(
     return placements
 
 
+def try_architecture(folder: Path, trust_remote_code: bool) -> None:
+    """Builds the graph of a model like the checkpoint's, with few layers and without weights: seconds at any size.
+
+    Raises:
+        InputError: the builder does not know the architecture, or fails on its settings.
+    """
+    config = load_config(folder, trust_remote_code)
+    _keep_few_layers(config.get_text_config(decoder=True))
+    with TemporaryDirectory() as scratch:
+        small, target = Path(scratch) / "model", Path(scratch) / "graph"
+        small.mkdir()
+        target.mkdir()
+        copy_companions(folder, small)
+        config.save_pretrained(small)
+        model = build_skeleton(small, config, trust_remote_code)
+        matrices = find_matrices(model, folder)
+        _refuse_false_heads(model)
+        replace_by_names(model, matrices)
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta and parameter.numel() < _LARGE:  # else fused experts: the builder finds no numbers
+                    setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+        with _intercept(model) as made:
+            _run_builder(small, target, "fp32", "cpu", trust_remote_code)
+        if not made.loaded:
+            raise _unsupported(model.config, "reads its weights by itself")
+
+
+def _keep_few_layers(config: Any) -> None:
+    """As many layers as it takes to have one of each kind."""
+    count = 1
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and kinds:
+            count = max(count, max(kinds.index(kind) for kind in set(kinds)) + 1)
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(getattr(config, name, None), list):
+            setattr(config, name, getattr(config, name)[:count])
+    config.num_hidden_layers = min(count, config.num_hidden_layers)
+
+
 def build_half_precision(folder: Path, target: Path, trust_remote_code: bool) -> None:
     """Writes a float16 graph for CUDA: the CPU has no float16 kernels for what the builder emits."""
     _run_builder(folder, target, "fp16", "cuda", trust_remote_code)
@@ -109,12 +154,13 @@ def _run_builder(folder: Path, target: Path, precision: str, provider: str, trus
             _say_plainly(config)
             builder.create_model(None, str(folder), str(target), precision, provider, str(scratch), **options)
     except NotImplementedError as error:
-        raise _unsupported(config, first_line(error)) from error
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _unsupported(config, "it is not in its list") from error
+    except Exception as error:  # it asks configurations for what they may not have, and checks little
         # a KeyError's text is the key alone
         reason = f"it finds no entry {error} of its own" if isinstance(error, KeyError) else first_line(error)
+        kind = read_config(folder).get("model_type")
         raise InputError(
-            f"the GenAI model builder cannot take {folder}: {reason}", hint="add --exporter torch"
+            f"the GenAI model builder cannot take this model of type {kind!r}: {reason}", hint="add --exporter torch"
         ) from error
     finally:
         if scratch.is_dir() and not any(scratch.iterdir()):
@@ -135,9 +181,10 @@ def _unmarked(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _as_float(builder: Any) -> Iterator[None]:
-    """Takes the quantization_config out of every configuration that the builder reads.
+    """Takes the quantization_config out of every configuration that the builder reads, and names the architecture.
 
-    It knows some methods and refuses others at sight; ours is a float graph that the rewrite fills.
+    It knows some methods and refuses others at sight; ours is a float graph that the rewrite fills. It goes by
+    `architectures`, which a configuration may leave out.
     """
     original = builder.get_hf_details
 
@@ -145,6 +192,9 @@ def _as_float(builder: Any) -> Iterator[None]:
         details = original(*args, **kwargs)
         if hasattr(details["hf_config"], "quantization_config"):
             del details["hf_config"].quantization_config
+        config = details["hf_config"]
+        if not config.architectures and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         return details
 
     builder.get_hf_details = get_hf_details

@@ -18,7 +18,7 @@ from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["Matrices", "load_matrices", "replace_by_names"]
+__all__ = ["Matrices", "find_matrices", "load_matrices", "replace_by_names"]
 
 _KEPT = 3  # q, k and v are read for planning and again for packing
 _FLOATS = (torch.float16, torch.bfloat16)
@@ -109,15 +109,28 @@ def load_matrices(folder: Path, trust_remote_code: bool) -> tuple[Any, Matrices]
     Raises:
         InputError: the folder is no model that we can read, or damaged.
     """
-    checkpoint = Checkpoint.open(folder)
-    model = load(folder, device="cpu", dtype=_stored_dtype(checkpoint), trust_remote_code=trust_remote_code)
+    dtype = _stored_dtype(Checkpoint.open(folder))
+    model = load(folder, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code)
+    return model, find_matrices(model, folder)
+
+
+def find_matrices(model: Any, folder: Path) -> Matrices:
+    """The matrices of a model, with or without weights.
+
+    Args:
+        model: A transformers model.
+        folder: Named in messages.
+
+    Raises:
+        InputError: it has no input embedding or no output head.
+    """
     matrices = Matrices()
     owners: dict[object, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         matrix = _matrix_of(module)
         if matrix is None or name.endswith(".packed"):
             continue
-        key = id(matrix) if isinstance(matrix, PackedLinear) else (matrix.data_ptr(), matrix.shape)
+        key = id(matrix) if isinstance(matrix, PackedLinear) else (matrix.data_ptr() or id(module.weight), matrix.shape)
         matrices.stored.setdefault(owners.setdefault(key, name), matrix)
         if module is model.get_input_embeddings():
             matrices.embedding = name
@@ -125,7 +138,7 @@ def load_matrices(folder: Path, trust_remote_code: bool) -> tuple[Any, Matrices]
             matrices.head = owners[key]
     if not matrices.embedding or not matrices.head:
         raise InputError(f"{folder} has no {'output head' if matrices.embedding else 'input embedding'}")
-    return model, matrices
+    return matrices
 
 
 def replace_by_names(model: Any, matrices: Matrices) -> None:

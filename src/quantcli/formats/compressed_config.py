@@ -17,6 +17,7 @@ __all__ = [
     "activations_of_linear",
     "cache_scheme_of",
     "describe",
+    "is_cache_scale",
     "layout_of",
     "layouts_of",
     "refuse_config",
@@ -31,6 +32,7 @@ READ_LAYOUTS = (
 )  # fmt: skip
 _VERSION = "0.20.0"
 """Of the package whose layouts these are."""
+_CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
 FP8_CACHE = ActivationScheme("e4m3", 8, None, dynamic=False)
 """Keys and values with a stored scale for each layer."""
 
@@ -68,6 +70,11 @@ def _group(scheme: Scheme, targets: list[str], described: Described) -> dict[str
         "output_activations": None,
         "format": described.layout,
     }
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor belongs to the keys, values or queries of an attention."""
+    return _CACHE_SCALE.search(name) is not None
 
 
 def layouts_of(config: Mapping[str, Any]) -> set[str]:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from quantcli.tensors.finite import require_finite
 __all__ = [
     "INDEX",
     "Checkpoint",
+    "MadeEntry",
     "TensorEntry",
     "copy_companions",
     "read_config",
@@ -85,6 +86,21 @@ class TensorEntry:
         return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
 
+@dataclass(frozen=True)
+class MadeEntry(TensorEntry):
+    """A tensor that no file holds as it is; its place is counted as if one did."""
+
+    make: Callable[[int, int], Tensor]
+    """Rows [first, last) of its first axis."""
+    whole: tuple[int, ...]
+    """The shape of all of it: an entry may stand for some of its rows."""
+
+    def read(self) -> Tensor:
+        """What stands at this place."""
+        size = math.prod(self.whole[1:]) * self.dtype.itemsize
+        return self.make(self.start // size, self.stop // size).to(self.dtype).reshape(self.shape)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder, under the model type that it has without a mark of ours.
 
@@ -141,6 +157,8 @@ class Checkpoint:
     @staticmethod
     def read_entry(name: str, entry: TensorEntry) -> Tensor:
         """What stands at one place; `name` is for messages."""
+        if isinstance(entry, MadeEntry):
+            return entry.read()
         buffer = torch.empty(entry.size_bytes, dtype=torch.uint8)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)

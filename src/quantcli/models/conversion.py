@@ -183,7 +183,7 @@ class ModelTensors(Checkpoint):
         size = entry.size_bytes // stack.shape[0]
         for expert in range(stack.shape[0]):
             start = entry.start + expert * size
-            piece = TensorEntry(entry.file, entry.dtype, stack.shape[1:], start, start + size)
+            piece = replace(entry, shape=stack.shape[1:], start=start, stop=start + size)
             for leaf in stack.leaves:
                 self._add_piece(stack, expert, leaf, piece, origin)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quantcli.formats import gptq
 from quantcli.formats.bitpack import pack_rows
 from quantcli.models.packed_matmul import dequantize_columns, multiply, unpack_on_device
+from quantcli.models.scaled_product import round_through, scaled_product
 from quantcli.scheme import Scheme
 from quantcli.tensors.activations import InputRounding
 from quantcli.tensors.quantized import QuantizedTensor, group_index
@@ -78,7 +79,9 @@ class QuantizedLinear(nn.Module, ABC):
         Returns:
             [..., N] in x's dtype.
         """
-        out: Tensor = _PackedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        # rows in and rows out: models may write into a product, which a view made inside a Function forbids
+        rows: Tensor = _PackedProduct.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+        out = rows.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
@@ -104,7 +107,7 @@ class QuantizedLinear(nn.Module, ABC):
         """[M, K] to [M, N], both in the dtype that the device computes in."""
         if self.cache:
             return rows @ self._cached(rows.dtype)
-        blocks = self._blocks()
+        blocks = self.blocks()
         if len(blocks) == 1:
             return rows @ self._transposed(0, self.out_features).to(rows.dtype)
         out = rows.new_empty(rows.shape[0], self.out_features)
@@ -117,7 +120,7 @@ class QuantizedLinear(nn.Module, ABC):
         if self.cache:
             return rows @ self._cached(rows.dtype).T
         out = rows.new_zeros(rows.shape[0], self.in_features)
-        for start, stop in self._blocks():
+        for start, stop in self.blocks():
             out += rows[:, start:stop] @ self._transposed(start, stop).to(rows.dtype).T
         return out
 
@@ -126,7 +129,8 @@ class QuantizedLinear(nn.Module, ABC):
             self._dense = self._transposed(0, self.out_features).to(dtype)
         return self._dense
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def blocks(self) -> list[tuple[int, int]]:
+        """Outputs [start, stop) whose float weights may exist at once."""
         step = max(256, _BLOCK_ELEMENTS // self.in_features // 256 * 256)
         return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
 
@@ -170,6 +174,7 @@ class PackedLinear(QuantizedLinear):
         group = group_index(self.in_features, scheme, tensors["qweight"].device) if given is None else given
         self.register_buffer("g_idx", group)
         self._grid: tuple[Tensor, Tensor, Tensor] | None = None
+        self.trained_scales: nn.Parameter | None = None
 
     @classmethod
     def from_quantized(
@@ -201,6 +206,18 @@ class PackedLinear(QuantizedLinear):
         """The codes, scales and zeros, unpacked."""
         return gptq.unpack({name: getattr(self, name) for name in gptq.PARTS}, self.scheme, self.version)
 
+    def train_scales(self) -> nn.Parameter:
+        """The scales [G, N] float32 as a parameter that products take from now on, rounded to the stored dtype."""
+        self.trained_scales = nn.Parameter(self.scales.float())
+        return self.trained_scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As every quantized linear; gradients reach the scales too where they are trained."""
+        if self.trained_scales is None:
+            return super().forward(x)
+        out = scaled_product(x, round_through(self.trained_scales, self.scales.dtype), self)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
@@ -222,8 +239,12 @@ class PackedLinear(QuantizedLinear):
         return self._grid
 
     def _transposed(self, start: int, stop: int) -> Tensor:
-        """The float weight's outputs [start, stop), transposed: [K, stop - start] float32."""
-        zero, scale, group = self._zero_scale_group()
+        return self.dequantize_outputs(self._zero_scale_group()[1], start, stop)
+
+    def dequantize_outputs(self, scale: Tensor, start: int, stop: int) -> Tensor:
+        """Outputs [start, stop) of the float weight under scales [G, N]; transposed: [K, stop - start] float32."""
+        zero, _, group = self._zero_scale_group()
+        scale = scale.detach()
         if _runs_kernels(self.qweight):
             return dequantize_columns(self.qweight, zero, scale, group, self.bits, start, stop)
         codes = unpack_on_device(self.qweight[:, start:stop], self.bits, self.in_features)
@@ -246,16 +267,15 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        rows = x.reshape(-1, layer.in_features).to(_compute_dtype(x))
+        rows = x.to(_compute_dtype(x))
         out = layer._multiply(rows if layer.rounding is None else layer.rounding(rows))
-        return out.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        rows = grad.reshape(-1, ctx.layer.out_features)
-        back = ctx.layer._multiply_transposed(rows.to(_compute_dtype(grad)))
-        return back.to(grad.dtype).view(*grad.shape[:-1], ctx.layer.in_features), None
+        back = ctx.layer._multiply_transposed(grad.to(_compute_dtype(grad)))
+        return back.to(grad.dtype), None
 
 
 def _runs_kernels(tensor: Tensor) -> bool:

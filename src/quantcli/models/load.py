@@ -21,20 +21,18 @@ from quantcli.formats import compressed_config
 from quantcli.models.attention import round_cache
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.conversion import ModelTensors, as_in_model
+from quantcli.models.dequantized import MXFP4, as_float
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
 from quantcli.models.linear import PackedEmbedding, PackedLinear, QuantizedLinear
 from quantcli.models.machine import pick_device
 from quantcli.models.online import OnlineRotations, rotate_inputs
-from quantcli.models.readers import packed_names, reader_of
+from quantcli.models.readers import packed_names, read_packed, reader_of
 from quantcli.models.simulate import simulate
 from quantcli.models.skeleton import build_skeleton, first_names, load_config
 from quantcli.options import SimulationOptions
 from quantcli.tensors.activations import InputRounding
 
-__all__ = ["load", "read_packed"]
-
-# of keys and values, beside an attention's linears
-_CACHE_SCALE = re.compile(r"\.[qkv]_(scale|zero_point)$")
+__all__ = ["load", "no_progress_bar", "read_packed", "refuse_missing"]
 
 Model: TypeAlias = Any  # transformers' PreTrainedModel; its stubs are not followed
 
@@ -74,7 +72,10 @@ def load(
     kind = _choose_dtype(dtype, checkpoint.config, place)
     online = OnlineRotations.of(checkpoint.config)
     simulates = simulation is not None and simulation.simulates
-    if checkpoint.config.get("quantization_config") is None and online is None and not simulates:
+    whole = checkpoint.config.get("quantization_config") is None
+    if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == MXFP4:
+        checkpoint = as_float(checkpoint)
+    if whole and online is None and not simulates:
         return _load_float(path, kind, trust_remote_code).to(place).eval()
     model, layout = _load_piecewise(checkpoint, place, kind, trust_remote_code, cache_weights)
     model.eval()
@@ -94,27 +95,6 @@ def _refuse_rounded(model: Model, checkpoint: Checkpoint, simulation: Simulation
     cache = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
     if min(simulation.k_bits, simulation.v_bits) < 16 and cache:
         raise UsageError(f"{checkpoint.folder} rounds its cache by itself", hint="leave --k-bits and --v-bits out")
-
-
-def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> QuantizedLinear:
-    """One quantized linear (or embedding).
-
-    Args:
-        checkpoint: An opened folder whose config has a `quantization_config`.
-        name: Module name as in the tensor names, without `.qweight` and the like.
-        cache: As in `load`.
-
-    Raises:
-        InputError: format, scheme or shapes are not what we read; the message names the linear.
-    """
-    reader = reader_of(checkpoint)
-    parts = (*reader.parts, "bias")
-    tensors = {p: checkpoint.read(f"{name}.{p}") for p in parts if f"{name}.{p}" in checkpoint}
-    bias = tensors.pop("bias", None)
-    try:
-        return reader.read(checkpoint.config["quantization_config"], name, tensors, bias, cache)
-    except (InputError, UsageError, KeyError) as error:
-        raise InputError(f"{checkpoint.folder}: linear {name}: {error}") from error
 
 
 def _choose_dtype(dtype: str | torch.dtype | None, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -143,7 +123,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """A library says nothing on its own; transformers would draw on stderr."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -156,7 +136,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Model:
     config = load_config(folder, trust_remote_code)
-    with _explained(folder), _no_progress_bar():
+    with _explained(folder), no_progress_bar():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -165,7 +145,7 @@ def _load_float(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Mo
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse_missing(folder, info["missing_keys"])
+    refuse_missing(folder, info["missing_keys"])
     return model
 
 
@@ -195,7 +175,7 @@ def _load_piecewise(
     _fill(model, tensors, done, device, dtype)
     _tie(model)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    _refuse_missing(checkpoint.folder, left)
+    refuse_missing(checkpoint.folder, left)
     if (checkpoint.folder / "generation_config.json").is_file():
         with _explained(checkpoint.folder):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -247,7 +227,7 @@ def _with_weights(checkpoint: Checkpoint, packed: list[str], parts: Iterable[str
     entries = {
         name: entry
         for name, entry in checkpoint.entries.items()
-        if name not in written and not (packed and _CACHE_SCALE.search(name))
+        if name not in written and not (packed and compressed_config.is_cache_scale(name))
     }
     for name in packed:
         any_part = next(checkpoint.entries[f"{name}.{part}"] for part in parts if f"{name}.{part}" in checkpoint)
@@ -338,7 +318,8 @@ def _tie(model: Model) -> None:
             setattr(model.get_submodule(to), leaf, getattr(giver, given))
 
 
-def _refuse_missing(folder: Path, names: Any) -> None:
+def refuse_missing(folder: Path, names: Any) -> None:
+    """Refuses a checkpoint without the tensors of these names."""
     missing = sorted(names)
     if missing:
         raise InputError(f"{folder} lacks tensor {first_names(missing)} that the model needs")

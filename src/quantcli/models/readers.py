@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantcli.errors import InputError
+from quantcli.errors import InputError, UsageError
 from quantcli.formats import (
     auto_round,
     awq,
@@ -31,7 +31,7 @@ from quantcli.tensors.codebook import VALUES
 from quantcli.tensors.quantized import QuantizedTensor
 from quantcli.tensors.vectorwise import SCHEME
 
-__all__ = ["READERS", "Reader", "find_reader", "not_in_graphs", "packed_names", "reader_of"]
+__all__ = ["READERS", "Reader", "find_reader", "not_in_graphs", "packed_names", "read_packed", "reader_of"]
 
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
@@ -56,6 +56,10 @@ class Reader:
     """What of a quantization_config is not read, in words; None where all is."""
     not_in_graphs: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     """Why ONNX's nodes for quantized weights cannot hold what a quantization_config says; None where they can."""
+    scales: str | None = None
+    """The part that holds the scales, beside the codes and in floats; None where there is none such."""
+    scales_by_output: bool = False
+    """Whether that is [N, G], not [G, N]."""
 
 
 def reader_of(checkpoint: Checkpoint) -> Reader:
@@ -100,6 +104,27 @@ def not_in_graphs(checkpoint: Checkpoint) -> str | None:
     """
     config = checkpoint.config.get("quantization_config")
     return None if config is None else reader_of(checkpoint).not_in_graphs(config)
+
+
+def read_packed(checkpoint: Checkpoint, name: str, *, cache: bool = False) -> QuantizedLinear:
+    """One quantized linear (or embedding).
+
+    Args:
+        checkpoint: An opened folder whose config has a `quantization_config`.
+        name: Module name as in the tensor names, without `.qweight` and the like.
+        cache: As in `load`.
+
+    Raises:
+        InputError: format, scheme or shapes are not what we read; the message names the linear.
+    """
+    reader = reader_of(checkpoint)
+    parts = (*reader.parts, "bias")
+    tensors = {p: checkpoint.read(f"{name}.{p}") for p in parts if f"{name}.{p}" in checkpoint}
+    bias = tensors.pop("bias", None)
+    try:
+        return reader.read(checkpoint.config["quantization_config"], name, tensors, bias, cache)
+    except (InputError, UsageError, KeyError) as error:
+        raise InputError(f"{checkpoint.folder}: linear {name}: {error}") from error
 
 
 def packed_names(checkpoint: Checkpoint, reader: Reader) -> list[str]:
@@ -286,8 +311,10 @@ def _olive_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, Te
 
 
 READERS: Mapping[str, Reader] = {
-    "gptq": Reader("gptq (v1, v2)", ("qweight",), gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",)),
-    "awq": Reader("awq (gemm)", ("qweight",), ("qweight", "qzeros", "scales"), _read_awq, _awq_linear),
+    "gptq": Reader(
+        "gptq (v1, v2)", ("qweight",), gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",), scales="scales"
+    ),
+    "awq": Reader("awq (gemm)", ("qweight",), ("qweight", "qzeros", "scales"), _read_awq, _awq_linear, scales="scales"),
     compressed_config.METHOD: Reader(
         "compressed-tensors",
         ("weight_scale",),
@@ -297,6 +324,8 @@ READERS: Mapping[str, Reader] = {
         uncounted=("weight_g_idx", "weight_shape"),
         refuse=compressed_config.refuse_config,
         not_in_graphs=_not_in_graphs,
+        scales="weight_scale",
+        scales_by_output=True,
     ),
     fp8.METHOD: Reader(
         "fp8",

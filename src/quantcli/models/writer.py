@@ -7,19 +7,21 @@ killed goes on behind it; joined, a small model is one file.
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcli.errors import InputError
 from quantcli.folder import write_json
-from quantcli.models.checkpoint import INDEX, TensorEntry, read_header
+from quantcli.models.checkpoint import INDEX, Checkpoint, TensorEntry, read_header
 
-__all__ = ["FILE_BYTES", "CheckpointWriter", "write_tensors"]
+__all__ = ["FILE_BYTES", "CheckpointWriter", "replace_tensors", "write_tensors"]
 
 FILE_BYTES = 5_000_000_000
 """Largest file, unless one shard is larger."""
@@ -40,6 +42,30 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def replace_tensors(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> None:
+    """Writes other values of some tensors into the files of a checkpoint; every other byte stays.
+
+    Each file is replaced at once, and writing the same again does no harm.
+
+    Args:
+        checkpoint: Whose files are ours to change.
+        changed: By name, tensors of the stored dtype and shape.
+    """
+    files: dict[Path, list[str]] = {}
+    for name, tensor in changed.items():
+        entry = checkpoint.entries[name]
+        assert entry.dtype == tensor.dtype and entry.shape == tuple(tensor.shape), name
+        files.setdefault(entry.file, []).append(name)
+    for path, names in files.items():
+        temporary = path.with_suffix(".tmp")
+        shutil.copyfile(path, temporary)
+        with temporary.open("r+b") as stream:
+            for name in names:
+                stream.seek(checkpoint.entries[name].start)
+                stream.write(changed[name].cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        os.replace(temporary, path)
 
 
 class CheckpointWriter:

@@ -14,8 +14,12 @@ class CaptureOptions:
     """Checkpoint folder, float or quantized, or an output folder of an earlier command."""
     output: Path = Path("onnx-model")
     """Folder to write."""
-    exporter: str = "genai"
-    """genai: the ONNX Runtime GenAI model builder; torch: torch.onnx with a KV cache."""
+    exporter: str = "auto"
+    """genai: the ONNX Runtime GenAI model builder; torch: torch.onnx with a KV cache; auto: the builder where it knows
+    the model and its graph computes what the checkpoint does, else torch, saying why."""
+    task: str | None = None
+    """What the model is captured for, as transformers' pipelines name it: text-generation, text2text-generation,
+    feature-extraction, text-classification and so on. Default: found in config.json."""
     precision: str | None = None
     """fp32, fp16, int4 or int8 for float input (default fp32). A quantized checkpoint keeps its codes."""
     target_opset: int | None = None

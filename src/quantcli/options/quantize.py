@@ -16,7 +16,7 @@ from quantcli.scheme import PER_CHANNEL
 
 __all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
-PRESETS = ("fast", "balanced", "best")
+PRESETS = ("fast", "balanced", "best", "max")
 FORMATS = (
     "gptq", "awq", "compressed-tensors", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
     "mxfp4-pack-quantized", "bnb", "bnb-int8", "float",
@@ -39,8 +39,8 @@ class QuantizeOptions:
     output: Path
     """Folder to write."""
     algorithm: str | None = None
-    """Algorithm, or transforms and a rounder joined by commas, as awq,gptq; `quantcli algorithms` lists them. Default:
-    what the preset says, gptq for balanced."""
+    """Algorithm, or transforms, a rounder and a trainer joined by commas, as awq,gptq,distill; `quantcli algorithms`
+    lists them. Default: what the preset says, gptq for balanced."""
     backend: str | None = None
     """External package that does the work instead of our own code, as `quantcli backends` lists them; -a is then one of
     its methods. The result is verified, scored and kept as ours is."""
@@ -48,7 +48,10 @@ class QuantizeOptions:
     """Time that --backend may take, as 90s, 30m or 2h."""
     preset: str | None = None
     """fast: kquant without data; balanced: gptq with static act-order and a weighted grid; best: awq's scaling, then
-    that, then scale refit and coordinate descent. With -a, the preset's settings of that rounder. Default: balanced."""
+    that, then scale refit and coordinate descent; max: best, then distill. With -a, the preset's settings of that
+    rounder. Default: balanced."""
+    float_model: str | None = None
+    """The float model to learn from, where -a distill trains a folder that is quantized already."""
     settings: dict[str, str] = field(default_factory=dict)
     """Further options of the algorithms, as `quantcli algorithms NAME` lists them; NAME.KEY where two have one."""
     config: ConfigurationFile | None = None

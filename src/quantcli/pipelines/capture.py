@@ -38,13 +38,16 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
 from quantcli.models.readers import not_in_graphs
 from quantcli.models.source import locate_model
+from quantcli.models.tasks import GENERATION, TASKS, find_task
 from quantcli.options import CaptureOptions
+from quantcli.pipelines import capture_task
+from quantcli.pipelines.capture_task import TaskCaptureResult
 from quantcli.progress import Progress, Silent
 from quantcli.scheme import Scheme
 
 __all__ = ["CaptureResult", "run"]
 
-EXPORTERS = ("genai", "torch")
+EXPORTERS = ("auto", "genai", "torch")
 PRECISIONS = ("fp32", "fp16", "int4", "int8")
 HEAD_BITS = (4, 8, 16)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -77,7 +80,7 @@ class CaptureResult:
         return asdict(self) | {"output": str(self.output)}
 
 
-def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureResult:
+def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureResult | TaskCaptureResult:
     """Captures the graph.
 
     Raises:
@@ -89,6 +92,9 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     _check_options(options)
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
+    task = _plain(options.task) or find_task(checkpoint.config)
+    if task != GENERATION:
+        return capture_task.run(options, folder, task, progress)
     refuse_online(checkpoint.config, folder, "which no graph of ours computes")
     is_quantized = checkpoint.config.get("quantization_config") is not None
     if (why := not_in_graphs(checkpoint)) is not None:
@@ -97,13 +103,19 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             hint="quantize the original with -a gptq or kquant, or with --format float for a float graph",
         )
     _check_input(options, is_quantized)
+    if options.target_opset is not None and options.exporter != "torch":
+        raise UsageError(
+            "--target-opset applies to --exporter torch; the GenAI builder fixes its own opset",
+            hint="add --exporter torch, or leave --target-opset out",
+        )
     tokenizer = read_tokenizer(folder, options.trust_remote_code)
+    exporters = _choose_exporters(options, folder, progress)
     resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}
     progress.plan(
         "Capture",
         [
             ("model", f"{options.model} ({'quantized' if is_quantized else 'float'})"),
-            ("exporter", options.exporter),
+            ("exporter", ", else ".join(exporters)),
             ("precision", "as quantized" if is_quantized else resolved["precision"]),
             ("output", str(options.output)),
         ],
@@ -118,10 +130,8 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             level, check, last = None, None, None
         else:
             text, prompt = probe_tokens(tokenizer)
-            wanted = _write_graph(options, folder, partial.model, text, progress)
-            exact = probe(partial.model, text, prompt, context_length(partial.model))
-            kind, model_type = str(wanted.dtype).removeprefix("torch."), str(checkpoint.config.get("model_type"))
-            refuse_other_function(exact.first, wanted.float().numpy(), kind, model_type, options.exporter)
+            exporter, exact = _write_graph(options, exporters, folder, partial.model, text, prompt, progress)
+            resolved["exporter"] = exporter
             level, check, last = _choose_level(options, partial.model, text, prompt, exact, progress)
         copy_tokenizer(folder, partial.model)
         sample = tokenizer.decode(last.sample) if last is not None else None
@@ -149,6 +159,7 @@ def _check_options(options: CaptureOptions) -> None:
     for flag, value, allowed in (
         ("exporter", options.exporter, EXPORTERS),
         ("precision", options.precision, (None, *PRECISIONS)),
+        ("task", _plain(options.task), (None, *TASKS)),
     ):
         if value not in allowed:
             known = [a for a in allowed if a is not None]
@@ -159,11 +170,6 @@ def _check_options(options: CaptureOptions) -> None:
         raise UsageError(f"--block-size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {options.block_size}")
     if options.lm_head_bits is not None and options.lm_head_bits not in HEAD_BITS:
         raise UsageError(f"--lm-head-bits must be 4, 8 or 16 (float), got {options.lm_head_bits}")
-    if options.target_opset is not None and options.exporter != "torch":
-        raise UsageError(
-            "--target-opset applies to --exporter torch; the GenAI builder fixes its own opset",
-            hint="add --exporter torch, or leave --target-opset out",
-        )
     low, high = torch_exporter.OPSETS
     if options.target_opset is not None and not low <= options.target_opset <= high:
         raise UsageError(f"--target-opset must be {low} to {high}, got {options.target_opset}")
@@ -173,6 +179,11 @@ def _check_options(options: CaptureOptions) -> None:
         for flag in ("accuracy_level", "lm_head_bits", "block_size"):
             if getattr(options, flag) is not None:
                 raise UsageError(f"--{flag.replace('_', '-')} does not apply to --precision fp16, which has no codes")
+
+
+def _plain(task: str | None) -> str | None:
+    """The task without a suffix that others have for graphs with a cache, as ours always are."""
+    return task.removesuffix("-with-past") if task is not None else None
 
 
 def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
@@ -196,33 +207,75 @@ def _check_input(options: CaptureOptions, is_quantized: bool) -> None:
         )
 
 
-def _write_graph(options: CaptureOptions, folder: Path, target: Path, text: list[int], progress: Progress) -> Tensor:
-    """Writes model.onnx at accuracy level 0 and compares its weights with the checkpoint's.
+def _choose_exporters(options: CaptureOptions, folder: Path, progress: Progress) -> tuple[str, ...]:
+    """The exporters to try, in order; the builder is asked with a small model of the same configuration first."""
+    if options.exporter != "auto":
+        return (options.exporter,)
+    if options.precision == "fp16":
+        return ("genai",)
+    try:
+        builder.try_architecture(folder, options.trust_remote_code)
+    except InputError as error:
+        progress.note(f"{error.message}: torch.onnx exports it")
+        return ("torch",)
+    return ("genai", "torch")
+
+
+def _write_graph(
+    options: CaptureOptions,
+    exporters: tuple[str, ...],
+    folder: Path,
+    target: Path,
+    text: list[int],
+    prompt: list[int],
+    progress: Progress,
+) -> tuple[str, Probe]:
+    """Writes model.onnx at accuracy level 0 by the first exporter whose graph computes what the checkpoint does.
 
     Returns:
-        The checkpoint's own logits of the first tokens of the text, [COMPARED_TOKENS, V] in the dtype it ran in.
+        The exporter, and what the graph did.
     """
-    model, matrices = load_matrices(folder, options.trust_remote_code)
-    _round_what_was_asked(options, model, matrices)
-    tokens = matrices.shape(matrices.embedding)[0]
-    if max(text) >= tokens:
-        raise InputError(f"{folder}: the tokenizer gives token {max(text)}, the model knows {tokens}")
-    with torch.no_grad():
-        wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
-    if options.exporter == "torch":
-        placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
-    else:
-        placements = builder.build(folder, target, model, matrices, 0, options.trust_remote_code)
-    del model
-    progress.note("comparing every weight of the graph with the checkpoint")
-    expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
-    verify_weights(target / builder.GRAPH, placements, matrices, expected)
-    return wanted
+    for exporter in exporters:
+        model, matrices = load_matrices(folder, options.trust_remote_code)
+        model_type = str(model.config.model_type)
+        _round_what_was_asked(options, model, matrices)
+        tokens = matrices.shape(matrices.embedding)[0]
+        if max(text) >= tokens:
+            raise InputError(f"{folder}: the tokenizer gives token {max(text)}, the model knows {tokens}")
+        with torch.no_grad():
+            wanted: Tensor = model(torch.tensor([text[:COMPARED_TOKENS]])).logits[0].clone()
+        try:
+            if exporter == "torch":
+                placements = torch_exporter.export(folder, target, model, matrices, options.target_opset)
+            else:
+                placements = builder.build(folder, target, model, matrices, 0, options.trust_remote_code)
+            del model
+            progress.note("comparing every weight of the graph with the checkpoint")
+            expected = matrices.quantized | {r.name: matrices.shape(r.name)[0] for p in placements for r in p.ranges}
+            verify_weights(target / builder.GRAPH, placements, matrices, expected)
+            exact = probe(target, text, prompt, context_length(target))
+            kind = str(wanted.dtype).removeprefix("torch.")
+            refuse_other_function(exact.first, wanted.float().numpy(), kind, model_type, exporter)
+        except InputError as error:
+            if exporter == exporters[-1]:
+                raise
+            progress.note(f"{error.message}: torch.onnx exports it")
+            for path in target.iterdir():
+                path.unlink()
+        else:
+            return exporter, exact
+    raise AssertionError("no exporter was tried")
 
 
 def _round_what_was_asked(options: CaptureOptions, model: Any, matrices: Matrices) -> None:
     block = options.block_size or _DEFAULT_BLOCK
     if options.precision in ("int4", "int8"):
+        stacked = [n for n, p in model.named_parameters() if p.ndim == 3 and "expert" in n]
+        if stacked:
+            raise UsageError(
+                f"--precision {options.precision} rounds linears; {stacked[0]} holds all experts' matrices in one",
+                hint="quantize the checkpoint first: quantcli quantize -m MODEL -a rtn -o Q, then capture Q",
+            )
         matrices.round_linears(model, Scheme(4 if options.precision == "int4" else 8, block, lowest_zero=LOWEST_ZERO))
     wanted = options.lm_head_bits
     if wanted is None:

@@ -203,7 +203,8 @@ def _capture(options: GenerateAdapterOptions, folder: Path, target: Path, progre
         write_float(packed, folder)
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
     try:
-        capture.run(CaptureOptions(str(folder), target, trust_remote_code=options.trust_remote_code), progress)
+        asked = CaptureOptions(str(folder), target, "genai", trust_remote_code=options.trust_remote_code)
+        capture.run(asked, progress)
     except InputError as error:
         if "--exporter" not in (error.hint or ""):
             raise

@@ -12,6 +12,7 @@ from quantcli.progress import Progress, Silent
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from quantcli.pipelines.distill_folder import DistillPlan
     from quantcli.pipelines.external.checkpoint import ExternalResult
     from quantcli.pipelines.external.plan import ExternalPlan
     from quantcli.pipelines.graph.beside import Gate
@@ -29,7 +30,7 @@ def run(
     *,
     gate: Gate | None = None,
     kept: Path | None = None,
-) -> QuantizeResult | Plan | GraphResult | GraphPlan | ExternalResult | ExternalPlan:
+) -> QuantizeResult | Plan | DistillPlan | GraphResult | GraphPlan | ExternalResult | ExternalPlan:
     """Quantizes a checkpoint or, where the model is one, an ONNX graph; with `dry_run`, only the plan.
 
     With `backend`, another package does it.
@@ -52,6 +53,10 @@ def run(
         from quantcli.pipelines import quantize_graph
 
         return quantize_graph.run(options, progress, gate, kept)
+    from quantcli.pipelines import distill_folder
+
+    if distill_folder.is_distilled_alone(options):
+        return distill_folder.run(options, progress)
     from quantcli.pipelines import quantize_checkpoint
 
     return quantize_checkpoint.run(options, progress, kept)

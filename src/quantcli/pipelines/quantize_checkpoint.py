@@ -22,9 +22,12 @@ from quantcli.pipelines.blockwise.scaling import ScaleReport, Scaling
 from quantcli.pipelines.blockwise.shards import ShardWriter
 from quantcli.pipelines.blockwise.stages import FEW_TOKENS, StageSolver
 from quantcli.pipelines.blockwise.streams import Streams, begin_streams
-from quantcli.pipelines.blockwise.tokens import saved_tokens
+from quantcli.pipelines.blockwise.tokens import saved_tokens, training_tokens
+from quantcli.pipelines.distilling.teacher import Teacher
+from quantcli.pipelines.distilling.train import DistillReport, distill
 from quantcli.pipelines.mixed_bits.choose import mix_bits
 from quantcli.pipelines.planning.decide import make_plan
+from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.share import Share
 from quantcli.pipelines.planning.target import Target
@@ -35,7 +38,7 @@ from quantcli.report.layer import LayerReport
 from quantcli.report.outliers import OutlierReport
 from quantcli.tensors.quantized import QuantizedTensor
 
-__all__ = ["QuantizeResult", "run"]
+__all__ = ["QuantizeResult", "evaluate_result", "run"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class QuantizeResult:
     """Outlier features of each input, of a method that keeps them out of its product."""
     training: RotationReport | None = None
     """How rotations were trained, where they were."""
+    distilled: DistillReport | None = None
+    """What training scales came to, where they were."""
     evaluation: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        apart = ("layers", "evaluation", "output", "training", "scales", "outliers", "share")
+        apart = ("layers", "evaluation", "output", "training", "distilled", "scales", "outliers", "share")
         values = {k: v for k, v in self.__dict__.items() if k not in apart}
         return {
             "output": str(self.output),
@@ -76,6 +81,7 @@ class QuantizeResult:
             "scales": [asdict(scale) for scale in self.scales],
             "outliers": [asdict(outliers) for outliers in self.outliers],
             "training": asdict(self.training) if self.training is not None else None,
+            "distilled": asdict(self.distilled) if self.distilled is not None else None,
             "evaluation": self.evaluation.to_dict() if self.evaluation is not None else None,
         }
 
@@ -97,6 +103,11 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
     options = plan.options
     if options.dry_run:
         return plan
+    if plan.dequantized is not None:
+        progress.note(
+            f"{plan.folder} holds {plan.dequantized}: weights are dequantized as they are read, and errors are those "
+            "beside what they stand for"
+        )
     if not plan.layout.known:
         progress.note(f"{plan.skeleton.config.model_type} is not in our table; its blocks were found by looking")
     with (
@@ -123,10 +134,12 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             plan = mix_bits(plan, partial.state, progress, kept)
             heap.settle()
         work = _Run(plan, partial, journal, heap, progress)
-        work.blocks()
-        _name_unseen(plan, work, progress)
-        _check_scales(plan, work, progress)
-        work.outside()
+        if not journal.whole:
+            work.blocks()
+            _name_unseen(plan, work, progress)
+            _check_scales(plan, work, progress)
+            work.outside()
+            journal.close()
         companions = copy_companions(plan.folder, partial.model)
         if not any(name.startswith("tokenizer") for name in companions):
             progress.warn(f"{plan.folder} has no tokenizer; the output has none either")
@@ -138,6 +151,8 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
                 f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
                 hint="use fewer bits or larger groups",
             )
+        heap.settle()
+        distilled = _distill(plan, partial, progress) if plan.trainer is not None else None
         bits = _bits_per_weight(plan)
         result = QuantizeResult(
             output=options.output,
@@ -152,6 +167,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             scales=journal.scales,
             outliers=journal.outliers,
             training=training,
+            distilled=distilled,
         )
         write_json(partial.root / "report.json", result.to_dict())
         metrics = {
@@ -165,19 +181,48 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
         parent = describe_parent(plan.folder, plan.model_digest)
         chosen = {k: v for k, v in public_options(asdict(options)).items() if k != "graph"}
         partial.commit(Manifest("checkpoint", "quantize", chosen, parent, metrics))
-    return replace(result, evaluation=_evaluate(plan, progress)) if options.evaluate else result
+    if not options.evaluate:
+        return result
+    return replace(result, evaluation=evaluate_result(options, options.model, plan.skeleton.config, progress))
 
 
-def _evaluate(plan: Plan, progress: Progress) -> Any:
+def _distill(plan: Plan, partial: PartialFolder, progress: Progress) -> DistillReport:
+    """Trains what was rounded against the model as it was given: transforms have left its function alone."""
+    assert plan.trainer is not None and plan.distilling is not None
+    trust = plan.options.trust_remote_code
+    tokens = training_tokens(plan, partial.state, progress)
+    with torch.inference_mode(False):
+        teacher = Teacher(open_model(plan.options.model, None, trust_remote_code=trust), plan.device)
+    return distill(
+        partial.model,
+        teacher,
+        tokens,
+        plan.trainer,
+        partial.state,
+        progress,
+        seed=plan.options.calibration.seed,
+        recompute=plan.distilling.recompute,
+        trust_remote_code=trust,
+    )
+
+
+def evaluate_result(options: QuantizeOptions, reference: str, config: Any, progress: Progress) -> Any:
+    """The written folder beside the float model.
+
+    Args:
+        options: With the folder.
+        reference: The float model.
+        config: transformers' own.
+        progress: Told of the windows.
+    """
     from quantcli.options import EvaluateOptions
     from quantcli.pipelines import evaluate
 
-    options = plan.options
-    longest = getattr(plan.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return evaluate.run(
         EvaluateOptions(
             str(options.output),
-            options.model,
+            reference,
             seq_len=min(EvaluateOptions.seq_len, longest or EvaluateOptions.seq_len),
             device=options.device,
             trust_remote_code=options.trust_remote_code,

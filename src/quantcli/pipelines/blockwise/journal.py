@@ -21,6 +21,7 @@ class _Finished:
     layers: list[LayerReport]
     scales: list[ScaleReport] = field(default_factory=list)
     outliers: list[OutlierReport] = field(default_factory=list)
+    whole: bool = False
 
 
 class Journal:
@@ -30,6 +31,8 @@ class Journal:
         """Takes up what an interrupted run has left; the clock starts now."""
         self.done = 0
         """Blocks that are written."""
+        self.whole = False
+        """Whether what stands outside them is written too."""
         self.reports: list[LayerReport] = []
         self.scales: list[ScaleReport] = []
         self.outliers: list[OutlierReport] = []
@@ -40,13 +43,22 @@ class Journal:
         self._started = time.perf_counter()
         if partial.resumed and self._file.is_file():
             found = read_state(self._file, _Finished)
-            self.done, self.seconds_before = found.done, found.seconds
+            self.done, self.seconds_before, self.whole = found.done, found.seconds, found.whole
             self.reports, self.scales, self.outliers = found.layers, found.scales, found.outliers
 
     def remember(self, done: int, streams: Streams) -> None:
         """Notes that blocks up to `done` are finished, in an order that a kill at any instant leaves usable."""
         streams.save(self._state, done)
-        seconds = self.seconds_before + time.perf_counter() - self._started
-        write_json(self._file, asdict(_Finished(done, seconds, self.reports, self.scales, self.outliers)))
-        streams.forget(self._state, done - 1)
         self.done = done
+        self._write()
+        streams.forget(self._state, done - 1)
+
+    def close(self) -> None:
+        """Notes that every tensor is written."""
+        self.whole = True
+        self._write()
+
+    def _write(self) -> None:
+        seconds = self.seconds_before + time.perf_counter() - self._started
+        finished = _Finished(self.done, seconds, self.reports, self.scales, self.outliers, self.whole)
+        write_json(self._file, asdict(finished))

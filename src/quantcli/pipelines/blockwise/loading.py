@@ -1,22 +1,67 @@
 """The parts of the float model that a run needs in memory: one block, or what stands outside the blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantcli.errors import InputError
+from quantcli.models.checkpoint import Checkpoint
+from quantcli.models.layout import Layout
 from quantcli.models.skeleton import disk_name, materialize
-from quantcli.pipelines.planning.plan import Plan
 from quantcli.tensors.finite import require_finite
 
-__all__ = ["load_block", "outside_loaded", "read_float"]
+__all__ = ["FloatParts", "load_block", "outside_loaded", "read_float"]
 
 
-def read_float(plan: Plan, disk: str) -> Tensor:
+class FloatParts(Protocol):
+    """A float model that is read part by part; a plan is one."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors."""
+        ...
+
+    @property
+    def skeleton(self) -> Any:
+        """The model on the meta device."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Its parts."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What blocks run in."""
+        ...
+
+    @property
+    def replaced(self) -> Set[str]:
+        """Names on disk of the tensors that codes take the place of."""
+        ...
+
+    def float_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What a tensor that stays float is written in."""
+        ...
+
+
+def read_float(plan: FloatParts, disk: str) -> Tensor:
     """A tensor of the file in the dtype and on the device that blocks run in; as it will be written, if it stays float.
 
     Raises:
@@ -31,7 +76,7 @@ def read_float(plan: Plan, disk: str) -> Tensor:
     return tensor.to(plan.device)
 
 
-def load_block(plan: Plan, number: int) -> Any:
+def load_block(plan: FloatParts, number: int) -> Any:
     """A block with its float weights.
 
     Raises:
@@ -51,7 +96,7 @@ def load_block(plan: Plan, number: int) -> Any:
 
 
 @contextmanager
-def outside_loaded(plan: Plan, *, head: bool = False) -> Iterator[None]:
+def outside_loaded(plan: FloatParts, *, head: bool = False) -> Iterator[None]:
     """The skeleton with the tensors outside its blocks in place, the output head's only where asked.
 
     Their memory is given back afterwards.

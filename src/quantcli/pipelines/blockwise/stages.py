@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantcli.algorithms import find
+from quantcli.formats.fused import fused_shards
 from quantcli.models.gathering import StageMoments
 from quantcli.pipelines.blockwise.scaling import Place, Scaling, Seen
 from quantcli.pipelines.blockwise.solve import read_weight, solve_linears
@@ -112,9 +113,20 @@ class StageSolver:
     def solve_without_data(self, targets: Sequence[Target]) -> dict[str, QuantizedTensor]:
         """Quantizes linears by their weights alone."""
         results: dict[str, QuantizedTensor] = {}
-        for target in targets:
-            results |= self.solve([target], None)[0]
+        for members in self._run_as_one(targets):
+            results |= self.solve(members, None)[0]
         return results
+
+    def _run_as_one(self, targets: Sequence[Target]) -> list[list[Target]]:
+        """Alone, but together where servers run linears as one and want one divisor of their FP8 scales."""
+        if self._plan.default.scale != "e4m3":
+            return [[target] for target in targets]
+        shards = fused_shards(target.name for target in targets)
+        owner = {name: fused for fused, names in shards.items() for name in names}
+        groups: dict[str, list[Target]] = {}
+        for target in targets:
+            groups.setdefault(owner.get(target.name, target.name), []).append(target)
+        return list(groups.values())
 
     def solve_embedding(self, target: Target) -> dict[str, QuantizedTensor]:
         """Quantizes an embedding: to the nearest, whatever rounds the linears."""

@@ -2,12 +2,13 @@
 
 from dataclasses import fields, replace
 
+from quantcli.algorithms import Step
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
 from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import CalibrationOptions, QuantizeOptions
-from quantcli.pipelines.planning.estimate import with_budget, with_memory, with_source, with_training
+from quantcli.pipelines.planning.estimate import with_budget, with_distilling, with_memory, with_source, with_training
 from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
@@ -29,8 +30,15 @@ def make_plan(options: QuantizeOptions) -> Plan:
         ResourceError: not enough memory or disk.
     """
     _refuse_graph_flags(options)
+    if options.float_model is not None:
+        raise UsageError(
+            "--float-model is for -a distill of a folder that is quantized already; here the model itself is float",
+            hint="leave it out",
+        )
     options = resolve_layout(options)
-    *transforms, rounder = resolve_steps(options)
+    steps = resolve_steps(options)
+    trainer = steps.pop() if steps[-1].algorithm.kind == "trainer" else None
+    *transforms, rounder = steps
     rotation = next((step for step in transforms if step.algorithm.scope == "model"), None)
     allowed_formats(options.format, rounder.algorithm)
     model = open_model(options.model, rotation, trust_remote_code=options.trust_remote_code)
@@ -42,6 +50,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     )
     storage = choose_storage(options, model, rounder)
     options, targets = storage.options, storage.targets
+    _refuse_format(options, trainer)
     scaling = next((step for step in transforms if step.algorithm.scope == "stage"), None)
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
@@ -77,9 +86,11 @@ def make_plan(options: QuantizeOptions) -> Plan:
         model_digest=fingerprint(model.folder),
         online=model.online,
         share=share,
+        trainer=trainer,
+        dequantized=model.dequantized,
     )
     plan = _within_positions(plan)
-    plan = with_source(with_training(plan), model.config)
+    plan = with_distilling(with_source(with_training(plan), model.config))
     plan = replace(plan, size_bytes=written_bytes(plan))
     if options.mixes:
         plan = with_budget(plan)
@@ -101,6 +112,15 @@ def _within_positions(plan: Plan) -> Plan:
             hint=f"use --seq-len {limit}",
         )
     return replace(plan, options=replace(plan.options, calibration=replace(calibration, seq_len=limit)))
+
+
+def _refuse_format(options: QuantizeOptions, trainer: Step | None) -> None:
+    """What is trained must lie beside the codes."""
+    if trainer is not None and options.format not in trainer.algorithm.formats:
+        raise UsageError(
+            f"{trainer.algorithm.name} trains scales that stand beside codes, which format {options.format} has not",
+            hint=f"use --format {' or '.join(trainer.algorithm.formats)}",
+        )
 
 
 def _refuse_graph_flags(options: QuantizeOptions) -> None:

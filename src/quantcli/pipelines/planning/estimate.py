@@ -14,13 +14,14 @@ from quantcli.models.machine import free_bytes, matmul_flops
 from quantcli.models.skeleton import disk_name
 from quantcli.models.writer import FILE_BYTES
 from quantcli.options import BUILTIN, SELF, CalibrationOptions
+from quantcli.pipelines.distilling.cost import distill_cost
 from quantcli.pipelines.mixed_bits.widths import make_budget
 from quantcli.pipelines.planning.plan import Plan
 from quantcli.pipelines.planning.sizes import with_bits, written_bytes
 from quantcli.pipelines.planning.target import HELD_OUT_SHARE
 from quantcli.pipelines.rotation.train import training_cost
 
-__all__ = ["with_budget", "with_memory", "with_source", "with_training"]
+__all__ = ["with_budget", "with_distilling", "with_memory", "with_source", "with_training"]
 
 _BANDWIDTH = 1.2e10  # bytes a second that an ordinary two-core machine reads from memory
 _EFFICIENCY = 0.55  # share of the matrix-product rate that whole runs reach
@@ -51,6 +52,27 @@ def with_training(plan: Plan) -> Plan:
             hint="use quarot, whose rotations need no training",
         )
     return replace(plan, training=cost)
+
+
+def with_distilling(plan: Plan) -> Plan:
+    """Estimates what distilling takes, chooses what is kept of a forward, and refuses what cannot fit.
+
+    Raises:
+        ResourceError: it does not fit in memory.
+    """
+    if plan.trainer is None:
+        return plan
+    packed = [(t.stored_bytes, t.rows * t.scheme.group_count(t.columns)) for t in plan.targets.values()]
+    cost = distill_cost(
+        plan.skeleton,
+        plan.layout,
+        plan.trainer.settings,
+        plan.options.calibration.seq_len,
+        packed,
+        matmul_flops(plan.device),
+        plan.options.max_memory or free_bytes(plan.device),
+    )
+    return replace(plan, distilling=cost, seconds=plan.seconds + cost.seconds)
 
 
 def with_source(plan: Plan, config: Any) -> Plan:
@@ -217,8 +239,9 @@ def _measuring_bytes(plan: Plan, block: int, outside: int) -> int:
 
 
 def _checked(plan: Plan, budget: int) -> Plan:
-    if plan.training is not None:  # which comes first and fits, or it would have been refused
-        plan = replace(plan, peak_bytes=max(plan.peak_bytes, plan.training.peak_bytes))
+    for cost in (plan.training, plan.distilling):  # which fit, or they would have been refused
+        if cost is not None:
+            plan = replace(plan, peak_bytes=max(plan.peak_bytes, cost.peak_bytes))
     if plan.peak_bytes > budget:
         raise ResourceError(
             f"the run needs about {plan.peak_bytes / 1e9:.2f} GB of memory, {budget / 1e9:.2f} GB are free",

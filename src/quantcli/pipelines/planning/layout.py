@@ -40,7 +40,7 @@ def resolve_layout(options: QuantizeOptions) -> QuantizeOptions:
     algorithm = options.algorithm
     if layout.codebook is None and algorithm is None:
         algorithm = _CALIBRATED.get(options.preset)
-    return replace(options, bits=layout.bits, group_size=size, symmetric=True, activations=how, algorithm=algorithm)
+    return replace(options, bits=layout.bits, group_size=size, activations=how, algorithm=algorithm)
 
 
 def _refuse_others(options: QuantizeOptions, layout: Layout) -> None:

@@ -10,6 +10,7 @@ from quantcli.algorithms import Step
 from quantcli.errors import InputError
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.conversion import as_in_model
+from quantcli.models.dequantized import as_float, float_kind
 from quantcli.models.layout import Layout, find_layout, head_size
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
@@ -36,6 +37,8 @@ class FloatModel:
     """Rotations that the weights expect at run time."""
     tied: bool
     """Whether head and embedding are one matrix in the files."""
+    dequantized: str | None = None
+    """What its weights are dequantized from as they are read."""
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -57,6 +60,9 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
     """
     folder = locate_model(name)
     checkpoint = Checkpoint.open(folder)
+    kind = float_kind(checkpoint.config)
+    if kind is not None:
+        checkpoint = as_float(checkpoint)
     _refuse_quantized(checkpoint, folder)
     config = load_config(folder, trust_remote_code)
     check_counts(config, checkpoint.entries, folder)
@@ -82,7 +88,7 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
     if online is not None:
         rotate_inputs(skeleton, layout.linears, online, in_place=True)
     check_tensors(skeleton, checkpoint.entries, folder)
-    return FloatModel(folder, config, checkpoint, skeleton, layout, online, tied)
+    return FloatModel(folder, config, checkpoint, skeleton, layout, online, tied, kind)
 
 
 def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
@@ -94,8 +100,8 @@ def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
         method = "packed weights"
     if method is not None:
         raise InputError(
-            f"{folder} is already quantized ({method}); tensors of float32, float16, bfloat16 or float64 are read",
-            hint="quantize the original model instead",
+            f"{folder} is already quantized ({method})",
+            hint="quantize the original model instead; of quantized ones, FP8, NVFP4 and MXFP4 are dequantized",
         )
 
 

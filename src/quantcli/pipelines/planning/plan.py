@@ -1,7 +1,7 @@
 """What a quantize run will do: algorithm, scheme of every linear, text, size, memory, time. `planning` decides it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
 from quantcli.options import BUILTIN, SELF, CalibrationOptions, QuantizeOptions
+from quantcli.pipelines.distilling.cost import DistillCost
 from quantcli.pipelines.mixed_bits.budget import Budget, Choice
 from quantcli.pipelines.planning.layout import activations
 from quantcli.pipelines.planning.share import Share
@@ -78,12 +79,18 @@ class Plan:
     """Rows of the model's own text that only judge."""
     online: OnlineRotations | None = None
     """Rotations that the result's weights expect at run time."""
+    dequantized: str | None = None
+    """What the input's weights are dequantized from as they are read, where they are."""
     budget: Budget | None = None
     """What may be spent, where bits are mixed."""
     choice: Choice | None = None
     """How it is spent, once that has been measured."""
     training: TrainingCost | None = None
     """What training rotations will take, where there are some to train."""
+    trainer: Step | None = None
+    """What trains scales once all is rounded."""
+    distilling: DistillCost | None = None
+    """What that will take."""
 
     @property
     def codec(self) -> Codec:
@@ -173,7 +180,7 @@ class Plan:
     @property
     def wants_text(self) -> bool:
         """Whether text is read."""
-        return self.trained is not None or self.gathers
+        return self.trained is not None or self.trainer is not None or self.gathers
 
     @property
     def trained(self) -> Step | None:
@@ -220,11 +227,13 @@ class Plan:
             text += f"; {self.judges} rows of the model's own judge" if self.judges else ""
         rows = [
             ("model", f"{self.folder} ({type(self.skeleton).__name__}, {self.checkpoint.size_bytes / 1e6:.0f} MB)"),
+            *([("source", f"{self.dequantized}, dequantized as it is read")] if self.dequantized else []),
             *(("transform", _words(step)) for step in self.transforms),
             *([("runs in", "quantcli only: rotations are computed at run time")] if self.online else []),
             *(self._rounding_rows() if self.targets else [("algorithm", "none: the result is a float model")]),
             ("calibration", text),
             *self._training_rows(),
+            *([("then", _words(self.trainer))] if self.trainer is not None else []),
             ("device", f"{self.device}, {str(self.dtype).removeprefix('torch.')}"),
             ("estimated size", f"{self.size_bytes / 1e6:.0f} MB"),
             ("estimated peak memory", f"{self.peak_bytes / 1e9:.2f} GB"),
@@ -294,6 +303,8 @@ class Plan:
             "estimated_peak_bytes": self.peak_bytes,
             "estimated_seconds": round(self.seconds, 1),
             "training": None if self.training is None else asdict(self.training),
+            "trainer": None if self.trainer is None else {self.trainer.algorithm.name: asdict(self.trainer.settings)},
+            "distilling": None if self.distilling is None else asdict(self.distilling),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -313,7 +324,23 @@ class Plan:
             "allow_partial",
         ):
             options.pop(name)
+        if self.trainer is not None:  # how it trains is noted with its state: what is rounded serves any training
+            options |= self._without_trainer(options)
         return options | {"model_digest": self.model_digest, "source": self.source, "dtype_run": str(self.dtype)}
+
+    def _without_trainer(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The entries of `options` that name the trainer, without it."""
+        assert self.trainer is not None
+        name, own = self.trainer.algorithm.name, {field.name for field in fields(self.trainer.settings)}
+
+        def is_own(key: str) -> bool:
+            owner, dot, plain = key.rpartition(".")
+            return owner == name or (not dot and plain.replace("-", "_") in own)
+
+        return {
+            "settings": {key: text for key, text in options["settings"].items() if not is_own(key)},
+            "trainer": name,
+        }
 
     def _exceptions(self) -> str:
         other = sum(t.scheme != self.default for t in self.targets.values())

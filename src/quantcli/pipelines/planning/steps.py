@@ -17,11 +17,12 @@ _PRESETS: Mapping[str, tuple[str, dict[str, str]]] = {
     "fast": ("kquant", {}),
     "balanced": ("gptq", {}),
     "best": ("awq,gptq", _BEST),
+    "max": ("awq,gptq,distill", _BEST),
 }
 
 
 def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[Step]:
-    """Transforms and, last, the rounder, each with its settings.
+    """Transforms, the rounder, and a trainer where one follows, each with its settings.
 
     Args:
         options: What was asked for.
@@ -35,15 +36,17 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
         preset = "balanced"
     name, preset_settings = _PRESETS[preset] if preset else ("", {})
     chain = algorithms.find_chain(options.algorithm or name, model)
-    rounder = chain[-1]
     _refuse_model(chain, model, options.model)
-    meant = name.rpartition(",")[2]  # with -a, a preset is only its settings of the rounder
-    if preset and meant != rounder.name:
+    rounding = [a for a in chain if a.kind != "trainer"]
+    rounder = rounding[-1]
+    meant = [n for n in name.split(",") if n and algorithms.find(n).kind != "trainer"][-1:]
+    if preset and meant != [rounder.name]:  # with -a, a preset is only its settings of the rounder
+        (meant_name,) = meant
         named = options.algorithm or ""
-        transforms = ",".join(a.name for a in chain[:-1])
+        transforms = ",".join(a.name for a in rounding[:-1])
         raise UsageError(
-            f"preset {preset} is a setting of {meant}, not of {rounder.name}",
-            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{meant}"
+            f"preset {preset} is a setting of {meant_name}, not of {rounder.name}",
+            hint=f"leave out --preset, or use -a {transforms + ',' if transforms else ''}{meant_name}"
             + (f" instead of {named}" if named else ""),
         )
     for algorithm in chain:
@@ -52,12 +55,12 @@ def resolve_steps(options: QuantizeOptions, model: str = "checkpoint") -> list[S
             allowed = ", ".join(map(str, algorithm.bits))
             raise UsageError(f"{algorithm.name} makes {allowed} bits, not {given}", hint="see `quantcli algorithms`")
     if rounder is KEEP_FLOAT:
-        _refuse_idle_rounding(options, chain[-2].name)
+        _refuse_idle_rounding(options, rounding[-2].name)
     grids = [options.symmetric, *(override.symmetric for override in options.overrides)]
     if rounder.codebook and any(given is not None for given in grids):
         raise UsageError(f"{rounder.name} has no zero points, sym or asym would have no effect", hint="leave it out")
     steps = algorithms.make_steps(chain, {**preset_settings, **options.settings})
-    check_ranges(options, steps[-1])
+    check_ranges(options, steps[len(rounding) - 1])
     if model == "checkpoint":
         _refuse_idle_calibration(options, preset, chain)
     if options.correct_earlier and rounder.calibration != "required":
@@ -128,6 +131,11 @@ def _refuse_model(chain: Sequence[Algorithm], model: str, folder: str) -> None:
     for algorithm in chain:
         if model in algorithm.inputs:
             continue
+        if algorithm.kind == "trainer":
+            raise UsageError(
+                f"{algorithm.name} trains checkpoints, {folder} is an ONNX graph",
+                hint="leave it out (--preset max is best and distill), or train the checkpoint and capture that",
+            )
         if model == "checkpoint":
             first = ",".join(a.name for a in chain[:-1])
             hint = f"quantcli quantize -m {folder} -a {first} -o S, then " if first else ""
@@ -163,7 +171,8 @@ def _refuse_idle_calibration(options: QuantizeOptions, preset: str | None, chain
         raise UsageError("--data-split is for --data-name", hint="leave it out")
     inputs = activations(options)
     measures = options.kv_cache is not None or (inputs is not None and inputs.stored)
-    algorithm, needs = chain[-1], measures or any(a.calibration == "required" for a in chain)
+    algorithm = next(a for a in reversed(chain) if a.kind != "trainer")
+    needs = measures or any(a.calibration == "required" for a in chain)
     if needs or (algorithm.calibration == "optional" and preset != "fast"):
         if needs or calibration.data or calibration.data_name:
             return

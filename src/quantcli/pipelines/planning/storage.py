@@ -96,8 +96,8 @@ def _grid(options: QuantizeOptions, rounder: Step, name: str) -> bool | None:
     """Whether the grid is symmetric; None on a codebook."""
     if rounder.algorithm.codebook is not None:
         return None
-    if options.symmetric is not None:
-        return options.symmetric
+    if options.symmetric is not None or CODECS[name].layout is not None:
+        return options.symmetric is not False  # layouts refuse it
     widths = tuple(options.mixed_bits or MIXED_BITS) if options.mixes else (options.weight_bits,)
     takes = [READERS[reader].formats[name].bits for reader in options.readers if name in READERS[reader].formats]
     widths = tuple(bits for bits in widths if all(bits in known for known in takes)) or widths

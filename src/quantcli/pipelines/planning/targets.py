@@ -76,8 +76,9 @@ def find_targets(
         if columns < scheme.group_size and CODECS[options.format or ""].layout is None:
             scheme = replace(scheme, group_size=PER_CHANNEL)
         disk = source = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
-        if disk is None and name == layout.head:  # tied: read from the embedding, written under its own name
-            disk, source = f"{name}.weight", disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+        embedding = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
+        if name == layout.head and disk in (None, embedding):  # tied: read there, written under its own name
+            disk, source = f"{name}.weight", embedding
         if disk is None or source is None:
             raise InputError(f"tensor {name}.weight is missing from {checkpoint.folder}")
         size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)

@@ -1,0 +1,1 @@
+"""A quantized folder, trained end to end to speak as the float model does."""
