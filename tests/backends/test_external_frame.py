@@ -166,7 +166,7 @@ def test_a_bad_one_leaves_one_line_and_nothing_else(folders, tmp_path, act, kind
 
 @pytest.mark.parametrize(
     ("act", "limits", "said"),
-    [("hang", {"timeout": 4.0}, "longer than 4 s"), ("memory", {"max_memory": 400_000_000}, "more than 400 MB")],
+    [("hang", {"timeout": 8.0}, "longer than 8 s"), ("memory", {"max_memory": 400_000_000}, "more than 400 MB")],
 )
 def test_limits_end_it_and_all_that_it_started(folders, tmp_path, act, limits, said):
     begun = time.monotonic()
