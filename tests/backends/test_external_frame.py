@@ -285,7 +285,7 @@ def test_compare_puts_them_in_one_table(folders, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     ours, theirs, again = found["entrants"]
     # what the worker hands over is our own rtn at the same scheme: the same figures, whoever made it
-    assert (ours["algorithm"], ours["scheme"]) == ("rtn", "4 bits, 32, sym")
+    assert (ours["algorithm"], ours["scheme"]) == ("rtn", "4b g32 sym")
     assert theirs["kl"] == again["kl"] == pytest.approx(ours["kl"], rel=1e-3)
     assert theirs["size_bytes"] == ours["size_bytes"]
     assert "transformers" in theirs["opens"]
