@@ -49,6 +49,9 @@ quantcli backends remove gptqmodel
 - **Limits.** `--timeout 30m` and `--max-memory 8GB` stop a backend and all that it started; so does Ctrl-C. A crash is
   one line that names its log (exit code 1), a model that it refuses is exit code 3, a limit 4.
 - **No silent flag.** Each method takes the flags that reach its package; every other flag is an error.
+- **Side by side.** `quantcli compare` lets each do the same job on a checkpoint (bits, group size, calibration rows),
+  and puts KL, perplexity, size, time, peak memory and who opens the result into one table, or into `--json`. An entrant
+  that fails has its reason in its row; `NAME:METHOD` names another method than its first.
 - **Olive's configurations** run by quantcli's own code. With `--backend` they run by the package that they were written
   for: `--backend inc --config inc.json`, `--backend nvmo --config nvmo.json`, `--backend gptqmodel --config gptq.json`.
 """

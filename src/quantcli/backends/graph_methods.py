@@ -139,7 +139,7 @@ INC = Backend(
     },
     imports=("onnx_neural_compressor.quantization",),
     packages=("onnx-neural-compressor", "onnxruntime", "onnx"),
-    size_mb=1400,
+    size_mb=1470,
 )
 
 _INT4 = {"group_size": 128, "group_sizes": (32, 64, 128), "symmetric": True, "grids": (True,), "opset": 21}
@@ -192,7 +192,7 @@ NVMO = Backend(
     },
     imports=("modelopt.onnx.quantization",),
     packages=("nvidia-modelopt", "onnxruntime", "onnx"),
-    size_mb=1700,
+    size_mb=1550,
 )
 
 _AIMET_DATA = _DATA | {"nodes_exclude"}
@@ -243,5 +243,5 @@ AIMET = Backend(
     },
     imports=("aimet_onnx",),
     packages=("aimet-onnx", "onnxruntime", "onnx", "torch"),
-    size_mb=2300,
+    size_mb=1950,
 )

@@ -53,7 +53,7 @@ BACKENDS: Mapping[str, Backend] = {
             },
             imports=("awq", *_HF),
             packages=("autoawq", *_HF),
-            size_mb=1250,
+            size_mb=1430,
         ),
         Backend(
             "gptqmodel",
@@ -78,7 +78,7 @@ BACKENDS: Mapping[str, Backend] = {
             packages=("gptqmodel", *_HF),
             processors=("cpu", "cuda"),
             variables={"GPTQMODEL_CPU_WORKERS": "2"},  # it insists on two, and counts the cores that it sees
-            size_mb=1500,
+            size_mb=1490,
         ),
         Backend(
             "auto-round",
@@ -104,7 +104,7 @@ BACKENDS: Mapping[str, Backend] = {
             imports=("auto_round", *_HF),
             packages=("auto-round", *_HF),
             processors=("cpu", "cuda"),
-            size_mb=1300,
+            size_mb=1430,
         ),
         Backend(
             "llm-compressor",
@@ -164,7 +164,7 @@ BACKENDS: Mapping[str, Backend] = {
             imports=("llmcompressor", "compressed_tensors", *_HF),
             packages=("llmcompressor", "compressed-tensors", *_HF),
             processors=("cpu", "cuda"),
-            size_mb=1500,
+            size_mb=1430,
         ),
         Backend(
             "auto-gptq",
@@ -175,6 +175,7 @@ BACKENDS: Mapping[str, Backend] = {
             imports=("auto_gptq", *_HF),
             packages=("auto-gptq", *_HF),
             processors=("cuda",),
+            size_mb=1600,
             instead="use --backend gptqmodel, its successor, or leave --backend out: our own gptq runs here",
         ),
         INC,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.cli.command import Command, FlagStyle
 from quantcli.cli.flags import parse_duration, parse_size
 from quantcli.errors import QualityError
-from quantcli.options import CompareOptions
+from quantcli.options import READER_NAMES, CompareOptions
 
 if TYPE_CHECKING:
     from quantcli.cli.console import Console
@@ -42,7 +42,7 @@ def show(result: Any, console: "Console") -> None:
                 human_size(e.size_bytes),
                 human_duration(e.seconds),
                 human_size(e.peak_bytes),
-                ", ".join(e.opens),
+                _readers(e.opens),
             )
         )
     console.table(_HEADS, rows, left=3)
@@ -51,6 +51,14 @@ def show(result: Any, console: "Console") -> None:
             f"original: perplexity {result.reference_perplexity:.2f}, {human_size(result.reference_size_bytes)}; "
             f"scored on {result.text}"
         )
+
+
+def _readers(opens: tuple[str, ...]) -> str:
+    """Those that open it, or those that do not where they are fewer."""
+    others = [name for name in READER_NAMES if name not in opens]
+    if len(others) < len(opens):
+        return f"all but {', '.join(others)}" if others else "all"
+    return ", ".join(opens)
 
 
 def check(result: Any) -> None:

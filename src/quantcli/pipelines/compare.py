@@ -186,4 +186,6 @@ def _enter(
 
 def _scheme(plan: dict[str, Any]) -> str:
     inner = plan.get("scheme", plan)
-    return f"{inner['bits']} bits, {inner['group_size']}, {'sym' if inner['symmetric'] else 'asym'}"
+    group = {None: "", -1: " per row"}.get(inner["group_size"], f" g{inner['group_size']}")
+    grid = {None: "", True: " sym", False: " asym"}[inner["symmetric"]]
+    return f"{inner['bits']}b{group}{grid}"

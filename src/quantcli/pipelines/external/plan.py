@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from quantcli.backends import Backend, Method, find_backend
 from quantcli.backends.environments import python_of
 from quantcli.backends.processes import Limits
@@ -36,8 +38,8 @@ class ExternalPlan:
 
     @property
     def limits(self) -> Limits:
-        """Of time and memory."""
-        return Limits(self.options.timeout, self.options.max_memory)
+        """Of time and memory: what is free, where nothing is said."""
+        return Limits(self.options.timeout, self.options.max_memory or int(psutil.virtual_memory().available))
 
     def job(self) -> dict[str, Any]:
         """What a worker is told, whatever the model is."""
