@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# where `make interop` keeps environments and folders; READERS="vllm genai" asks these alone
+INTEROP ?= build/interop
 SOURCES := src tests scripts $(wildcard benchmarks)
 # nothing here needs a hub; a library that tries to reach one fails at once instead of waiting
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-finetune test quick large check format bench models docs backends dist clean
+.PHONY: help demo demo-finetune test quick large interop check format bench models docs backends dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,9 @@ quick: $(INSTALLED) ## the suite without the demo model: one process per core, e
 
 large: $(INSTALLED) ## 1,000 drawn graphs, 1,000 damaged files, onnx's own models, a graph of 3 GiB: half an hour, 8 GB of disk
 	$(BIN)/python -m pytest -m large -s
+
+interop: $(INSTALLED) ## show what we write to those who open it, write what they made of it into docs/formats.md: 8 GB, an hour
+	PYTHONPATH=tests $(BIN)/python -m interop.run $(READERS) --folder $(INTEROP)
 
 check: $(INSTALLED) ## format, lint, types, docs up to date
 	$(BIN)/ruff format --check $(SOURCES)

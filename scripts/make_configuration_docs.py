@@ -40,6 +40,9 @@ the options as resolved, the file's name and its digest.
 - `"SEARCHABLE_VALUES"` and lists of values ask for a search: `quantcli tune -m MODEL -o OUT --config FILE` runs it, and
   quantize refuses them. What is searched stands [below](#what-is-searched), the evaluators of a workflow in
   [tuning.md](tuning.md).
+- With `--backend NAME` the pass is run by that package: `IncQuantization` by `inc`, `NVModelOptQuantization` by
+  `nvmo`, `AimetQuantization` with its techniques by `aimet`. Without it, by quantcli's own code. See
+  [backends.md](backends.md).
 - An unknown key is an error that names the nearest one. A key that asks for what cannot be changed here is taken with
   the value that holds anyway, and said; every other value is an error.
 - `"data_config"` is an object, or a name under the workflow's `"data_configs"`. A name that is not defined needs a

@@ -45,8 +45,7 @@ quantcli backends remove gptqmodel
 - **Results** are treated as ours are. A checkpoint is opened by quantcli and run beside the original on text that it
   was not made with; a graph is run in onnxruntime beside the float one. What a result lost stands in the result line,
   the manifest and the report. One that tells less than a model that knows nothing is noise, and is not kept (exit
-  code 5). `w8a8`, `smoothquant` and `fp8` of llm-compressor are formats that quantcli does not read: there the backend
-  runs the result in its own environment.
+  code 5).
 - **Limits.** `--timeout 30m` and `--max-memory 8GB` stop a backend and all that it started; so does Ctrl-C. A crash is
   one line that names its log (exit code 1), a model that it refuses is exit code 3, a limit 4.
 - **No silent flag.** Each method takes the flags that reach its package; every other flag is an error.

@@ -33,6 +33,8 @@ COMMANDS = [
     "convert-adapter",
     "inspect",
     "algorithms",
+    "backends",
+    "compare",
 ]
 SCRIPT = """
 import sys, json

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from quantcli.backends import BACKENDS, Backend, Method, Setting, worker
+from quantcli.cli.app import run
 from quantcli.errors import (
     InputError,
     InterruptedRunError,
@@ -119,7 +121,6 @@ def test_a_good_result_is_kept_as_ours_are(folders, tmp_path):
     assert "nothing is meant" in heard.warnings
     assert ("acting: acting", 3.0) in heard.tracked
     assert 0 < made.outputs.kl < made.outputs.uniform_kl
-    assert made.outputs.by == "quantcli"
     assert made.evaluation.kl_mean > 0
     assert made.peak_bytes > 10_000_000
     assert made.kept == ()
@@ -272,3 +273,39 @@ def test_a_dry_run_needs_nothing_installed(folders, tmp_path):
         quantize.run(QuantizeOptions(str(folders / "model"), tmp_path / "O", backend="gptqmodel"))
     assert caught.value.hint == "run `quantcli backends install gptqmodel`"
     assert leftovers(tmp_path) == []
+
+
+def test_compare_puts_them_in_one_table(folders, tmp_path, capsys):
+    text = folders / "text.txt"
+    text.write_text(tiny.words(4000))
+    words = ["compare", "-m", str(folders / "model"), "--with", "ours:rtn,acting,acting:play", "--group-size", "32"]
+    words += ["--data", str(text), "--num-samples", "4", "--seq-len", "64", "--eval-data", str(text), "--sym"]
+    words += ["--eval-samples", "4", "-o", str(tmp_path / "C"), "--json"]
+    assert run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    ours, theirs, again = found["entrants"]
+    # what the worker hands over is our own rtn at the same scheme: the same figures, whoever made it
+    assert (ours["algorithm"], ours["scheme"]) == ("rtn", "4 bits, 32, sym")
+    assert theirs["kl"] == again["kl"] == pytest.approx(ours["kl"], rel=1e-3)
+    assert theirs["size_bytes"] == ours["size_bytes"]
+    assert "transformers" in theirs["opens"]
+    assert found["reference_perplexity"] > 1
+    assert sorted(p.name for p in (tmp_path / "C").iterdir()) == ["acting", "acting-play", "ours-rtn"]
+
+
+def test_compare_refuses_before_the_first_run_and_goes_on_after_a_failure(folders, tmp_path, capsys, monkeypatch):
+    words = ["compare", "-m", str(folders / "model"), "--group-size", "32", "--eval-samples", "2", "-o"]
+    words += [str(tmp_path / "C"), "--data", str(folders / "text.txt"), "--num-samples", "4", "--seq-len", "16"]
+    (folders / "text.txt").write_text(tiny.words(400))
+    refused = {"ours,actin": "did you mean 'acting'", "ours,gptqmodel": "not installed", "": "nobody"}
+    for entrants, said in refused.items():
+        assert run([*words, "--with", entrants]) == 2
+        assert said in capsys.readouterr().err
+    crashing = replace(ACTING.methods["play"], settings={"act": Setting("crash", "fails")})
+    monkeypatch.setitem(BACKENDS, "acting", replace(ACTING, methods={"play": crashing}))
+    assert run([*words, "--with", "acting,ours:rtn", "--bits", "8"]) == 5
+    out, err = capsys.readouterr()
+    assert "RuntimeError: the package broke" in out
+    assert "no result: acting" in err
+    assert leftovers(tmp_path) == ["C"]
+    assert [p.name for p in (tmp_path / "C").iterdir()] == ["ours-rtn"]

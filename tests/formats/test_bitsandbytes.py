@@ -102,7 +102,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_opens_what_we_write(tmp_path, case):
     source = tiny.checkpoint(tmp_path / "f")
-    quantize.run(QuantizeOptions(str(source), tmp_path / "q", group_size=32, device="cpu", **CASES[case]))
+    options = {"group_size": 32, "device": "cpu", "dtype": "keep"} | CASES[case]
+    quantize.run(QuantizeOptions(str(source), tmp_path / "q", **options))
     ours, theirs = load(tmp_path / "q", device="cpu"), opened(tmp_path / "q" / "model")
     packed = {n: m for n, m in ours.named_modules() if isinstance(m, CodebookLinear)}
     assert packed.keys() == {n for n, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
@@ -121,7 +122,7 @@ def test_a_tied_head_and_transposed_linears(tmp_path):
     for model_type, settings in (("gpt2", {}), ("llama", {"tie_word_embeddings": True})):
         source = tiny.checkpoint(tmp_path / model_type, model_type, **settings)
         output = tmp_path / f"{model_type}-q"
-        quantize.run(QuantizeOptions(str(source), output, algorithm="nf4", group_size=32, device="cpu"))
+        quantize.run(QuantizeOptions(str(source), output, algorithm="nf4", group_size=32, device="cpu", dtype="keep"))
         torch.testing.assert_close(
             logits(opened(output / "model")), logits(load(output, device="cpu")), rtol=1e-4, atol=1e-5
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantcli.models.linear import PackedLinear
 from quantcli.models.load import load
 from quantcli.options import CalibrationOptions, Override, QuantizeOptions
 from quantcli.pipelines import quantize
@@ -126,7 +127,7 @@ def test_weights_and_logits(read, case):
     folder = root / case / "model"
     theirs = load_file(folder / "read.safetensors")
     model = load(folder, device="cpu")
-    packed = {n: m for n, m in model.named_modules() if hasattr(m, "dequantize")}
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert set(packed) == theirs.keys() - {"logits"}
     for name, module in packed.items():
         ours = module.dequantize()

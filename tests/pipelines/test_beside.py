@@ -12,7 +12,7 @@ from quantcli.cli import app
 from quantcli.errors import InputError, QualityError
 from quantcli.graphs.checking.side_by_side import GraphRunError, OutputDifference, SideBySide
 from quantcli.graphs.model.files import save_graph
-from quantcli.pipelines.graph.beside import Limit, hold_outputs
+from quantcli.pipelines.graph.beside import Gate, Limit, hold_outputs
 from quantcli.progress import Silent
 
 WIDTH = 64
@@ -199,3 +199,22 @@ def test_a_float_graph_that_gives_no_numbers_is_said_to(place, capfd):
     save_graph(graph_model(nodes, {"a": weights()["a"], "bias": bias}), place / "m.onnx")
     assert quantize("-a", "rtn") == 0
     assert "weight 'bias' holds NaN" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_goal_behind_the_outputs(reachable, tmp_path):
+    """The outputs need two nodes in float, the goal one more or what cannot be had; then the outputs' two stay."""
+    order, tried = [f"n{i}" for i in range(9)], []
+
+    def missing(written):
+        return None if reachable and len(tried[-1]) >= 3 else "accuracy is 0.5"
+
+    held = hold_outputs(
+        lambda excluded: tried.append(excluded) or excluded,
+        lambda: difference(30.0 if len(tried[-1]) >= 2 else 1.0),
+        lambda _: order,
+        lambda *_: order,
+        Limit(10.0, Gate(missing, "accuracy>=0.9"), tmp_path),
+        Silent(),
+    )
+    assert len(held.returned) == (3 if reachable else 2) and held.made == tuple(held.returned) == tried[-1]

@@ -12,15 +12,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     MixtralConfig,
     OlmoConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -418,6 +422,43 @@ def test_mixture_of_experts(family, tmp_path):
     result = capture(tmp_path / "q", tmp_path / "packed", accuracy_level=0)
     assert result.nodes["4"] >= 2 * (4 + 4 * 2)  # attention and experts of two layers
     assert_same_function(tmp_path / "q", tmp_path / "packed" / "model")
+
+
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.large)])
+def test_the_language_part_of_a_model_that_sees(family, tmp_path):
+    vision = {k: SMALL[k] for k in ("hidden_size", "intermediate_size")} | {"num_attention_heads": 3, "patch_size": 8}
+    config = {
+        "llava": lambda: LlavaConfig(
+            text_config=LlamaConfig(**SMALL).to_dict(),
+            vision_config=CLIPVisionConfig(**vision, num_hidden_layers=2, image_size=16).to_dict(),
+            image_token_index=3,
+        ),
+        "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+            text_config=Qwen2Config(**SMALL).to_dict()
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}},
+            vision_config={
+                "depth": 2,
+                "hidden_size": 96,
+                "intermediate_size": 160,
+                "num_heads": 3,
+                "out_hidden_size": 96,
+            },
+        ),
+    }[family]()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "f")
+    write_tokenizer(tmp_path / "f")
+    heard = Heard()
+    capture(tmp_path / "f", tmp_path / "o", heard)
+    assert any("without the tower that sees" in said for said in heard.warnings)
+    tokens = torch.randint(4, VOCAB - 2, (1, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens).logits[0].numpy()
+    np.testing.assert_allclose(onnx_logits(tmp_path / "o" / "model", tokens[0].tolist(), 33), wanted, atol=1e-4)
+    assert (tmp_path / "o" / "model" / "model.onnx.data").stat().st_size < 1.05 * sum(
+        4 * p.numel() for n, p in model.named_parameters() if "vision" not in n and "visual" not in n
+    )
 
 
 def test_a_linear_that_the_builder_would_take_for_the_head_is_refused(tmp_path):

@@ -328,7 +328,7 @@ UNREAD = {
         "4-bit",
     ),
     "int8": (
-        packed_scheme("int-quantized", 8, "int", input_activations=EIGHT_BITS),
+        packed_scheme("marlin-24", 8, "int", input_activations=EIGHT_BITS),
         {"weight": torch.zeros(16, 32, dtype=torch.int8), "weight_scale": torch.ones(16, 1)},
         "8-bit",
     ),
@@ -338,7 +338,7 @@ UNREAD = {
         "8-bit",
     ),
     "nvfp4": (
-        packed_scheme("nvfp4-pack-quantized", 4, "float"),
+        packed_scheme("mxfp6-pack-quantized", 4, "float"),
         {
             "weight_packed": torch.zeros(16, 16, dtype=torch.uint8),
             "weight_scale": torch.ones(16, 2).to(torch.float8_e4m3fn),
@@ -347,7 +347,7 @@ UNREAD = {
         "4-bit",
     ),
     "cache": (
-        packed_scheme("pack-quantized", 4, "int") | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        packed_scheme("pack-quantized", 4, "int") | {"kv_cache_scheme": {"num_bits": 8, "strategy": "attn_head"}},
         {"weight_packed": torch.zeros(16, 4, dtype=torch.int32), "weight_scale": torch.ones(16, 1)},
         "4-bit",
     ),
@@ -365,7 +365,7 @@ def test_what_is_not_read_is_described_all_the_same(tmp_path, name):
     assert histogram(found) == {label: (1, 16 * 32), "bfloat16": (1, 16)}
     assert sum(row.size_bytes for row in found.histogram) == sum(t.nbytes for t in tensors.values()) + 32
     assert found.parameters == 16 * 33 and not found.opens
-    assert {"int8": "int-quantized", "nvfp4": "nvfp4-pack", "gemv": "gemv"}.get(name, "") in found.format
+    assert {"int8": "marlin-24", "nvfp4": "mxfp6-pack", "gemv": "gemv"}.get(name, "") in found.format
 
 
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])

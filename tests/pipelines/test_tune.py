@@ -14,7 +14,7 @@ import small_graphs
 import tiny
 from quantcli.cli import app
 from quantcli.cli.app import parse
-from quantcli.errors import InterruptedRunError, UsageError
+from quantcli.errors import InterruptedRunError, ResourceError, UsageError
 from quantcli.folder import read_manifest
 from quantcli.options import Goal, Metric
 from quantcli.pipelines import quantize, tune
@@ -303,6 +303,12 @@ def test_a_killed_search_leaves_what_the_next_one_needs(root, tmp_path):
     found = tune.run(given)
     assert [r for r in found.trials if r.number <= len(before)] == before
     assert len({json.dumps(r.point) for r in found.trials}) == len(found.trials) == 6
+
+
+def test_a_cluster_that_is_not_there(root):
+    pytest.importorskip("ray")
+    with pytest.raises(ResourceError, match=r"the Ray cluster 127\.0\.0\.1:1 cannot be joined"):
+        tune.run(graph_options(root, "-a", "dynamic", "--ray", "127.0.0.1:1", name="nowhere"))
 
 
 def test_records_are_read_back(tmp_path):

@@ -65,6 +65,8 @@ class Method:
     """Further options of `quantize`, and of graphs, that reach it, by field."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Its own options by name."""
+    formats: tuple[str, ...] = ()
+    """As in `--format`, what it stores checkpoints in; with two, the first is for symmetric grids."""
     aliases: tuple[str, ...] = ()
     """What our own command line, or a pass configuration, calls it."""
     warning: str = ""
@@ -75,8 +77,6 @@ class Method:
     """Of graphs: whether onnxruntime runs its result with graph optimizations, as users open it."""
     cuda_only: bool = False
     """Whether it needs a GPU where its backend does not."""
-    reads_back: bool = True
-    """Whether quantcli runs its result; else the backend runs it in its own environment."""
 
 
 @dataclass(frozen=True)

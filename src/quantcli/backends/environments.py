@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -187,8 +188,10 @@ def _steps(backend: Backend, folder: Path, uv: str | None, torch_index: str | No
         make = [uv, "venv", "--allow-existing", "--python", sys.executable, str(folder)]
         add = [uv, "pip", "install", "--python", python]
     else:
-        make = [sys.executable, "-m", "venv", str(folder)]
-        add = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        ours = find_spec("pip") is not None  # ours installs into another environment, which then needs none
+        make = [sys.executable, "-m", "venv", *(["--without-pip"] if ours else []), str(folder)]
+        run = [sys.executable, "-m", "pip", "--python", python] if ours else [python, "-m", "pip"]
+        add = [*run, "install", "--disable-pip-version-check", "--progress-bar", "off"]
     index = ["--extra-index-url", torch_index] if torch_index is not None else []
     steps = [("an empty environment", make)]
     found = pinned(backend)

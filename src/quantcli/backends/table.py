@@ -9,7 +9,11 @@ __all__ = ["BACKENDS"]
 
 _GROUPS = (32, 64, 128, -1)
 _DAMP = Setting(0.05, "share of the Hessian's mean diagonal that is added to it", least=0)
-_ORDER = Setting("none", "desc_act: columns with large inputs first", choices=("none", "desc_act"))
+_ORDER = Setting(
+    "none",
+    "desc_act: columns with large inputs first; dynamic: none, in the words of our own",
+    choices=("none", "dynamic", "desc_act"),
+)
 _HF = ("torch", "transformers")
 
 _GPTQ = Method(
@@ -21,6 +25,7 @@ _GPTQ = Method(
     symmetric=True,
     takes=frozenset({"calibration"}),
     settings={"damp_percent": _DAMP, "order": _ORDER},
+    formats=("gptq",),
 )
 
 BACKENDS: Mapping[str, Backend] = {
@@ -43,6 +48,7 @@ BACKENDS: Mapping[str, Backend] = {
                     grids=(False,),
                     takes=frozenset({"calibration"}),
                     settings={"duo_scaling": Setting(True, "look at the size of weights too, not of inputs alone")},
+                    formats=("awq",),
                 )
             },
             imports=("awq", *_HF),
@@ -65,6 +71,7 @@ BACKENDS: Mapping[str, Backend] = {
                     symmetric=False,
                     grids=(False,),
                     takes=frozenset({"calibration"}),
+                    formats=("awq",),
                 ),
             },
             imports=("gptqmodel", *_HF),
@@ -91,6 +98,7 @@ BACKENDS: Mapping[str, Backend] = {
                         "iters": Setting(200, "steps of training per block", least=1),
                         "batch_size": Setting(8, "rows per step", least=1),
                     },
+                    formats=("gptq", "awq"),
                 )
             },
             imports=("auto_round", *_HF),
@@ -107,6 +115,7 @@ BACKENDS: Mapping[str, Backend] = {
                 "gptq": Method(
                     "GPTQ of weights",
                     (4, 8),
+                    formats=("compressed-tensors",),
                     calibrates=True,
                     group_size=128,
                     group_sizes=_GROUPS,
@@ -117,6 +126,7 @@ BACKENDS: Mapping[str, Backend] = {
                 "rtn": Method(
                     "round to nearest of weights",
                     (4, 8),
+                    formats=("compressed-tensors",),
                     group_size=128,
                     group_sizes=_GROUPS,
                     symmetric=True,
@@ -124,6 +134,7 @@ BACKENDS: Mapping[str, Backend] = {
                 "awq": Method(
                     "AWQ of weights",
                     (4, 8),
+                    formats=("compressed-tensors",),
                     calibrates=True,
                     cuda_only=True,
                     group_size=128,
@@ -131,16 +142,24 @@ BACKENDS: Mapping[str, Backend] = {
                     symmetric=False,
                     takes=frozenset({"calibration"}),
                 ),
-                "w8a8": Method("8-bit integers, weights per row and activations per token", (8,), reads_back=False),
+                "w8a8": Method(
+                    "8-bit integers, weights per row and activations per token",
+                    (8,),
+                    formats=("int-quantized",),
+                ),
                 "smoothquant": Method(
                     "w8a8 behind SmoothQuant",
                     (8,),
+                    formats=("int-quantized",),
                     calibrates=True,
                     takes=frozenset({"calibration"}),
                     settings={"alpha": Setting(0.5, "share of difficulty that weights take, 0 to 1", least=0)},
-                    reads_back=False,
                 ),
-                "fp8": Method("8-bit floats (e4m3), weights per row and activations per token", (8,), reads_back=False),
+                "fp8": Method(
+                    "8-bit floats (e4m3), weights per row and activations per token",
+                    (8,),
+                    formats=("float-quantized",),
+                ),
             },
             imports=("llmcompressor", "compressed_tensors", *_HF),
             packages=("llmcompressor", "compressed-tensors", *_HF),

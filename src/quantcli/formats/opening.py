@@ -45,6 +45,8 @@ class Contents:
     """Whether groups are out of order."""
     online: bool = False
     """Whether rotations are computed at run time."""
+    rounds_cache: bool = False
+    """Whether keys and values are rounded as they enter the cache."""
     mixes: bool = False
     """Whether the bits of each linear are still to be chosen."""
 
@@ -80,6 +82,8 @@ def why_not(reader: Reader, contents: Contents) -> Obstacle | None:
     """The worst of what keeps a reader from a folder; None where it opens it."""
     if contents.online and reader.name != "quantcli":
         return Obstacle("weights expect rotations that quantcli alone computes", "leave --set online=true out")
+    if contents.rounds_cache and reader.graphs and reader.name != "quantcli":
+        return Obstacle("its keys and values are rounded, which no graph of ours does", "leave --kv-cache out")
     takes = reader.formats.get(contents.format)
     if takes is None:
         return Obstacle(f"it does not read {contents.format}", f"use --format {' or '.join(reader.formats)}")
@@ -102,6 +106,13 @@ def _broken(takes: Takes, contents: Contents) -> Iterator[tuple[str, str, str]]:
         yield "embedding", "its embedding is quantized", "leave --quantize-embeddings out"
     if contents.head is not None and not takes.head:
         yield "head", "its output head is quantized", "leave --quantize-lm-head out"
+    if contents.head is not None and contents.head.rows % takes.head_rows:
+        change = "use --format compressed-tensors, or leave --quantize-lm-head out"
+        yield (
+            "head_rows",
+            f"its quantized head's {contents.head.rows} rows are no multiple of {takes.head_rows}",
+            change,
+        )
     if not takes.experts and any(".experts." in name for name in contents.linears):
         change = f"use --format compressed-tensors --group-size {_fitting(takes, packed)}"
         yield "experts", "its experts are quantized one by one", change

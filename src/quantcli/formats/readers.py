@@ -34,6 +34,8 @@ class Takes:
     """Whether groups may be out of order."""
     head: bool = True
     """Whether the output head may be quantized."""
+    head_rows: int = 1
+    """What the rows of a quantized head have to be a multiple of."""
     embedding: bool = False
     """Whether the embedding may."""
     experts: bool = True
@@ -67,21 +69,27 @@ class Reader:
 
 
 _RENAMES = "it renames the model's linears"
+_CONV1D = "it cannot put quantized linears in the place of its Conv1D"
 _LINEARS_ONLY = Takes(embedding=True)
 _BNB = Takes(experts=False)
+_GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 # optimum builds each linear by the scheme of the whole model; a head and experts are left as they were initialized
 _TRANSFORMERS_GPTQ = Takes(
     bits=(2, 3, 4, 8),
+    group_sizes=_GPTQMODEL_GROUPS,
     word=32,
     per_row=False,
     head=False,
     experts=False,
     mixed=False,
     blocks_alike=True,
+    families={"gpt2": _CONV1D},
     silent=("per_row", "head", "experts", "embedding"),
 )
-_TRANSFORMERS_AWQ = Takes(bits=(4,), head=False, experts=False, silent=("head", "experts", "embedding"))
+_TRANSFORMERS_AWQ = Takes(
+    bits=(4,), head=False, experts=False, families={"gpt2": _CONV1D}, silent=("head", "experts", "embedding")
+)
 
 _VLLM_GPTQ = Takes(
     bits=(4, 8),  # 8: loader
@@ -89,6 +97,7 @@ _VLLM_GPTQ = Takes(
     group_sizes=(-1, 32, 64, 128),
     whole_groups=True,
     desc_act=False,
+    head_rows=64,  # it pads the vocabulary to that, and not the scales
     fused=True,
 )
 _VLLM_AWQ = Takes(bits=(4,), group_sizes=(-1, 32, 64, 128), whole_groups=True, head=False, fused=True)
@@ -126,7 +135,13 @@ READERS: Mapping[str, Reader] = {
             "gptqmodel",
             "7.6.0",
             {
-                "gptq": Takes(bits=(2, 3, 4, 8), word=32, families={"mixtral": _RENAMES}, silent=("embedding",)),
+                "gptq": Takes(
+                    bits=(2, 3, 4, 8),
+                    group_sizes=_GPTQMODEL_GROUPS,
+                    word=32,
+                    families={"phi3": _RENAMES, "mixtral": _RENAMES},
+                    silent=("embedding",),
+                ),
                 "awq": Takes(
                     bits=(4,), head=False, families={"phi3": _RENAMES, "mixtral": _RENAMES}, silent=("families",)
                 ),

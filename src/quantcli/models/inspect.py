@@ -68,6 +68,7 @@ def checkpoint_contents(checkpoint: Checkpoint) -> Contents | None:
         embedding=embedding is not None,
         desc_act=bool(config.get("desc_act")),
         online=online,
+        rounds_cache=bool(config.get("kv_cache_scheme")),
     )
 
 

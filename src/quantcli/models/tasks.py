@@ -12,16 +12,19 @@ from quantcli.errors import InputError, first_line
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.load import no_progress_bar, refuse_missing
 
-__all__ = ["GENERATION", "TASKS", "TRANSLATION", "find_task", "load_for_task"]
+__all__ = ["GENERATION", "SEEING", "TASKS", "TRANSLATION", "find_task", "load_for_task"]
 
 GENERATION = "text-generation"
 """Decoder-only language models, which have a pipeline of their own."""
 TRANSLATION = ("text2text-generation", "automatic-speech-recognition")
 """Encoder and decoder."""
+SEEING = "image-text-to-text"
+"""A language model with a tower for images, of which the language model is captured."""
 _CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     GENERATION: ("AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     TRANSLATION[0]: ("AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     TRANSLATION[1]: ("AutoModelForSpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    SEEING: ("AutoModelForImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     "text-classification": (
         "AutoModelForSequenceClassification",
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantcli.backends import BACKENDS, Backend, find_backend
 from quantcli.backends.environments import install, installed, pinned, python_of, remove, state_of
-from quantcli.errors import QuantcliError, UsageError
+from quantcli.errors import InterruptedRunError, QuantcliError, UsageError
 from quantcli.options import BackendsOptions, CalibrationOptions, GraphOptions, QuantizeOptions
 from quantcli.pipelines.external.plan import has_cuda, refuse_processor
 from quantcli.progress import Progress, Silent
@@ -154,6 +154,8 @@ def _check_method(backend: Backend, name: str, model: Path, samples: Path | None
         options = replace(options, calibration=_ROWS)
     try:
         made: Any = run_external(options, Silent())
+    except InterruptedRunError:
+        raise
     except QuantcliError as error:
         return Checked(name, False, error.message + (f" ({error.hint})" if error.hint else ""))
     return Checked(name, True, _brief(made.outputs), round(made.seconds, 1), made.peak_bytes)

@@ -20,7 +20,7 @@ from quantcli.export.accuracy import (
     refuse_other_function,
 )
 from quantcli.export.companions import context_length, copy_tokenizer, probe_tokens, read_tokenizer
-from quantcli.export.matrices import Matrices, load_matrices
+from quantcli.export.matrices import Matrices, find_matrices, load_matrices
 from quantcli.folder import (
     Manifest,
     create_output,
@@ -38,7 +38,7 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
 from quantcli.models.readers import not_in_graphs
 from quantcli.models.source import locate_model
-from quantcli.models.tasks import GENERATION, TASKS, find_task
+from quantcli.models.tasks import GENERATION, SEEING, TASKS, find_task, load_for_task
 from quantcli.options import CaptureOptions
 from quantcli.pipelines import capture_task
 from quantcli.pipelines.capture_task import TaskCaptureResult
@@ -93,7 +93,7 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     folder = locate_model(options.model)
     checkpoint = Checkpoint.open(folder)
     task = _plain(options.task) or find_task(checkpoint.config)
-    if task != GENERATION:
+    if task not in (GENERATION, SEEING):
         return capture_task.run(options, folder, task, progress)
     refuse_online(checkpoint.config, folder, "which no graph of ours computes")
     is_quantized = checkpoint.config.get("quantization_config") is not None
@@ -109,7 +109,10 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             hint="add --exporter torch, or leave --target-opset out",
         )
     tokenizer = read_tokenizer(folder, options.trust_remote_code)
-    exporters = _choose_exporters(options, folder, progress)
+    if task == SEEING:
+        _check_language_part(options)
+        progress.warn("the language model is captured, without the tower that sees: the graph takes text alone")
+    exporters = _choose_exporters(options, folder, progress) if task == GENERATION else ("torch",)
     resolved = asdict(options) | {"output": str(options.output), "precision": options.precision or "fp32"}
     progress.plan(
         "Capture",
@@ -130,7 +133,7 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
             level, check, last = None, None, None
         else:
             text, prompt = probe_tokens(tokenizer)
-            exporter, exact = _write_graph(options, exporters, folder, partial.model, text, prompt, progress)
+            exporter, exact = _write_graph(options, task, exporters, folder, partial.model, text, prompt, progress)
             resolved["exporter"] = exporter
             level, check, last = _choose_level(options, partial.model, text, prompt, exact, progress)
         copy_tokenizer(folder, partial.model)
@@ -181,6 +184,15 @@ def _check_options(options: CaptureOptions) -> None:
                 raise UsageError(f"--{flag.replace('_', '-')} does not apply to --precision fp16, which has no codes")
 
 
+def _check_language_part(options: CaptureOptions) -> None:
+    """Refuses what the language part of a larger model does not take."""
+    if options.exporter == "genai" or options.precision not in (None, "fp32") or options.lm_head_bits in (4, 8):
+        raise UsageError(
+            f"a model of images and text ({SEEING}) is captured by torch.onnx in float32",
+            hint="leave --exporter genai, --precision and --lm-head-bits out, and quantize the graph afterwards",
+        )
+
+
 def _plain(task: str | None) -> str | None:
     """The task without a suffix that others have for graphs with a cache, as ours always are."""
     return task.removesuffix("-with-past") if task is not None else None
@@ -223,6 +235,7 @@ def _choose_exporters(options: CaptureOptions, folder: Path, progress: Progress)
 
 def _write_graph(
     options: CaptureOptions,
+    task: str,
     exporters: tuple[str, ...],
     folder: Path,
     target: Path,
@@ -236,7 +249,11 @@ def _write_graph(
         The exporter, and what the graph did.
     """
     for exporter in exporters:
-        model, matrices = load_matrices(folder, options.trust_remote_code)
+        if task == SEEING:
+            model = load_for_task(folder, options.task, options.trust_remote_code)
+            matrices = find_matrices(model, folder)
+        else:
+            model, matrices = load_matrices(folder, options.trust_remote_code)
         model_type = str(model.config.model_type)
         _round_what_was_asked(options, model, matrices)
         tokens = matrices.shape(matrices.embedding)[0]

@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from quantcli.algorithms import find_chain
 from quantcli.backends import BACKENDS, find_backend
-from quantcli.errors import QuantcliError, UsageError, nearest
-from quantcli.options import CompareOptions, EvaluateOptions, QuantizeOptions
+from quantcli.errors import InterruptedRunError, QuantcliError, UsageError, nearest
+from quantcli.options import CalibrationOptions, CompareOptions, EvaluateOptions, QuantizeOptions
 from quantcli.pipelines import evaluate, inspect, quantize
 from quantcli.pipelines.external.plan import plan_external
 from quantcli.pipelines.graph.source import is_graph
@@ -119,17 +120,20 @@ def _job(options: CompareOptions, word: str, root: Path) -> QuantizeOptions:
         trust_remote_code=options.trust_remote_code,
         force=options.force,
     )
-    if name != _OURS:
-        job = _fitted(job)
+    job = _fitted(job)
+    if name == _OURS:
+        quantize.run(replace(job, dry_run=True))
+    else:
         plan_external(job)
     return job
 
 
 def _fitted(job: QuantizeOptions) -> QuantizeOptions:
     """Without what the method has no choice in: a grid, groups, text."""
-    from quantcli.options import CalibrationOptions
-
-    _, method = find_backend(str(job.backend)).find_method(job.algorithm)
+    if job.backend is None:
+        reads = job.algorithm is None or any(a.calibration != "none" for a in find_chain(job.algorithm))
+        return job if reads else replace(job, calibration=CalibrationOptions())
+    _, method = find_backend(job.backend).find_method(job.algorithm)
     return replace(
         job,
         group_size=job.group_size if method.group_size is not None else None,
@@ -159,6 +163,8 @@ def _enter(
             progress,
         )
         found = inspect.run(job.output)
+    except InterruptedRunError:
+        raise
     except QuantcliError as error:
         progress.warn(f"{word}: {error.message}")
         return Entrant(word, named, failure=error.message), None

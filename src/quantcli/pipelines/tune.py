@@ -102,7 +102,11 @@ def _heap(plan: TunePlan) -> AbstractContextManager[None]:
 
 
 def _runner(options: TuneOptions, progress: Progress) -> Runner:
-    return Here(progress)
+    if options.ray is None:
+        return Here(progress)
+    from quantcli.pipelines.tuning.cluster import Cluster
+
+    return Cluster(options, progress)
 
 
 def _place(loop: Loop, best: Record, partial: PartialFolder, progress: Progress) -> None:

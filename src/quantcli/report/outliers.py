@@ -1,11 +1,14 @@
 """Outlier features of one input of linears, which is what LLM.int8() is about."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LISTED_CHANNELS", "OutlierReport"]
+from quantcli.tensors.outliers import OutlierCounts
 
-LISTED_CHANNELS = 32
-"""So many are named."""
+__all__ = ["OutlierReport"]
+
+_LISTED = 32
+"""So many channels are named."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class OutlierReport:
     outlier_columns: int
     """Channels in which some token reached the threshold: they are multiplied in 16 bits."""
     channels: list[int]
-    """Which, the one with most tokens first; at most `LISTED_CHANNELS`."""
+    """Which, the one with most tokens first; at most 32."""
     tokens: int
     """How many were seen."""
     touched: float
@@ -32,3 +35,20 @@ class OutlierReport:
     """Largest magnitude of all."""
     scaled: bool = False
     """Whether a transform divided the input afterwards."""
+
+    @classmethod
+    def of(cls, linears: Sequence[str], counts: OutlierCounts, *, scaled: bool = False) -> "OutlierReport":
+        """What was counted of the input of these linears."""
+        channels, tokens = counts.columns(), max(counts.tokens, 1)
+        return cls(
+            linears=[*linears],
+            threshold=counts.threshold,
+            columns=len(counts.hits),
+            outlier_columns=len(channels),
+            channels=channels[:_LISTED],
+            tokens=counts.tokens,
+            touched=counts.touched / tokens,
+            most_frequent=float(counts.hits.max()) / tokens,
+            largest=float(counts.largest.max()),
+            scaled=scaled,
+        )

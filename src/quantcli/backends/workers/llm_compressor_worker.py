@@ -1,7 +1,6 @@
 """llm-compressor on a checkpoint, stored as compressed-tensors."""
 
 import numpy as np
-import torch
 import worker_job
 
 
@@ -26,8 +25,6 @@ def quantize(job):
     oneshot(**{k: v for k, v in arguments.items() if v is not None})
     job.step(job.method, 1, 1)
     model.save_pretrained(job.output, save_compressed=True)
-    if job.judge is not None:
-        _judge(job)
 
 
 def _recipe(job):
@@ -61,16 +58,6 @@ def _recipe(job):
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     return [SmoothQuantModifier(smoothing_strength=job.settings["alpha"]), whole]
-
-
-def _judge(job):
-    """Logits of the written folder, as transformers runs it here."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(job.output, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        rows = torch.from_numpy(np.load(job.judge))
-        np.save(job.judged, np.stack([model(row[None]).logits[0].float().numpy() for row in rows]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.algorithms import Algorithm, find_chain
+from quantcli.backends import find_backend
 from quantcli.cli.aliases import rewrite
+from quantcli.cli.configuration.backend_passes import BACKEND_PASSES
 from quantcli.cli.configuration.keys import Pass, Variants
 from quantcli.cli.configuration.passes import OTHER_TYPES, PASSES
 from quantcli.cli.configuration.read import read_json
@@ -79,7 +81,7 @@ def expand(args: Sequence[str], flags: Mapping[str, bool], names: Mapping[str, s
     path = Path(files[0].words[1])
     typed = [item for item in items if item.sets != "config"]
     for item in typed:
-        if item.sets == "algorithm" and len(item.words) == 2:
+        if item.sets == "algorithm" and len(item.words) == 2 and not any(i.sets == "backend" for i in typed):
             find_chain(item.words[1])  # what is wrong with it is not the file's fault
     read = read_json(path)
     said = _read(path, read.values, typed, flags, names)
@@ -163,9 +165,9 @@ class _Reader:
         items = self._joined([label for label, _ in passes], [items for items, _, _ in parts])
         notes = [*around.told(), *(note for _, said, _ in parts for note in said.told())]
         chosen = _value([*items, *self.typed], "algorithm")
-        chain = find_chain(chosen)
+        chain = find_chain(chosen) if self.backend is None else []
         data = [(source, spec.data_hint) for _, said, spec in parts for source in said.data]
-        if any(algorithm.calibration != "none" for algorithm in chain):
+        if self._calibrates(chosen, chain):
             items += self._data(data, defined, notes)
         else:
             idle = [item for item in items if item.sets in _SAMPLES]
@@ -174,6 +176,16 @@ class _Reader:
                 notes.append(f"-a {chosen} reads no data, what it says of data has nothing to do")
         outer = self._ours(around.words, notes)
         return _Words(self._allowed(_once("the file", [*outer, *items]), chain, notes), notes)
+
+    @property
+    def backend(self) -> str | None:
+        """The package that was named to do it."""
+        return next((item.words[1] for item in self.typed if item.sets == "backend" and len(item.words) == 2), None)
+
+    def _calibrates(self, chosen: str, chain: Sequence[Algorithm]) -> bool:
+        if self.backend is not None:
+            return find_backend(self.backend).find_method(chosen)[1].calibrates
+        return any(algorithm.calibration != "none" for algorithm in chain)
 
     def _around(self, values: Mapping[str, Any]) -> tuple[Said, list[tuple[str, Mapping[str, Any]]], dict[str, Any]]:
         """What stands around the passes, the passes by name, the data configurations by name."""
@@ -233,7 +245,7 @@ class _Reader:
                     f'{called}: "config" is an object of the keys that do not stand beside it', hint="leave it out"
                 )
             values |= inner
-        owner, spec = _find(kind, called, values)
+        owner, spec = _find(kind, called, values, BACKEND_PASSES.get(self.backend or "", {}))
         said = Said()
         translate(owner, values, {**spec.keys, **BESIDE}, said)
         base = self._ours(list(spec.words), [])
@@ -294,7 +306,7 @@ class _Reader:
         if typed & {"calibration_inputs", "user_script"}:
             replaced.add("seq_len")
         kept = [item for item in items if item.sets not in replaced]
-        if "algorithm" in typed:
+        if "algorithm" in typed and chain:
             known = {f"set {f.name}" for algorithm in chain for f in fields(algorithm.options)}
             idle = [item for item in kept if item.sets.startswith("set ") and item.sets not in known]
             notes += [f"{shlex.join(item.words)} is left out: it is not of -a {chain[-1].name}" for item in idle]
@@ -302,7 +314,7 @@ class _Reader:
         return kept
 
 
-def _find(kind: str, called: str, values: dict[str, Any]) -> tuple[str, Pass]:
+def _find(kind: str, called: str, values: dict[str, Any], of_backend: Mapping[str, Pass]) -> tuple[str, Pass]:
     """The pass of a type, and what errors call it; takes the key that chooses a variant out of the values."""
     others = {name.lower(): name for name in OTHER_TYPES}
     if kind.lower() in others:
@@ -315,7 +327,7 @@ def _find(kind: str, called: str, values: dict[str, Any]) -> tuple[str, Pass]:
             f"{called}: quantize has no type {kind!r}, {nearest(kind, PASSES)}", hint="see docs/configurations.md"
         )
     name = known[kind.lower()]
-    spec = PASSES[name]
+    spec = of_backend.get(name, PASSES[name])
     if not isinstance(spec, Variants):
         return name, spec
     given = values.pop(spec.key, None)

@@ -20,7 +20,7 @@ from quantcli.cli.configuration.keys import (
     only,
 )
 
-__all__ = ["OTHER_TYPES", "PASSES"]
+__all__ = ["AIMET", "NVMO", "OTHER_TYPES", "PASSES"]
 
 _GRAPH_DATA = "add --calibration-inputs FOLDER of samples, or --data FILE, text for a language model"
 _TUNING = Refused("it is for a search", "use `quantcli tune`, or choose values and leave it out")
@@ -228,7 +228,7 @@ _AWQ_METHODS = {
     (None, "rtn_dq"): ("-a", "rtn"),
     ("dynamic", None): ("-a", "dynamic"),
 }
-_NVMO: Keys = {
+NVMO: Keys = {
     "precision": Key("text", Rename("--bits", {"int4": ("--bits", "4"), "int8": ("--bits", "8")}, only=True)),
     "algorithm": Key("text", Together(("calibration", "calibration_method"), _AWQ_METHODS)),
     "calibration": Key("text", None),
@@ -292,7 +292,7 @@ _TECHNIQUE: Keys = {
         )
     },
 }
-_AIMET: Keys = {
+AIMET: Keys = {
     "techniques": Key("list of objects", Nested(_TECHNIQUE)),
     "precision": _weight_type(*_WEIGHTS),
     "activation_type": _ACTIVATION_TYPE,
@@ -422,8 +422,8 @@ PASSES: Mapping[str, Pass | Variants] = {
     "IncDynamicQuantization": Variants(
         "approach", "dynamic", {name: _INC_PASSES[name] for name in ("dynamic", "weight_only")}
     ),
-    "NVModelOptQuantization": Pass(("-a", "awq"), _NVMO, data_hint=_GRAPH_DATA),
-    "AimetQuantization": Pass(("-a", "static"), _AIMET, data_hint=_GRAPH_DATA),
+    "NVModelOptQuantization": Pass(("-a", "awq"), NVMO, data_hint=_GRAPH_DATA),
+    "AimetQuantization": Pass(("-a", "static"), AIMET, data_hint=_GRAPH_DATA),
 }
 """Type of pass to what it means here."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -26,8 +27,11 @@ from quantcli.graphs.rewrite.prepare import prepare
 from quantcli.graphs.walk.channels import constant_of, has_weight, scale_columns, weight_columns, weight_width
 from quantcli.graphs.walk.origins import shapes_of
 from quantcli.tensors.channels import Channels
+from quantcli.tensors.outliers import OutlierCounts
 
-__all__ = ["Place", "Smoothed", "smooth"]
+__all__ = ["Place", "Smoothed", "find_places", "look", "smooth"]
+
+_Seen = TypeVar("_Seen", Channels, OutlierCounts)
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,15 @@ def smooth(
         ready = Path(name) / "ready.onnx"
         conversion = prepare(source, ready).conversion
         model = open_graph(ready)
-        places = _places(model, [*include], [*exclude])
+        chosen = select_nodes(model, ("MatMul", "Gemm"), (), [*include], [*exclude])
+        places = find_places(model, {str(n.name) for n in chosen})
+        if not places:
+            raise UsageError("no MatMul or Gemm with a constant weight is left to smooth", hint="leave smoothquant out")
         readers = [name for place in places for name in place.names()]
         for pattern in named:
             if not any(re.search(pattern, name) for name in readers):
                 raise UsageError(f"no node that is smoothed is called {pattern!r}, which has an alpha of its own")
-        seen = _look(ready, [p.tensor for p in places], reader, rows)
+        seen = look(ready, [p.tensor for p in places], reader, lambda width: Channels(width, rows))
         folded, multiplied, kept = [], [], []
         shapes = shapes_of(model)
         for place in places:
@@ -136,8 +143,8 @@ def smooth(
     return Smoothed(tuple(folded), tuple(multiplied), tuple(kept), notes)
 
 
-def _places(model: ir.Model, include: list[str], exclude: list[str]) -> list[Place]:
-    chosen = {n.name for n in select_nodes(model, ("MatMul", "Gemm"), (), include, exclude)}
+def find_places(model: ir.Model, chosen: Collection[str]) -> list[Place]:
+    """Activations that nodes of these names multiply by constant matrices: MatMul and Gemm of the main graph."""
     readers: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
@@ -145,18 +152,26 @@ def _places(model: ir.Model, include: list[str], exclude: list[str]) -> list[Pla
             continue
         if len(weight.shape) == 2 and node.attributes.get_int("transA", 0) == 0 and node.inputs[0] is not None:
             readers.setdefault(str(node.inputs[0].name), []).append(node)
-    if not readers:
-        raise UsageError("no MatMul or Gemm with a constant weight is left to smooth", hint="leave smoothquant out")
     return [Place(tensor, tuple(nodes)) for tensor, nodes in readers.items()]
 
 
-def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -> dict[str, Channels]:
-    """Runs the samples; tensors of one at a time, of which the largest magnitudes and some rows are kept."""
+def look(ready: Path, names: list[str], reader: CalibrationReader, begin: Callable[[int], _Seen]) -> dict[str, _Seen]:
+    """Runs the samples; tensors of one at a time, of which little is kept.
+
+    Args:
+        ready: Float graph file.
+        names: Tensors to look at.
+        reader: Samples.
+        begin: From a tensor's channels to what gathers of it.
+
+    Raises:
+        InputError: no samples, samples that do not fit, or tensors that are empty or not finite.
+    """
     model = open_graph(ready)
     known = {str(v.name): v for v in model.graph.inputs}
     inside = {str(v.name): v for n in model.graph for v in n.outputs}
     model.graph.outputs[:] = [inside[n] for n in names if n in inside]
-    seen: dict[str, Channels] = {}
+    seen: dict[str, _Seen] = {}
     samples = 0
     with TemporaryDirectory(dir=ready.parent, prefix=".look-") as folder:
         save_graph(model, Path(folder) / "look.onnx")
@@ -170,11 +185,12 @@ def _look(ready: Path, names: list[str], reader: CalibrationReader, rows: int) -
                 if not np.isfinite(array).all():
                     raise InputError(f"{name} holds values that are not finite in sample {samples}")
                 if array.size:
-                    found = seen.setdefault(name, Channels(array.shape[-1], rows))
-                    found.add(torch.from_numpy(np.array(array, np.float32)))
+                    if name not in seen:
+                        seen[name] = begin(array.shape[-1])
+                    seen[name].add(torch.from_numpy(np.array(array, np.float32)))
             samples += 1
     if not samples:
-        raise InputError("there are no samples to smooth activations with")
+        raise InputError("there are no samples to look at activations with")
     unseen = [name for name in names if name not in seen]
     if unseen:
         raise InputError(f"{unseen[0]} was empty in every sample", hint="exclude the nodes that read it")

@@ -16,10 +16,9 @@ from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.planning.targets import is_expert
 from quantcli.progress import Progress
 from quantcli.report.layer import LayerReport
-from quantcli.report.outliers import LISTED_CHANNELS, OutlierReport
+from quantcli.report.outliers import OutlierReport
 from quantcli.tensors.activations import stored_input_scale
 from quantcli.tensors.hessian import Statistics
-from quantcli.tensors.outliers import OutlierCounts
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["FEW_TOKENS", "StageSolver"]
@@ -77,7 +76,8 @@ class StageSolver:
         if place is not None and moments is not None and moments.tokens:
             scale = self._scaling.scale(targets, list(weights.values()), Seen(statistics, moments.channels), place)
         if moments is not None and moments.outliers is not None:
-            self._outliers.append(_outlier_report(targets, moments.outliers, scale is not None))
+            names, scaled = [t.name for t in targets], scale is not None
+            self._outliers.append(OutlierReport.of(names, moments.outliers, scaled=scaled))
         results, reports = solve_linears(targets, weights, algorithm, settings, statistics, scale)
         self._reports += reports
         stored = self._input_scale(targets, moments, scale)
@@ -135,22 +135,6 @@ class StageSolver:
         results, reports = solve_linears([target], weight, rtn, rtn.options(), None)
         self._reports += reports
         return results
-
-
-def _outlier_report(targets: Sequence[Target], counts: OutlierCounts, scaled: bool) -> OutlierReport:
-    channels, tokens = counts.columns(), max(counts.tokens, 1)
-    return OutlierReport(
-        linears=[t.name for t in targets],
-        threshold=counts.threshold,
-        columns=len(counts.hits),
-        outlier_columns=len(channels),
-        channels=channels[:LISTED_CHANNELS],
-        tokens=counts.tokens,
-        touched=counts.touched / tokens,
-        most_frequent=float(counts.hits.max()) / tokens,
-        largest=float(counts.largest.max()),
-        scaled=scaled,
-    )
 
 
 def _statistics(moments: StageMoments) -> Statistics | None:

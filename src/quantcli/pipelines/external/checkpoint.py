@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from quantcli.backends.worker import Work, run_worker
@@ -16,7 +15,6 @@ from quantcli.data.builtin import builtin_texts
 from quantcli.data.calibration import calibration_rows, load_tokenizer
 from quantcli.data.windows import evaluation_windows
 from quantcli.errors import InputError, QuantcliError, UsageError
-from quantcli.evaluate.language_model import open_language_model
 from quantcli.folder import (
     Manifest,
     PartialFolder,
@@ -29,6 +27,9 @@ from quantcli.folder import (
     write_json,
 )
 from quantcli.models.checkpoint import Checkpoint, copy_companions, read_config
+from quantcli.models.layout import find_layout
+from quantcli.models.readers import packed_names, reader_of
+from quantcli.models.skeleton import build_skeleton, disk_name, load_config
 from quantcli.models.source import locate_model
 from quantcli.pipelines.external.plan import ExternalPlan
 from quantcli.pipelines.external.verify import Verified, verify
@@ -55,7 +56,7 @@ class ExternalResult:
     """Bytes of the written weights."""
     parent_size_bytes: int
     bits_per_weight: float | None
-    """Stored bits per quantized weight; None where quantcli does not read the format."""
+    """Stored bits per quantized weight."""
     outputs: Verified
     """What it lost."""
     plan: dict[str, Any]
@@ -95,13 +96,9 @@ def quantize_checkpoint(plan: ExternalPlan, progress: Progress) -> ExternalResul
     with create_output(options.output, plan=identity, inputs=[folder], force=options.force) as partial:
         windows = _windows(folder, checkpoint, options.trust_remote_code)
         job = plan.job() | _rows(plan, folder, digest, partial, progress)
-        judged = partial.state / "judged.npy"
-        if not plan.method.reads_back:
-            np.save(partial.state / "judge.npy", windows.numpy())
-        judge = None if plan.method.reads_back else str(partial.state / "judge.npy")
-        job |= {"input": str(folder.absolute()), "output": str(partial.model), "judge": judge, "judged": str(judged)}
+        job |= {"input": str(folder.absolute()), "output": str(partial.model)}
         work = run_worker(plan.backend, job, partial.state, plan.limits, progress)
-        result = _checked(plan, partial, folder, checkpoint, windows, work)
+        result = _checked(plan, partial, checkpoint, windows, work, progress)
         result = replace(result, seconds=time.perf_counter() - begun, output=options.output)
         write_json(partial.root / "report.json", result.to_dict())
         metrics = {
@@ -161,10 +158,15 @@ def _rows(plan: ExternalPlan, folder: Path, digest: str, partial: PartialFolder,
 
 
 def _checked(
-    plan: ExternalPlan, partial: PartialFolder, folder: Path, original: Checkpoint, windows: Tensor, work: Work
+    plan: ExternalPlan,
+    partial: PartialFolder,
+    original: Checkpoint,
+    windows: Tensor,
+    work: Work,
+    progress: Progress,
 ) -> ExternalResult:
     """Opens and runs what was written; nothing of it but weights and configuration is kept."""
-    backend = plan.backend.name
+    backend, folder = plan.backend.name, original.folder
     try:
         for path in partial.model.rglob("*"):
             if path.is_symlink():
@@ -173,7 +175,7 @@ def _checked(
         written.require_finite()
         if written.config.get("quantization_config") is None:
             raise InputError("its config.json has no quantization_config")
-        outputs = _run(plan, partial, folder, windows)
+        outputs = verify(folder, partial.model, windows, plan.options.trust_remote_code)
     except InputError as error:
         raise QuantcliError(f"{backend} wrote no model that runs: {error.message}") from error
     size = written.size_bytes
@@ -184,15 +186,7 @@ def _checked(
         )
     _keep_only_model(partial.model)
     copy_companions(folder, partial.model)
-    bits = quantized_bits_per_weight(weight_records(partial.model)) if plan.method.reads_back else None
-    packed = {name.rpartition(".")[0] for name in written.entries}
-    kept = sorted(
-        name.removesuffix(".weight")
-        for name, entry in original.entries.items()
-        if name.endswith("_proj.weight") and len(entry.shape) == 2 and name in written.entries
-        and name.removesuffix(".weight") in packed and written.entries[name].dtype.is_floating_point
-        and plan.method.reads_back
-    )  # fmt: skip
+    bits = quantized_bits_per_weight(weight_records(partial.model))
     return ExternalResult(
         output=plan.options.output,
         seconds=0.0,
@@ -203,27 +197,21 @@ def _checked(
         outputs=outputs,
         plan=plan.to_dict(),
         versions=work.versions,
-        kept=tuple(kept),
+        kept=_kept(plan, original, written, progress),
     )
 
 
-def _run(plan: ExternalPlan, partial: PartialFolder, folder: Path, windows: Tensor) -> Verified:
-    """By our own loader where it reads the format, else from the logits that the backend left."""
+def _kept(plan: ExternalPlan, original: Checkpoint, written: Checkpoint, progress: Progress) -> tuple[str, ...]:
+    """Linears inside of blocks that the backend left float."""
     trust = plan.options.trust_remote_code
-    if plan.method.reads_back:
-        model = open_language_model(partial.model, "cpu", trust)
-        try:
-            return verify(folder, windows, model.logits, "quantcli", trust)
-        finally:
-            model.close()
-    file = partial.state / "judged.npy"
-    if not file.is_file():
-        raise InputError("it left no logits of its result")
-    logits = torch.from_numpy(np.load(file, allow_pickle=False)).float()
-    if logits.ndim != 3 or logits.shape[:2] != windows.shape:
-        raise InputError(f"it left logits of shape {list(logits.shape)}")
-    rest = iter(logits)
-    return verify(folder, windows, lambda _: next(rest), f"{plan.backend.name} in its own environment", trust)
+    skeleton = build_skeleton(original.folder, load_config(original.folder, trust), trust)
+    packed = set(packed_names(written, reader_of(written)))
+    found = (disk_name(f"{name}.weight", skeleton, original.entries) for name in find_layout(skeleton).linears)
+    kept = tuple(sorted({str(name).removesuffix(".weight") for name in found if name} - packed))
+    if kept:
+        few = ", ".join(kept[:5]) + (f" and {len(kept) - 5} more" if len(kept) > 5 else "")
+        progress.warn(f"{few} stay float: {plan.backend.name} left them")
+    return kept
 
 
 def _keep_only_model(folder: Path) -> None:

@@ -16,7 +16,7 @@ __all__ = ["ExternalPlan", "has_cuda", "plan_external", "refuse_processor"]
 
 _ALWAYS = {
     *("model", "output", "algorithm", "settings", "config", "backend", "timeout", "bits", "group_size", "symmetric"),
-    *("device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
+    *("format", "device", "max_memory", "trust_remote_code", "evaluate", "force", "dry_run"),
 }
 _ALWAYS_ON_GRAPHS = {"min_sqnr", "smaller_only"}
 
@@ -93,6 +93,7 @@ def plan_external(options: QuantizeOptions) -> ExternalPlan:
     _refuse_idle(options, backend, name, method)
     if options.device is not None and options.device.split(":")[0] not in backend.processors:
         raise UsageError(f"{backend.name} runs on {' and '.join(backend.processors)} here, not on {options.device}")
+    _refuse_format(options, backend, name, method)
     options = replace(options, algorithm=name, **_scheme(options, backend, name, method))
     plan = ExternalPlan(backend, name, method, _settings(options, backend, name, method), options)
     if not options.dry_run:
@@ -138,6 +139,13 @@ def _refuse_idle(options: QuantizeOptions, backend: Backend, name: str, method: 
             raise UsageError(f"{_flag(spec.name)} has no effect with {what}", hint="leave it out")
 
 
+def _refuse_format(options: QuantizeOptions, backend: Backend, name: str, method: Method) -> None:
+    if options.format is None or options.format in method.formats:
+        return
+    stores = f"stores {' or '.join(method.formats)}" if method.formats else "has no --format"
+    raise UsageError(f"{backend.name}'s {name} {stores}, not {options.format}", hint="leave --format out")
+
+
 def _flag(name: str) -> str:
     return "--" + {"readers": "for", "overrides": "override"}.get(name, name).replace("_", "-")
 
@@ -149,6 +157,12 @@ def _scheme(options: QuantizeOptions, backend: Backend, name: str, method: Metho
     if bits not in method.bits:
         raise UsageError(f"{what} makes {_either(sorted(method.bits))} bits, not {bits}")
     group, symmetric = options.group_size, options.symmetric
+    if options.format is not None and len(method.formats) > 1:
+        wanted = options.format == method.formats[0]
+        if symmetric is not None and symmetric != wanted:
+            grid = "--sym" if wanted else "--asym"
+            raise UsageError(f"--format {options.format} of {what} goes with {grid}", hint="leave one of them out")
+        symmetric = wanted
     if method.group_size is None and group is not None:
         raise UsageError(f"--group-size has no effect with {what}", hint="leave it out")
     if method.group_sizes and group is not None and group not in method.group_sizes:

@@ -5,7 +5,6 @@ cost. A result above that is noise, however its file looks.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.errors import QualityError, QuantcliError
+from quantcli.errors import QualityError
 from quantcli.evaluate.divergence import Scores, score_window
 from quantcli.evaluate.language_model import open_language_model
 
@@ -35,13 +34,11 @@ class Verified:
     """Share of tokens where both have the same first choice."""
     perplexity: float
     reference_perplexity: float
-    by: str
-    """Who ran it."""
 
     def __str__(self) -> str:
         """One line for people."""
         return (
-            f"beside the original on {self.windows} windows of {self.tokens} tokens, run by {self.by}: "
+            f"beside the original on {self.windows} windows of {self.tokens} tokens: "
             f"KL {self.kl:.4f}, top-1 {self.top1:.1%}, perplexity {self.perplexity:.2f} "
             f"(original {self.reference_perplexity:.2f})"
         )
@@ -51,33 +48,31 @@ class Verified:
         return asdict(self)
 
 
-def verify(
-    original: Path, windows: Tensor, logits_of: Callable[[Tensor], Tensor], by: str, trust_remote_code: bool
-) -> Verified:
+def verify(original: Path, made: Path, windows: Tensor, trust_remote_code: bool) -> Verified:
     """Scores a result.
 
     Args:
         original: Folder of the float model.
+        made: Folder of the result.
         windows: [W, T] int64.
-        logits_of: Logits [T, V] float32 of the result for tokens [T].
-        by: Who runs the result, in words.
         trust_remote_code: Run model code that the original brings along.
 
     Raises:
-        InputError: logits that are not numbers, or another vocabulary.
-        QualityError: the result is noise.
+        InputError: the result cannot be opened, gives logits that are not numbers, or has another vocabulary.
+        QualityError: it is noise.
     """
     scores, entropy = Scores(), []
     model = open_language_model(original, "cpu", trust_remote_code)
     try:
-        for window in windows:
-            reference = model.logits(window)
-            theirs = logits_of(window)
-            if not bool(theirs.isfinite().all()):
-                raise QuantcliError(f"the result, run by {by}, gives logits that are not numbers")
-            score_window(scores, window, theirs, reference)
-            log = torch.log_softmax(reference[:-1], dim=1)
-            entropy.append(-(log.exp() * log).nan_to_num(0.0).sum(1, dtype=torch.float64))
+        result = open_language_model(made, "cpu", trust_remote_code)
+        try:
+            for window in windows:
+                reference = model.logits(window)
+                score_window(scores, window, result.logits(window), reference)
+                log = torch.log_softmax(reference[:-1], dim=1)
+                entropy.append(-(log.exp() * log).nan_to_num(0.0).sum(1, dtype=torch.float64))
+        finally:
+            result.close()
     finally:
         model.close()
     uniform = math.log(reference.shape[1]) - float(torch.cat(entropy).mean())
@@ -89,7 +84,6 @@ def verify(
         scores.top1_agreement,
         scores.perplexity,
         scores.reference_perplexity,
-        by,
     )
     if not found.kl < uniform:
         raise QualityError(

@@ -120,7 +120,7 @@ class Attempts:
     def _take_int8(self, best: Any) -> Any:
         """The faster of two sessions: weights of uint8, or of int8 on that grid; as they are where one was asked."""
         asked = self._plan.options.settings.get("weight_type") is not None or self._plan.options.bits is not None
-        if asked or self._settings.weight_type != "uint8":
+        if asked or getattr(self._settings, "weight_type", None) != "uint8":
             return best
         grid = "asym" if self._settings.weight_grid == "auto" else self._settings.weight_grid
         before, self._settings = self._settings, replace(self._settings, weight_type="int8", weight_grid=grid)

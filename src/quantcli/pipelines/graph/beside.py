@@ -6,7 +6,7 @@ lose most go back to float, as few as a search of bounded length finds. Nothing 
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -194,12 +194,26 @@ def hold_outputs(
                 raise
             returned[name] = error.message
             progress.warn(f"{name} stays float: {error.message}")
-    wanting, bound = limit.wanting(found)
+    held = Held(made, found, returned)
+    held = _reach(held, attempt, run, ranked, replace(limit, gate=None), progress)
+    return held if limit.gate is None else _reach(held, attempt, run, ranked, limit, progress)
+
+
+def _reach(
+    held: Held[Made],
+    attempt: Callable[[tuple[str, ...]], Made],
+    run: Callable[[], SideBySide | None],
+    ranked: Callable[[Made, tuple[str, ...]], Sequence[str]],
+    limit: Limit,
+    progress: Progress,
+) -> Held[Made]:
+    """The graph with as many more nodes in float as the limit takes; arguments as of `hold_outputs`."""
+    returned = held.returned
+    wanting, bound = limit.wanting(held.outputs)
     if not wanting:
-        return Held(made, found, returned)
-    gated = not (found is not None and found.below(limit.least_db))
+        return held
     progress.note(f"{'; '.join(wanting)}, the limit is {bound}; nodes go back to float")
-    order = [name for name in ranked(made, tuple(returned)) if name not in returned]
+    order = [name for name in ranked(held.made, tuple(returned)) if name not in returned]
     with progress.track("Nodes back to float", _ATTEMPTS) as task:
 
         def holds(some: Sequence[str]) -> Outcome[Made] | None:
@@ -207,9 +221,9 @@ def hold_outputs(
             return _holds(attempt, run, (*returned, *some), limit)
 
         good = _least(order, holds)
-    if good is None and gated:
+    if good is None and limit.gate is not None:
         progress.warn(f"{wanting[0]}, the goal is {bound}: nodes in float do not get it there")
-        return Held(attempt(tuple(returned)), found, returned)
+        return replace(held, made=attempt(tuple(returned)), outputs=run())
     if good is None:
         raise QualityError(
             f"{wanting[0]}, below {limit.least_db:g} dB, also with nodes in float",

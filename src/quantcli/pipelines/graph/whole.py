@@ -22,6 +22,7 @@ from quantcli.pipelines.graph.feeds import describe_feeds, open_feeds, refuse_fe
 from quantcli.pipelines.graph.output import GraphResult, commit_graph, open_graph_output
 from quantcli.pipelines.graph.plan import GraphPlan
 from quantcli.progress import Progress
+from quantcli.report.outliers import OutlierReport
 
 __all__ = ["IntegerResult", "plan_whole", "quantize_whole"]
 
@@ -47,6 +48,12 @@ class IntegerResult(GraphResult):
     """Errors by node, worst first, and of the outputs, in dB."""
     notes: tuple[str, ...] = ()
     """What there was to say on the way."""
+    outliers: tuple[OutlierReport, ...] = ()
+    """Outlier features of each input, of a method that keeps them out of its product."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json` and the report."""
+        return super().to_dict() | {"outliers": [asdict(outliers) for outliers in self.outliers]}
 
 
 def plan_whole(plan: GraphPlan) -> GraphPlan:
@@ -63,7 +70,7 @@ def plan_whole(plan: GraphPlan) -> GraphPlan:
         name = "--layer-wise" if graph.layer_wise else "--no-quantize-last-matmul"
         name = "--accuracy-level" if graph.accuracy_level else name
         raise UsageError(f"{name} has no effect with {algorithm.name}", hint="leave nodes out with --nodes-exclude")
-    if graph.calibration_cache is not None and algorithm.calibration == "none":
+    if graph.calibration_cache is not None and algorithm.name != "static":
         raise UsageError(f"{algorithm.name} measures no ranges that --calibration-cache could hold", hint="use static")
     if plan.calibrates and not _has_ranges(plan):
         refuse_feeds(options, plan.model.graph, plan.source)
@@ -92,7 +99,7 @@ def _with_flags(plan: GraphPlan) -> Any:
         "encoding": graph.encoding,
     }
     changes = {name: value for name, value in given.items() if value}
-    if options.bits is not None:
+    if options.bits is not None and hasattr(settings, "weight_type"):
         kind = "uint" if settings.weight_type.startswith("uint") else "int"
         changes["weight_type"] = f"{kind}{options.bits}"
     for name, value in changes.items():
@@ -177,6 +184,7 @@ def quantize_whole(
             excluded=excluded,
             comparison=asdict(made.comparison) if made.comparison is not None else None,
             notes=tuple(notes),
+            outliers=tuple(OutlierReport.of(n, counts) for n, counts in getattr(made, "outliers", ())),
         )
         committed = commit_graph(partial, written, source, options, result, progress)
         assert isinstance(committed, IntegerResult)

@@ -85,9 +85,9 @@ def make_plan(options: QuantizeOptions) -> Plan:
         seconds=0.0,
         model_digest=fingerprint(model.folder),
         online=model.online,
-        share=share,
         trainer=trainer,
         dequantized=model.dequantized,
+        share=share,
     )
     plan = _within_positions(plan)
     plan = with_distilling(with_source(with_training(plan), model.config))
@@ -95,6 +95,15 @@ def make_plan(options: QuantizeOptions) -> Plan:
     if options.mixes:
         plan = with_budget(plan)
     return with_memory(plan)
+
+
+def _refuse_format(options: QuantizeOptions, trainer: Step | None) -> None:
+    """What is trained must lie beside the codes."""
+    if trainer is not None and options.format not in trainer.algorithm.formats:
+        raise UsageError(
+            f"{trainer.algorithm.name} trains scales that stand beside codes, which format {options.format} has not",
+            hint=f"use --format {' or '.join(trainer.algorithm.formats)}",
+        )
 
 
 def _within_positions(plan: Plan) -> Plan:
@@ -112,15 +121,6 @@ def _within_positions(plan: Plan) -> Plan:
             hint=f"use --seq-len {limit}",
         )
     return replace(plan, options=replace(plan.options, calibration=replace(calibration, seq_len=limit)))
-
-
-def _refuse_format(options: QuantizeOptions, trainer: Step | None) -> None:
-    """What is trained must lie beside the codes."""
-    if trainer is not None and options.format not in trainer.algorithm.formats:
-        raise UsageError(
-            f"{trainer.algorithm.name} trains scales that stand beside codes, which format {options.format} has not",
-            hint=f"use --format {' or '.join(trainer.algorithm.formats)}",
-        )
 
 
 def _refuse_graph_flags(options: QuantizeOptions) -> None:

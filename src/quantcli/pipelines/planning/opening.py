@@ -100,7 +100,7 @@ def _refuse_quantized(checkpoint: Checkpoint, folder: Path) -> None:
         method = "packed weights"
     if method is not None:
         raise InputError(
-            f"{folder} is already quantized ({method})",
+            f"{folder} is already quantized ({method}); tensors of float32, float16, bfloat16 or float64 are read",
             hint="quantize the original model instead; of quantized ones, FP8, NVFP4 and MXFP4 are dequantized",
         )
 

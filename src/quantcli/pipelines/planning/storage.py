@@ -148,6 +148,7 @@ def _contents(
         embedding=options.quantize_embeddings,
         desc_act=desc_act,
         online=model.online is not None,
+        rounds_cache=options.kv_cache is not None,
         mixes=options.mixes and packs,
     )
 
