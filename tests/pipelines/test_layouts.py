@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import small_graphs
 import tiny
 from quantcli.errors import InputError, UsageError
 from quantcli.models.load import load
@@ -53,6 +54,13 @@ def test_what_a_layout_does_not_have_is_refused(source, tmp_path, options, why, 
     assert why in caught.value.message
     assert hint in (caught.value.hint or "")
     assert not (tmp_path / "q").exists()
+
+
+def test_graphs_have_flags_of_their_own(tmp_path):
+    small_graphs.mlp(tmp_path / "m.onnx")
+    for option in ({"activations": "dynamic"}, {"kv_cache": "fp8"}):
+        with pytest.raises(UsageError, match="is for checkpoints, this is an ONNX graph"):
+            quantize.run(QuantizeOptions(str(tmp_path / "m.onnx"), tmp_path / "q", algorithm="rtn", **option))
 
 
 def test_unknown_words_name_the_nearest(source, tmp_path):

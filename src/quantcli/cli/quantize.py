@@ -8,9 +8,11 @@ from quantcli.cli.evaluate import SIMULATION_STYLES
 from quantcli.cli.flags import parse_duration, parse_settings, parse_size
 from quantcli.errors import UsageError
 from quantcli.options import (
+    ACTIVATIONS,
     DTYPES,
     FORMATS,
     GRAPH_ENCODINGS,
+    KV_CACHES,
     MOE_CALIBRATIONS,
     PRESETS,
     READER_NAMES,
@@ -189,6 +191,8 @@ COMMAND = Command(
         "moe_calibration": FlagStyle(choices=MOE_CALIBRATIONS, metavar="|".join(MOE_CALIBRATIONS)),
         "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
         "format": FlagStyle(choices=FORMATS, metavar="|".join(FORMATS)),
+        "activations": FlagStyle(choices=ACTIVATIONS, metavar="|".join(ACTIVATIONS)),
+        "kv_cache": FlagStyle(choices=KV_CACHES, metavar="|".join(KV_CACHES)),
         "readers": FlagStyle(("--for",), choices=READER_NAMES, metavar="NAME"),
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),

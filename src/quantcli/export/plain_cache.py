@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicIndexedLayer
 
 from quantcli.errors import InputError, first_line
 
@@ -86,16 +85,27 @@ def read_cache(model: Any) -> PlainCache:
         other = next((n for n in ("cache_params", "state", "mems") if getattr(found, n, None) is not None), None)
         why = f"keeps its past as {other!r}, not as keys and values" if other else "keeps no past from token to token"
         raise InputError(f"{kind} {why}: no graph with a key-value cache can be made of it")
-    layers = list(getattr(cache, "layers", ()))
+    if type(cache) is not DynamicCache:
+        raise InputError(f"{kind} keeps a cache of its own kind ({type(cache).__name__}): no graph can be made of it")
+    layers = list(cache.layers)
     for number, layer in enumerate(layers):
-        if isinstance(layer, DynamicIndexedLayer) and getattr(layer, "indexer_keys", None) is not None:
-            raise InputError(f"{kind} keeps indexer keys in layer {number}, which no runtime's cache holds")
+        others = [n for n, v in vars(layer).items() if n.lstrip("_") == n and _holds_tensors(v)]
+        others = [n for n in others if n not in ("keys", "values")]
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not (isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4):
             raise InputError(
                 f"{kind} has recurrent layers (layer {number} is a {type(layer).__name__}): their state is made by a "
                 "loop over positions, which torch.export cannot trace for any number of tokens"
             )
+        if others:
+            raise InputError(
+                f"{kind} keeps {', '.join(others)} in layer {number} beside keys and values, which no runtime has"
+            )
     if not layers:
         raise InputError(f"{kind} keeps a {type(cache).__name__} without layers: no graph can be made of it")
     return PlainCache.of(cache)
+
+
+def _holds_tensors(value: Any) -> bool:
+    held = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(v, Tensor) for v in held)

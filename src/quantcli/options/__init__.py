@@ -15,11 +15,21 @@ from quantcli.options.generate import GenerateOptions
 from quantcli.options.goals import COSTS, METRICS, Goal, Metric
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
-from quantcli.options.quantize import FORMATS, GRAPH_READERS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
+from quantcli.options.quantize import (
+    ACTIVATIONS,
+    FORMATS,
+    GRAPH_READERS,
+    KV_CACHES,
+    MIXED_BITS,
+    PRESETS,
+    READER_NAMES,
+    QuantizeOptions,
+)
 from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 from quantcli.options.tune import SAMPLERS, SETS, TuneOptions
 
 __all__ = [
+    "ACTIVATIONS",
     "ADAPTER_FORMATS",
     "BACKEND_ACTIONS",
     "BACKEND_INSTALLERS",
@@ -32,6 +42,7 @@ __all__ = [
     "GRAPH_OP_TYPES",
     "GRAPH_READERS",
     "INITS",
+    "KV_CACHES",
     "METHODS",
     "METRICS",
     "MIXED_BITS",

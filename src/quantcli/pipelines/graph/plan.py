@@ -40,6 +40,8 @@ _IDLE: Mapping[str, str] = {
     "mixed_bits": "give each matrix its bits by --override",
     "quantize_embeddings": "add Gather to --op-types",
     "format": "use --encoding nbits or qdq",
+    "activations": "use -a static or dynamic",
+    "kv_cache": "leave it out",
     "correct_earlier": "use --layer-wise",
     "dtype": "leave it out: what stays float keeps its type",
     "device": "leave it out: graphs are run on the CPU",
