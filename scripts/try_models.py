@@ -41,9 +41,8 @@ _NOISE = 0.7  # of 4 bits in random weights, beside the float model
 _TOKENS = 24
 
 
-def literal_model(folder: Path, loaded: Any) -> Any:
-    """The float model by `from_pretrained`, with the dequantized matrices of `loaded` written into its parameters."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def literal_model(model: Any, loaded: Any) -> Any:
+    """The float model with the dequantized matrices of `loaded` written into its parameters."""
     stacks = {stack.owner: [] for stack in loaded.stacked.values()}
     for stack in loaded.stacked.values():
         stacks[stack.owner].append(stack)
@@ -82,7 +81,7 @@ def try_method(method: str, folder: Path, output: Path) -> dict[str, Any]:
     loaded = quantcli.load(output, device="cpu")
     tokens = torch.randint(3, 200, (2, _TOKENS), generator=torch.Generator().manual_seed(1))
     moved = bool(result.plan["transforms"])  # whose float weights are no longer the model's
-    reference = quantcli.load(folder, device="cpu") if moved else literal_model(folder, loaded)
+    reference = quantcli.load(folder, device="cpu") if moved else literal_model(build(folder.name), loaded)
     found, expected = logits(loaded, tokens), logits(reference, tokens)
     apart = float((found - expected).norm() / expected.norm())
     if any(isinstance(module, PackedEmbedding) for module in loaded.modules()):

@@ -191,13 +191,13 @@ def _is_router(module: nn.Module, name: str, gates: tuple[str, ...]) -> bool:
 
 
 def _block_list(model: Any) -> str:
-    """The path of the list of modules with linears that stands nearest to the embedding; of several, the largest.
+    """The path of the list of modules with linears that stands nearest to the embedding, and shallowest.
 
-    Entries may be of several classes (attention and state spaces in turns); lists within a block are smaller.
+    Entries may be of several classes (attention and state spaces in turns); lists within a block are deeper.
     """
     names = {id(module): name for name, module in model.named_modules()}
     embedding = names[id(model.get_input_embeddings())].split(".")
-    candidates: list[tuple[int, int, str]] = []
+    candidates: list[tuple[int, int, int, str]] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
@@ -205,10 +205,10 @@ def _block_list(model: Any) -> str:
         if all(sizes):
             parts = name.split(".")
             shared = next((i for i, (x, y) in enumerate(zip(parts, embedding, strict=False)) if x != y), 0)
-            candidates.append((shared, sum(sizes), name))
+            candidates.append((shared, -len(parts), sum(sizes), name))
     if not candidates:
         raise InputError(f"{type(model).__name__} has no repeated blocks with linear layers")
-    return max(candidates)[2]
+    return max(candidates)[3]
 
 
 def _norm_beside(model: nn.Module, blocks: str) -> str | None:
