@@ -10,6 +10,7 @@ from quantcli.errors import UsageError
 from quantcli.options import (
     DTYPES,
     FORMATS,
+    GGUF_TYPES,
     GRAPH_ENCODINGS,
     PRESETS,
     READER_NAMES,
@@ -183,6 +184,7 @@ COMMAND = Command(
         "exclude": FlagStyle(metavar="REGEX"),
         "overrides": FlagStyle(("--override",), metavar="REGEX=KEY=VALUE,...", read=_overrides),
         "format": FlagStyle(choices=FORMATS, metavar="|".join(FORMATS)),
+        "gguf_type": FlagStyle(choices=GGUF_TYPES, metavar="Q4_K_M|...", read=str.lower),
         "readers": FlagStyle(("--for",), choices=READER_NAMES, metavar="NAME"),
         "dtype": FlagStyle(choices=DTYPES, metavar="|".join(DTYPES)),
         "max_memory": FlagStyle(metavar="SIZE", read=parse_size),

@@ -15,7 +15,15 @@ from quantcli.options.generate import GenerateOptions
 from quantcli.options.goals import COSTS, METRICS, Goal, Metric
 from quantcli.options.graph import GRAPH_ENCODINGS, GRAPH_OP_TYPES, GraphOptions
 from quantcli.options.overrides import Override
-from quantcli.options.quantize import FORMATS, GRAPH_READERS, MIXED_BITS, PRESETS, READER_NAMES, QuantizeOptions
+from quantcli.options.quantize import (
+    FORMATS,
+    GGUF_TYPES,
+    GRAPH_READERS,
+    MIXED_BITS,
+    PRESETS,
+    READER_NAMES,
+    QuantizeOptions,
+)
 from quantcli.options.simulation import FLOAT_BITS, SimulationOptions
 from quantcli.options.tune import SAMPLERS, SETS, TuneOptions
 
@@ -28,6 +36,7 @@ __all__ = [
     "DTYPES",
     "FLOAT_BITS",
     "FORMATS",
+    "GGUF_TYPES",
     "GRAPH_ENCODINGS",
     "GRAPH_OP_TYPES",
     "GRAPH_READERS",

@@ -9,6 +9,7 @@ from quantcli.models.layout import weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_distilling, with_memory, with_source, with_training
+from quantcli.pipelines.planning.gguf_types import resolve_gguf
 from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
@@ -34,7 +35,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
             "--float-model is for -a distill of a folder that is quantized already; here the model itself is float",
             hint="leave it out",
         )
-    options = resolve_layout(options)
+    options = resolve_gguf(resolve_layout(options))
     steps = resolve_steps(options)
     trainer = steps.pop() if steps[-1].algorithm.kind == "trainer" else None
     *transforms, rounder = steps
@@ -53,7 +54,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     scaling = next((step for step in transforms if step.algorithm.scope == "stage"), None)
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
-    embedding = find_embedding(options, model)
+    embedding = find_embedding(options, model, storage.gguf)
     device = pick_device(options.device)
     plan = Plan(
         folder=model.folder,
@@ -67,6 +68,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         default=storage.default,
         targets=targets,
         opens=storage.opens,
+        gguf=storage.gguf,
         scaled=scaled,
         embedding=embedding,
         untie_head=model.tied and (model.layout.head in targets or rotation is not None),
