@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import gguf_models
 import tiny
 from quantcli.errors import InputError, UsageError
-from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.gguf.names import regroup, ungroup
 from quantcli.models.gguf.vocabulary import read_vocabulary
 from quantcli.models.linear import PackedEmbedding, QuantizedLinear
 from quantcli.models.load import load
+from quantcli.models.opened import open_checkpoint
 from quantcli.options import CalibrationOptions, EvaluateOptions, Override, QuantizeOptions
 from quantcli.pipelines import evaluate, inspect, quantize
 
@@ -57,7 +57,7 @@ def test_the_file_holds_what_we_load(source, tmp_path, family):
     """Every number of the file, put where llama.cpp's names say, is one of the model that we open."""
     path = run(source(family), tmp_path / "Q", gguf_type="q4_k_m")
     assert [p.name for p in (tmp_path / "Q" / "model").glob("*.safetensors")] == []
-    checkpoint = Checkpoint.open(tmp_path / "Q" / "model")
+    checkpoint = open_checkpoint(tmp_path / "Q" / "model")
     model, seen = load(tmp_path / "Q", device="cpu"), stored(path)
     state = {n: p for n, p in model.named_parameters() if not p.is_meta}
     packed = {f"{n}.weight": m.dequantize() for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
