@@ -1,4 +1,4 @@
-"""GGUF files of ours beside `llama_model_quantize`'s of the same type: `gguf_quality.py --python PYTHON [--types q4_k_m,...]`.
+"""GGUF files of ours beside `llama_model_quantize`'s of the same type: `gguf_quality.py --python PYTHON`.
 
 PYTHON is an interpreter that has llama-cpp-python: it quantizes the float file and scores all files, ours too, in
 llama.cpp itself. Its importance matrix is gathered on the calibration text that our gptq sees. Results are kept in
