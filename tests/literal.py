@@ -132,12 +132,12 @@ def inverse_factor(H, damp):
 
 
 def gptq(W, H, bits, g, S, Z, order, damp=0.01):
-    """Column by column on a static grid; S, Z by group in memory order."""
+    """Column by column on a static grid; S, Z by group in memory order, Z whole or not."""
     U = inverse_factor(H[np.ix_(order, order)], damp)
     V, C = W[:, order].copy(), np.zeros(W.shape)
     for j, k in enumerate(order):
         s, z = S[:, k // g], Z[:, k // g]
-        c = np.clip(np.round(V[:, j] / s) + z, 0, 2**bits - 1)
+        c = np.clip(np.round(V[:, j] / s + z % 1) + np.floor(z), 0, 2**bits - 1)
         V[:, j:] -= np.outer((V[:, j] - (c - z) * s) / U[j, j], U[j, j:])
         C[:, k] = c
     return C

@@ -90,9 +90,11 @@ def public_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_model_folder(path: Path) -> Path:
-    """The folder that holds the model itself: `X/model` for an output folder X of ours, else X."""
+    """The folder that holds the model itself: `X/model` for an output folder X of ours, else X; a GGUF file is one."""
     if not path.exists():
         raise InputError(f"model folder {path} does not exist", hint="give a checkpoint folder or a hub id")
+    if path.suffix == ".gguf" and path.is_file():
+        return path
     if not path.is_dir():
         raise InputError(f"{path} is a file, expected a model folder", hint="give the folder that holds config.json")
     if (path / MANIFEST).is_file() and (path / "model").is_dir():
@@ -118,7 +120,9 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fingerprint(folder: Path, patterns: Sequence[str] = ("*.json", "*.safetensors", "*.onnx", "*.data")) -> str:
+def fingerprint(
+    folder: Path, patterns: Sequence[str] = ("*.json", "*.safetensors", "*.gguf", "*.onnx", "*.data")
+) -> str:
     """Tells one model from another without reading all of it: names, sizes and 64 samples of each file.
 
     It finds changed inputs and keys caches; it is not proof against somebody who means to deceive.

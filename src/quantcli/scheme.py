@@ -42,6 +42,8 @@ class Scheme:
     that divides those of the whole matrix (NVFP4)."""
     block_rows: int = 1
     """Rows that share a scale, beside the columns of a group; a last block of rows may be shorter."""
+    block_type: str | None = None
+    """GGML's type, as q4_k, where a GGUF file holds the grid: `tensors.block_types` says what that means."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -76,7 +78,10 @@ class Scheme:
         return -(-columns // self.columns_per_group(columns))
 
     def bits_per_weight(self, columns: int) -> float:
-        """Stored bits per weight with 16-bit scales and packed zero points; a codebook has scales alone."""
+        """Stored bits per weight with 16-bit scales and packed zero points; a codebook has scales alone.
+
+        Block types say it themselves.
+        """
         if self.codebook is not None:
             scale_bits = 8 + 32 / 256 if self.double_quant else 32.0 if self.scale == "float" else 8.0
             return self.bits + scale_bits * self.group_count(columns) / columns / self.block_rows

@@ -100,6 +100,7 @@ GIVEN = {
         "float_model": (["--float-model", "F"], "F"),
         "kv_cache": (["--kv-cache", "fp8"], "fp8"),
         "activations": (["--activations", "dynamic"], "dynamic"),
+        "gguf_type": (["--gguf-type", "Q4_K_M"], "q4_k_m"),
         "backend": (["--backend", "gptqmodel"], "gptqmodel"),
         "timeout": (["--backend", "gptqmodel", "--timeout", "2h"], 7200.0),
         "correct_earlier": (["--correct-earlier"], True),

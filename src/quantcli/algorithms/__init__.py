@@ -14,9 +14,24 @@ from typing import Any, Literal
 
 from quantcli.errors import UsageError, nearest
 
-__all__ = ["ALGORITHMS", "KEEP_FLOAT", "Algorithm", "Step", "find", "find_chain", "make_options", "make_steps"]
+__all__ = [
+    "ALGORITHMS",
+    "KEEP_FLOAT",
+    "UNIFORM_FORMATS",
+    "Algorithm",
+    "Step",
+    "find",
+    "find_chain",
+    "make_options",
+    "make_steps",
+]
 
 Calibration = Literal["none", "optional", "required"]
+UNIFORM_FORMATS = (
+    "gptq", "awq", "compressed-tensors", "float", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)  # fmt: skip
+"""Formats that hold the grids which most rounders round to."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +57,7 @@ class Algorithm:
     its file."""
     inputs: tuple[str, ...] = ("checkpoint",)
     """Kinds of model it takes: checkpoint, onnx."""
-    formats: tuple[str, ...] = (
-        "gptq", "awq", "compressed-tensors", "float", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
-        "mxfp4-pack-quantized",
-    )  # fmt: skip
+    formats: tuple[str, ...] = UNIFORM_FORMATS
     """Formats that hold its result exactly; the first is taken where none is asked for."""
     scope: Literal["stage", "model", "graph"] = "stage"
     """Of a transform: whether it works on each input of linears as text reaches it, on the model beforehand, or on an

@@ -13,6 +13,7 @@ from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.layout import is_transposed
 from quantcli.models.linear import PackedEmbedding, PackedLinear
 from quantcli.models.load import load
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.readers import packed_names, reader_of
 from quantcli.scheme import Scheme
 from quantcli.tensors.affine import minmax_grid, round_to_grid
@@ -109,7 +110,7 @@ def load_matrices(folder: Path, trust_remote_code: bool) -> tuple[Any, Matrices]
     Raises:
         InputError: the folder is no model that we can read, or damaged.
     """
-    dtype = _stored_dtype(Checkpoint.open(folder))
+    dtype = _stored_dtype(open_checkpoint(folder))
     model = load(folder, device="cpu", dtype=dtype, trust_remote_code=trust_remote_code)
     return model, find_matrices(model, folder)
 
@@ -161,7 +162,7 @@ def replace_by_names(model: Any, matrices: Matrices) -> None:
 
 def _matrix_of(module: nn.Module) -> PackedLinear | Tensor | None:
     if isinstance(module, PackedEmbedding):
-        return module.packed
+        module = module.packed
     if isinstance(module, PackedLinear):
         return module
     if isinstance(module, nn.Linear | nn.Embedding):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from quantcli.formats import awq, bnb, bnb_int8, codes_and_scales, compressed_tensors, dense, gptq
+from quantcli.formats import awq, bnb, bnb_int8, codes_and_scales, compressed_tensors, dense, gguf, gptq
 from quantcli.formats.codec import Codec
 
 __all__ = ["CODECS"]
@@ -16,6 +16,7 @@ CODECS: Mapping[str, Codec] = {
         *codes_and_scales.CODECS,
         bnb.CODEC,
         bnb_int8.CODEC,
+        gguf.CODEC,
         dense.CODEC,
     )
 }

@@ -169,10 +169,13 @@ READERS: Mapping[str, Reader] = {
             graphs=True,
             through="capture-onnx-graph --exporter torch",
         ),
+        Reader("llama.cpp", "of llama-cpp-python 0.3.36, on its CPU", {"gguf": Takes(embedding=True)}),
         Reader(
             "quantcli",
             "this one",
-            dict.fromkeys(("gptq", "awq", "compressed-tensors", *LAYOUTS, "bnb", "bnb-int8", "float"), _LINEARS_ONLY),
+            dict.fromkeys(
+                ("gptq", "awq", "compressed-tensors", *LAYOUTS, "bnb", "bnb-int8", "gguf", "float"), _LINEARS_ONLY
+            ),
             graphs=True,
         ),
     )

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Opens a folder and checks every header.
+        """Opens a folder and checks every header; `models.opened` takes GGUF files too.
 
         Raises:
             InputError: no config, no safetensors weights, or a file that is damaged.
@@ -149,6 +150,12 @@ class Checkpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
+
+    def with_entries(self, entries: dict[str, TensorEntry]) -> "Checkpoint":
+        """The same files, seen as if they held other tensors."""
+        other = copy(self)
+        other.entries = entries
+        return other
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, in memory of its own (no mapping that would count as resident)."""

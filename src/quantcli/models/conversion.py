@@ -151,7 +151,7 @@ class ModelTensors(Checkpoint):
             first, group = self._groups[name]
             return self._convert(first, group)[name]
         if name not in self._pieces:
-            return super().read(name)
+            return self._base.read(name)
         stack, leaf, entry = self._pieces[name]
         if name in self._whole:
             first, group, expert = self._whole[name]

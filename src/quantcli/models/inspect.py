@@ -16,7 +16,7 @@ from quantcli.tensors.inventory import WeightRecord
 
 __all__ = ["checkpoint_contents", "checkpoint_records"]
 
-_FORMATS = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "bnb"}
+_FORMATS = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "bnb", "gguf": "gguf"}
 _BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.")
 _CODES = ("weight", "qweight", "weight_packed", "blocks")
 _SCALES = re.compile(

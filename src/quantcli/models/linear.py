@@ -19,7 +19,7 @@ from quantcli.scheme import Scheme
 from quantcli.tensors.activations import InputRounding
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 
-__all__ = ["PackedEmbedding", "PackedLinear", "QuantizedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "QuantizedLinear", "RowLookup"]
 
 # Rows of input up to which unpacking in registers beats dequantizing and a matrix product, measured on 2 cores.
 _FEW_ROWS = 16
@@ -135,7 +135,15 @@ class QuantizedLinear(nn.Module, ABC):
         return [(n, min(n + step, self.out_features)) for n in range(0, self.out_features, step)]
 
 
-class PackedLinear(QuantizedLinear):
+class RowLookup(QuantizedLinear):
+    """A quantized linear whose rows can be had one by one, so that it may serve as an embedding."""
+
+    @abstractmethod
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The float rows [n, K] float32 of the outputs `numbers` [n] int64."""
+
+
+class PackedLinear(RowLookup):
     """A linear in the layout of GPTQ checkpoints."""
 
     frozen = gptq.PARTS
@@ -218,6 +226,13 @@ class PackedLinear(QuantizedLinear):
         out = scaled_product(x, round_through(self.trained_scales, self.scales.dtype), self)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        """As in the base class."""
+        zero, scale, group = self._zero_scale_group()
+        index = group.long()
+        codes = unpack_on_device(self.qweight[:, numbers], self.bits, self.in_features)
+        return ((codes.float() - zero[:, numbers].float()[index]) * scale[:, numbers][index]).T
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
@@ -292,7 +307,7 @@ class PackedEmbedding(nn.Module):
 
     _like: Tensor
 
-    def __init__(self, weight: PackedLinear, *, dtype: torch.dtype, embed_scale: float | Tensor | None = None):
+    def __init__(self, weight: RowLookup, *, dtype: torch.dtype, embed_scale: float | Tensor | None = None):
         """Wraps packed codes of a [vocabulary, hidden] matrix.
 
         Args:
@@ -309,10 +324,6 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Looks rows up: ids [...] int64 to [..., hidden]."""
-        packed, flat = self.packed, ids.reshape(-1)
-        zero, scale, group = packed._zero_scale_group()
-        index = group.long()
-        codes = unpack_on_device(packed.qweight[:, flat], packed.bits, packed.in_features)
-        rows = (codes.float() - zero[:, flat].float()[index]) * scale[:, flat][index]
-        rows = rows.T.to(self._like.dtype).reshape(*ids.shape, self.embedding_dim)
+        rows = self.packed.rows(ids.reshape(-1))
+        rows = rows.to(self._like.dtype).reshape(*ids.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * torch.as_tensor(self.embed_scale).to(rows)

@@ -22,10 +22,12 @@ from quantcli.models.attention import round_cache
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.conversion import ModelTensors, as_in_model
 from quantcli.models.dequantized import MXFP4, as_float
+from quantcli.models.gguf.checkpoint import GgufCheckpoint
 from quantcli.models.layout import Layout, find_layout, is_linear, weight_shape
-from quantcli.models.linear import PackedEmbedding, PackedLinear, QuantizedLinear
+from quantcli.models.linear import PackedEmbedding, QuantizedLinear, RowLookup
 from quantcli.models.machine import pick_device
 from quantcli.models.online import OnlineRotations, rotate_inputs
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.readers import packed_names, read_packed, reader_of
 from quantcli.models.simulate import simulate
 from quantcli.models.skeleton import build_skeleton, first_names, load_config
@@ -66,13 +68,13 @@ def load(
         UsageError: there is no such device or dtype, or the simulation does not fit the model.
     """
     path = resolve_model_folder(Path(folder))
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     checkpoint.require_finite()
     place = pick_device(None if device is None else str(device))
     kind = _choose_dtype(dtype, checkpoint.config, place)
     online = OnlineRotations.of(checkpoint.config)
     simulates = simulation is not None and simulation.simulates
-    whole = checkpoint.config.get("quantization_config") is None
+    whole = not isinstance(checkpoint, GgufCheckpoint) and checkpoint.config.get("quantization_config") is None
     if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == MXFP4:
         checkpoint = as_float(checkpoint)
     if whole and online is None and not simulates:
@@ -210,7 +212,10 @@ def _round_cache(model: Model, layout: Layout, checkpoint: Checkpoint, placed: M
 
 def _skeleton(checkpoint: Checkpoint, packed: list[str], trust_remote_code: bool) -> Model:
     """The model without weights, its head untied where the checkpoint brings one of its own."""
-    config = load_config(checkpoint.folder, trust_remote_code)
+    if isinstance(checkpoint, GgufCheckpoint):
+        config = checkpoint.model_config()
+    else:
+        config = load_config(checkpoint.folder, trust_remote_code)
     # a head of its own stands at the top level: lm_head, embed_out
     if any("." not in name for name in packed):
         config.tie_word_embeddings = False
@@ -232,7 +237,7 @@ def _with_weights(checkpoint: Checkpoint, packed: list[str], parts: Iterable[str
     for name in packed:
         any_part = next(checkpoint.entries[f"{name}.{part}"] for part in parts if f"{name}.{part}" in checkpoint)
         entries[f"{name}.weight"] = any_part
-    return Checkpoint(checkpoint.folder, checkpoint.config, entries)
+    return checkpoint.with_entries(entries)
 
 
 def _refuse_unknown(folder: Path, unknown: list[str], packed: list[str], mark: str) -> None:
@@ -257,7 +262,7 @@ def _replace(model: Model, name: str, layer: QuantizedLinear, dtype: torch.dtype
         raise InputError(f"{where} holds {list(shape)} weights, the model expects {list(expected)}")
     new: nn.Module = layer
     if isinstance(old, nn.Embedding):
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, RowLookup):
             raise InputError(f"{where} is an embedding on a codebook, which is not read")
         new = PackedEmbedding(layer, dtype=dtype, embed_scale=getattr(old, "embed_scale", None))
     else:

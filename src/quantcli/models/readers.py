@@ -1,5 +1,6 @@
 """How the linears of each `quant_method` are found and read: one table, which `load` and `inspect` go by."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ from quantcli.formats import (
     compressed_config,
     compressed_tensors,
     fp8,
+    gguf,
     gptq,
     olive,
 )
 from quantcli.formats.bitpack import packed_words
+from quantcli.models.block_linear import BlockLinear, block_size
 from quantcli.models.checkpoint import Checkpoint, TensorEntry
 from quantcli.models.codebook_linear import CodebookLinear
 from quantcli.models.float_linear import FloatLinear
@@ -27,6 +30,7 @@ from quantcli.models.int8_linear import Int8Linear
 from quantcli.models.linear import PackedLinear, QuantizedLinear
 from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
 from quantcli.tensors.activations import InputRounding
+from quantcli.tensors.block_types import BLOCK_TYPES, scheme_of
 from quantcli.tensors.codebook import VALUES
 from quantcli.tensors.quantized import QuantizedTensor
 from quantcli.tensors.vectorwise import SCHEME
@@ -310,6 +314,23 @@ def _olive_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, Te
     return scheme, rows, stored * 8 // scheme.bits
 
 
+def _read_gguf(
+    config: Mapping[str, Any], name: str, tensors: dict[str, Tensor], bias: Tensor | None, cache: bool
+) -> BlockLinear:
+    return BlockLinear(tensors[gguf.PART], config["types"][name], bias=bias, cache=cache)
+
+
+def _gguf_linear(config: Mapping[str, Any], name: str, entries: Mapping[str, TensorEntry]) -> tuple[Scheme, int, int]:
+    kind = config["types"][name]
+    rows, size = entries[gguf.PART].shape
+    columns_per_block, block_bytes = block_size(kind)
+    columns = size // block_bytes * columns_per_block
+    if kind in BLOCK_TYPES:
+        return scheme_of(kind), rows, columns
+    bits = re.search(r"\d", kind)
+    return Scheme(int(bits[0]) if bits else 4, 32, block_type=kind), rows, columns
+
+
 READERS: Mapping[str, Reader] = {
     "gptq": Reader(
         "gptq (v1, v2)", ("qweight",), gptq.PARTS, _read_gptq, _gptq_linear, uncounted=("g_idx",), scales="scales"
@@ -354,6 +375,14 @@ READERS: Mapping[str, Reader] = {
         _bnb_linear,
         refuse=_refuse_bnb,
         not_in_graphs=lambda config: "nf4 and fp4 levels are not evenly spaced",
+    ),
+    "gguf": Reader(
+        "gguf",
+        (gguf.PART,),
+        (gguf.PART,),
+        _read_gguf,
+        _gguf_linear,
+        not_in_graphs=lambda config: "GGML's block types have scales of two levels and minimums",
     ),
 }
 """By `quant_method`."""

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from quantcli.folder import write_json
-from quantcli.models.checkpoint import Checkpoint, copy_companions
+from quantcli.models.checkpoint import copy_companions
 from quantcli.models.load import read_packed
 from quantcli.models.marks import without_mark
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.readers import packed_names, reader_of
 from quantcli.models.writer import CheckpointWriter
 
@@ -22,7 +23,7 @@ def write_float(source: Path, target: Path) -> None:
     Raises:
         InputError: a linear that cannot be read.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = open_checkpoint(source)
     reader = reader_of(checkpoint)
     packed = packed_names(checkpoint, reader)
     codes = {f"{name}.{part}" for name in packed for part in reader.parts}

@@ -18,6 +18,7 @@ from quantcli.options.overrides import Override
 from quantcli.options.quantize import (
     ACTIVATIONS,
     FORMATS,
+    GGUF_TYPES,
     GRAPH_READERS,
     KV_CACHES,
     MIXED_BITS,
@@ -38,6 +39,7 @@ __all__ = [
     "DTYPES",
     "FLOAT_BITS",
     "FORMATS",
+    "GGUF_TYPES",
     "GRAPH_ENCODINGS",
     "GRAPH_OP_TYPES",
     "GRAPH_READERS",

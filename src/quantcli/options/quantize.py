@@ -14,19 +14,24 @@ from quantcli.options.regex import compile_regex
 from quantcli.options.simulation import SimulationOptions
 from quantcli.scheme import PER_CHANNEL
 
-__all__ = ["FORMATS", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
+__all__ = ["FORMATS", "GGUF_TYPES", "GRAPH_READERS", "MIXED_BITS", "PRESETS", "READER_NAMES", "QuantizeOptions"]
 
 PRESETS = ("fast", "balanced", "best", "max")
 FORMATS = (
     "gptq", "awq", "compressed-tensors", "int-quantized", "float-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "bnb", "bnb-int8", "float",
+    "mxfp4-pack-quantized", "bnb", "bnb-int8", "gguf", "float",
 )  # fmt: skip
 ACTIVATIONS = ("dynamic", "static", "float")
 KV_CACHES = ("fp8",)
-READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "quantcli")
+READER_NAMES = ("transformers", "gptqmodel", "vllm", "sglang", "peft", "genai", "onnxruntime", "llama.cpp", "quantcli")
 GRAPH_READERS = ("genai", "onnxruntime", "quantcli")
 """Those of the readers that open ONNX graphs."""
 MIXED_BITS = (2, 3, 4, 8)
+GGUF_TYPES = (
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
+    "q6_k", "q8_0",
+)  # fmt: skip
+"""llama.cpp's mixes of block types."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +91,23 @@ class QuantizeOptions:
     """Calibration text."""
     format: str | None = None
     """How linears are stored: gptq (v1), awq (gemm, 4 bits), compressed-tensors (pack-quantized), bnb (bitsandbytes,
-    nf4 and fp4), bnb-int8 (its 8 bits, llm-int8) or float (dequantized, which every tool reads); with activations
-    rounded too int-quantized (W8A8), float-quantized (FP8), nvfp4-pack-quantized or mxfp4-pack-quantized. Default: what
-    can hold the result and most of transformers, gptqmodel and vllm open (or all of --for): gptq where nothing else is
-    said."""
+    nf4 and fp4), bnb-int8 (its 8 bits, llm-int8), gguf (one file for llama.cpp) or float (dequantized, which every tool
+    reads); with activations rounded too int-quantized (W8A8), float-quantized (FP8), nvfp4-pack-quantized or
+    mxfp4-pack-quantized. Default: what can hold the result and most of transformers, gptqmodel and vllm open (or all of
+    --for): gptq where nothing else is said."""
     activations: str | None = None
     """Of a format that rounds activations: dynamic (scales of the values at hand), static (one scale for each input,
     from calibration text; int- and float-quantized) or float (weights only; nvfp4 and mxfp4). Default: dynamic."""
     kv_cache: str | None = None
     """fp8: store scales, from calibration text, by which keys and values are rounded to FP8 as they enter the cache; in
     the formats of compressed-tensors."""
+    gguf_type: str | None = None
+    """Types in a GGUF file, by llama.cpp's name of the mix, as q4_k_m: most tensors q4_k, some q6_k; embedding and
+    output head with them. Default: by --bits, q4_k_m for 4; with --sym q4_0."""
     readers: tuple[str, ...] = ()
-    """Program that has to open the result (repeatable): transformers, gptqmodel, vllm, sglang, peft, genai, onnxruntime
-    or quantcli. Checked before the run; decides format and sym or asym where they are not given."""
+    """Program that has to open the result (repeatable): transformers, gptqmodel, vllm, sglang, peft, genai,
+    onnxruntime, llama.cpp or quantcli. Checked before the run; decides format and sym or asym where they are not
+    given."""
     correct_earlier: bool = False
     """Let each block also correct the error of the blocks before it, where that lowers its held-out error."""
     dtype: str | None = None
@@ -139,6 +148,8 @@ class QuantizeOptions:
             raise UsageError(f"unknown --activations {self.activations!r}, {nearest(self.activations, ACTIVATIONS)}")
         if self.kv_cache is not None and self.kv_cache not in KV_CACHES:
             raise UsageError(f"unknown --kv-cache {self.kv_cache!r}, {nearest(self.kv_cache, KV_CACHES)}")
+        if self.gguf_type is not None and self.gguf_type not in GGUF_TYPES:
+            raise UsageError(f"unknown GGUF type {self.gguf_type!r}, {nearest(self.gguf_type, GGUF_TYPES)}")
         if self.weight_group_size != PER_CHANNEL and self.weight_group_size < 16:
             raise UsageError(f"group size must be 16 or more, or -1 for per channel, got {self.group_size}")
         if self.bits is not None and not 1 <= self.bits <= 8:

@@ -34,8 +34,8 @@ from quantcli.formats.gptq import LOWEST_ZERO
 from quantcli.graphs.checking.read_back import verify_weights
 from quantcli.graphs.model.files import check_external_data
 from quantcli.graphs.weights.accuracy_level import change_accuracy_level, count_by_bits
-from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.online import refuse_online
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.readers import not_in_graphs
 from quantcli.models.source import locate_model
 from quantcli.models.tasks import GENERATION, SEEING, TASKS, find_task, load_for_task
@@ -91,7 +91,7 @@ def run(options: CaptureOptions, progress: Progress | None = None) -> CaptureRes
     progress, begin = progress or Silent(), time.perf_counter()
     _check_options(options)
     folder = locate_model(options.model)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     task = _plain(options.task) or find_task(checkpoint.config)
     if task not in (GENERATION, SEEING):
         return capture_task.run(options, folder, task, progress)

@@ -32,6 +32,7 @@ from quantcli.folder import (
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.load import load
 from quantcli.models.online import refuse_online
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.source import locate_model
 from quantcli.options import FinetuneOptions
 from quantcli.pipelines.finetuning.base import find_float_source, place_base
@@ -104,7 +105,7 @@ def run(options: FinetuneOptions, progress: Progress | None = None) -> FinetuneR
     progress, begin = progress or Silent(), time.perf_counter()
     read_settings(options.settings)
     folder = locate_model(options.model)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     refuse_online(checkpoint.config, folder, "for which an adapter would serve nobody but quantcli")
     if (folder.parent / "adapter").is_dir() and folder.name == "model":
         progress.warn(f"{folder.parent / 'adapter'} is not taken along: a new adapter is trained on the base alone")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ONLY_CHECKPOINTS", "FileCheck", "Inspection", "Step", "run", "weight_records", "weight_size_bytes"]
 
-_WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.bin.data")
+_WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data", "*.data", "*.bin.data")
 _MAX_STEPS = 32
 ONLY_CHECKPOINTS = "it opens checkpoints"
 """Why a reader does not open a graph."""
@@ -105,14 +105,14 @@ def run(folder: Path, *, nodes: bool = False) -> Inspection:
     """Looks at a folder or a graph file without loading its weights; digests read every byte.
 
     Args:
-        folder: Model folder, output folder of ours, or .onnx file.
+        folder: Model folder, output folder of ours, or .onnx or .gguf file.
         nodes: Whether to list the nodes of a graph that have weights.
 
     Raises:
         InputError: it holds no model, or is damaged.
         UsageError: nodes of a checkpoint.
     """
-    is_file = folder.suffix == ".onnx" and folder.is_file()
+    is_file = folder.suffix in (".onnx", ".gguf") and folder.is_file()
     model = folder if is_file else resolve_model_folder(folder)
     folder = folder.parent if is_file else folder
     manifest = read_manifest(folder)
@@ -127,7 +127,9 @@ def run(folder: Path, *, nodes: bool = False) -> Inspection:
         format=stored,
         model_type=_model_type(model),
         parameters=parameter_count(records),
-        size_bytes=_file_size_bytes(model, graphs[0].data) if is_file else weight_size_bytes(model),
+        size_bytes=_file_size_bytes(model, graphs[0].data if graphs else set())
+        if is_file
+        else weight_size_bytes(model),
         quantized_bits_per_weight=quantized_bits_per_weight(records),
         bits_per_weight=total_bits_per_weight(records),
         share=None if manifest is None else manifest.metrics.get("share"),
@@ -152,10 +154,10 @@ def weight_records(model: Path) -> list[WeightRecord]:
 def _records(model: Path, graphs: list["GraphContents"]) -> list[WeightRecord]:
     if graphs:
         return [record for graph in graphs for record in graph.records]
-    from quantcli.models.checkpoint import Checkpoint
     from quantcli.models.inspect import checkpoint_records
+    from quantcli.models.opened import open_checkpoint
 
-    return checkpoint_records(Checkpoint.open(model))
+    return checkpoint_records(open_checkpoint(model))
 
 
 def weight_size_bytes(model: Path) -> int:
@@ -170,6 +172,8 @@ def _file_size_bytes(graph: Path, data: set[str]) -> int:
 
 def _read_graphs(model: Path) -> list["GraphContents"]:
     """A graph file, or those of a folder; a checkpoint that also holds an exported graph stays a checkpoint."""
+    if model.suffix == ".gguf":
+        return []
     paths = [model] if model.is_file() else sorted(model.glob("*.onnx"))
     if not paths or (model.is_dir() and any(model.glob("*.safetensors"))):
         return []
@@ -184,10 +188,13 @@ def _describe(model: Path, graphs: list["GraphContents"]) -> tuple[str, str]:
         stored = "ONNX, " + ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in opsets.items())
         genai = (model / "genai_config.json").is_file()  # not beside a file: that is one graph of it
         return ("ONNX Runtime GenAI folder" if genai else "ONNX model"), stored
-    from quantcli.models.checkpoint import Checkpoint
+    from quantcli.models.gguf.checkpoint import GgufCheckpoint
+    from quantcli.models.opened import open_checkpoint
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model)
     config = checkpoint.config.get("quantization_config")
+    if isinstance(checkpoint, GgufCheckpoint):
+        return "GGUF file", f"gguf, {checkpoint.path.name}: {checkpoint.types_in_words()}"
     if not isinstance(config, dict):
         dtypes = sorted({str(e.dtype).removeprefix("torch.") for e in checkpoint.entries.values()})
         return "float checkpoint", f"safetensors, {', '.join(dtypes)}"
@@ -209,16 +216,20 @@ def _opens(model: Path, graphs: list["GraphContents"]) -> dict[str, str | None]:
         missing = {"genai": None if folder else "no genai_config.json stands beside it"}
         return {name: missing.get(name) if name in GRAPH_READERS else ONLY_CHECKPOINTS for name in READER_NAMES}
     from quantcli.formats.opening import opens_in
-    from quantcli.models.checkpoint import Checkpoint
     from quantcli.models.inspect import checkpoint_contents
+    from quantcli.models.opened import open_checkpoint
 
-    contents = checkpoint_contents(Checkpoint.open(model))
+    contents = checkpoint_contents(open_checkpoint(model))
     if contents is None:
         return {}
     return {name: None if why is None else why.words for name, why in opens_in(contents).items()}
 
 
 def _model_type(model: Path) -> str | None:
+    if model.suffix == ".gguf":
+        from quantcli.models.opened import open_checkpoint
+
+        return str(open_checkpoint(model).config["model_type"])
     model = model.parent if model.is_file() else model
     if (model / "config.json").is_file():
         found = read_json(model / "config.json", dict[str, Any], "a model configuration").get("model_type")

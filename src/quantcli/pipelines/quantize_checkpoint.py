@@ -36,6 +36,7 @@ from quantcli.pipelines.rotation.train import RotationReport
 from quantcli.progress import Progress, Silent
 from quantcli.report.layer import LayerReport
 from quantcli.report.outliers import OutlierReport
+from quantcli.tensors.block_types import block_type_of
 from quantcli.tensors.quantized import QuantizedTensor
 
 __all__ = ["QuantizeResult", "evaluate_result", "run"]
@@ -124,6 +125,8 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
                 "the head shared the embedding's matrix and gets codes of its own: the files grow by "
                 f"{own.stored_bytes / 1e6:.1f} MB, since the embedding stays"
             )
+        for note in plan.gguf.notes if plan.gguf is not None else ():
+            progress.warn(note)
         heap, journal, training = Heap(), Journal(partial), None
         if journal.done:
             progress.note(f"continuing after {journal.done} finished blocks")
@@ -145,7 +148,7 @@ def run(options: QuantizeOptions, progress: Progress | None = None, kept: Path |
             progress.warn(f"{plan.folder} has no tokenizer; the output has none either")
         write_json(partial.model / "config.json", result_config(plan))
         work.shards.finish()
-        size = sum(p.stat().st_size for p in partial.model.glob("*.safetensors"))
+        size = sum(p.stat().st_size for kind in ("safetensors", "gguf") for p in partial.model.glob(f"*.{kind}"))
         if size >= plan.checkpoint.size_bytes and plan.codec.unpack is not None:
             raise InputError(
                 f"the result would take {size} bytes, the model takes {plan.checkpoint.size_bytes}",
@@ -269,7 +272,12 @@ def _bits_per_weight(plan: Plan) -> float:
     if not weights:
         return 8.0 * plan.dtype.itemsize
     count = sum(t.rows * t.columns for t in weights)
-    return sum(t.rows * t.columns * t.scheme.bits_per_weight(t.columns) for t in weights) / count
+    return sum(t.rows * t.columns * _stored_bits(t) for t in weights) / count
+
+
+def _stored_bits(target: Target) -> float:
+    kind = block_type_of(target.scheme)
+    return target.scheme.bits_per_weight(target.columns) if kind is None else kind.bits_per_weight
 
 
 class _Run:

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from quantcli.scheme import FLOATS, Scheme
-from quantcli.tensors import affine, codebook, floats, kernels
-from quantcli.tensors.quantized import QuantizedTensor, group_index
+from quantcli.tensors import affine, block_grids, codebook, floats, kernels
+from quantcli.tensors.block_types import fitted_type
+from quantcli.tensors.quantized import BlockScales, QuantizedTensor, group_index
 
-__all__ = ["Grid", "divide_rows", "divides_rows", "find_divisor", "round_nearest", "searched_grid", "span_grid"]
+__all__ = [
+    "Grid",
+    "block_grid",
+    "divide_rows",
+    "divides_rows",
+    "find_divisor",
+    "round_nearest",
+    "searched_grid",
+    "span_grid",
+]
 
 _WIDEST = 1.5
 """Of FP4's search: the largest magnitude on 4, the next to the largest value."""
@@ -30,6 +40,8 @@ class Grid:
     """Z in the weight's dtype; unused with small floats."""
     divisor: Tensor | None = None
     """[1] float32: of FP8 scales."""
+    blocks: BlockScales | None = None
+    """Of GGML's block types, how S and minimums are stored; Z is then the minimum over S, a fraction."""
 
     def steps(self, codes: Tensor, at: Tensor) -> Tensor:
         """What scales multiply, [N, K]: code - zero, or the small float; `at` [K] int64 is the group of each column."""
@@ -45,6 +57,8 @@ class Grid:
 
     def tensor(self, codes: Tensor, group: Tensor) -> QuantizedTensor:
         """Codes [N, K] on it; `group` [K] int32."""
+        if self.blocks is not None:
+            return block_grids.holding(codes, self.scheme, self.blocks)
         if self.scheme.codebook is None:
             scale = self.scale.to(affine.SCALE_DTYPE)
             return QuantizedTensor(codes, scale, self.zero.to(torch.uint8), self.scheme, group)
@@ -56,6 +70,10 @@ class Grid:
 
     def round(self, weight: Tensor) -> QuantizedTensor:
         """Every weight to the nearest code of its group."""
+        if self.blocks is not None:
+            free = self.blocks.d_min is not None
+            nearest = affine.round_to_grid(weight, self.scale, self.zero, self.scheme, float_zeros=free)
+            return self.tensor(nearest.codes, nearest.group)
         if self.scheme.codebook is None:
             return affine.round_to_grid(weight, self.scale, self.zero, self.scheme)
         group = group_index(weight.shape[1], self.scheme, weight.device)
@@ -132,7 +150,8 @@ class Grid:
         scale = self.scale[:, at]
         if self.scheme.codebook is None:
             zero = self.zero[:, at]
-            code = ((column / scale).round() + zero).clamp(0, self.scheme.levels - 1)
+            whole = zero.floor()
+            code = ((column / scale + (zero - whole)).round() + whole).clamp(0, self.scheme.levels - 1)
             return code.to(torch.uint8), (code - zero) * scale
         code = self._nearest(column / scale)
         return code, floats.values(self.scheme.codebook).to(column)[code.long()] * scale
@@ -149,6 +168,13 @@ class Grid:
         return [a.numpy() for a in (found.values, found.bounds, found.codes)]
 
 
+def block_grid(scheme: Scheme, blocks: BlockScales, dtype: torch.dtype) -> Grid:
+    """The grid of a block type whose scales have been chosen."""
+    scale, minimum = blocks.scale().to(dtype), blocks.minimum()
+    zero = torch.full_like(scale, scheme.middle) if minimum is None else minimum.to(dtype) / scale
+    return Grid(scheme, scale, zero, blocks=blocks)
+
+
 def find_divisor(weight: Tensor, scheme: Scheme) -> Tensor | None:
     """[1] float32 by which the FP8 scales of a matrix, or of several that are run as one, are divided, if they are."""
     return floats.tensor_divisor(weight.abs().amax()) if scheme.scale == "e4m3" else None
@@ -163,6 +189,8 @@ def span_grid(weight: Tensor, scheme: Scheme, clip_ratio: float = 1.0, divisor: 
         clip_ratio: The share.
         divisor: Of the whole W's scales; None finds it.
     """
+    if fitted_type(scheme) is not None:
+        return block_grid(scheme, block_grids.fit_blocks(weight, scheme, clip_ratio=clip_ratio), weight.dtype)
     if scheme.codebook is None:
         return Grid(scheme, *affine.minmax_grid(weight, scheme, clip_ratio))
     divisor = find_divisor(weight, scheme) if divisor is None else divisor
@@ -185,6 +213,9 @@ def searched_grid(
     Of FP4 the same ranges are tried, and wider ones; of powers of two the neighbours too. FP8 is about as precise at
     any scale, and takes the range.
     """
+    if fitted_type(scheme) is not None:
+        blocks = block_grids.fit_blocks(weight, scheme, importance, steps=steps, smallest=smallest, refine=refine)
+        return block_grid(scheme, blocks, weight.dtype)
     if scheme.codebook is None:
         found = affine.searched_grid(weight, scheme, importance, steps=steps, smallest=smallest, refine=refine)
         return Grid(scheme, *found)
@@ -210,6 +241,8 @@ def divides_rows(scheme: Scheme) -> bool:
 
 def divide_rows(tensor: QuantizedTensor, rows: Tensor, divisor: Tensor) -> QuantizedTensor:
     """With the weights of row rows[i] divided by divisor[i]: the same codes, other scales, as they are stored."""
+    if tensor.blocks is not None:
+        return block_grids.divide_rows(tensor, rows, divisor)
     scheme = tensor.scheme
     if tensor.codebook is None:
         return affine.divide_rows(tensor, rows, divisor)

@@ -232,7 +232,7 @@ def round_block(
         errors: [N, B], out: (w - q) / U[j, j], which the caller feeds into the later blocks.
         factor: [B, B] the block's part of the upper factor U.
         scale: [N, G].
-        zero: [N, G].
+        zero: [N, G], whole numbers or, where grids begin anywhere, fractions.
         group: [B] group of each column.
         top: Largest code.
     """
@@ -249,7 +249,8 @@ def round_block(
                     s[r], z[r] = scale[first + r, group[j]], zero[first + r, group[j]]
             pivot, w = factor[j, j], tile[j]
             for r in range(_LANES):
-                code[r] = min(max(np.rint(w[r] / s[r]) + z[r], lowest), highest)
+                whole = np.floor(z[r])
+                code[r] = min(max(np.rint(w[r] / s[r] + (z[r] - whole)) + whole, lowest), highest)
                 error[r] = (w[r] - (code[r] - z[r]) * s[r]) / pivot
             for r in range(count):
                 codes[first + r, j], errors[first + r, j] = np.uint8(code[r]), error[r]
@@ -294,7 +295,8 @@ def descend_block(
                     s[r], z[r] = scale[first + r, group[j]], zero[first + r, group[j]]
             pivot, rest, value = hessian[j, j], tile[j], values[j]
             for r in range(_LANES):
-                code[r] = min(max(np.rint((value[r] + rest[r] / pivot) / s[r]) + z[r], lowest), highest)
+                whole, wanted = np.floor(z[r]), (value[r] + rest[r] / pivot) / s[r]
+                code[r] = min(max(np.rint(wanted + (z[r] - whole)) + whole, lowest), highest)
                 new = (code[r] - z[r]) * s[r]
                 step[r] = new - value[r]
                 value[r] = new

@@ -3,6 +3,7 @@
 Symbols: N output rows, K input columns, G groups per row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from quantcli.scheme import Scheme
 from quantcli.tensors import kernels
+from quantcli.tensors.block_kernels import expand_minimum
 
-__all__ = ["NestedScale", "QuantizedTensor", "concatenate_rows", "group_index"]
+__all__ = ["BlockScales", "NestedScale", "QuantizedTensor", "concatenate_rows", "group_index"]
 
 
 def group_index(columns: int, scheme: Scheme, device: torch.device | str = "cpu") -> Tensor:
@@ -46,10 +48,56 @@ class NestedScale:
 
 
 @dataclass(frozen=True)
+class BlockScales:
+    """Scales as integers times a float16 per super-block, of which a row has S: GGML's block types."""
+
+    d: Tensor
+    """[N, S] float16: a group's scale is d of its super-block times its integer."""
+    scales: Tensor
+    """[N, G] int16, never 0; ones where each group has a d of its own."""
+    d_min: Tensor | None = None
+    """[N, S] float16: the same of the minimums; None on symmetric grids."""
+    minimums: Tensor | None = None
+    """[N, G] int16."""
+
+    def scale(self) -> Tensor:
+        """[N, G] float32, as readers compute it."""
+        return _expanded(self.d, self.scales)
+
+    def minimum(self) -> Tensor | None:
+        """[N, G] float32: what is taken away from code * scale."""
+        if self.d_min is None or self.minimums is None:
+            return None
+        return _expanded(self.d_min, self.minimums)
+
+    def rows(self, start: int, stop: int) -> "BlockScales":
+        """Those of the rows [start, stop)."""
+        return self.mapped(lambda part: part[start:stop])
+
+    def to(self, device: torch.device | str) -> "BlockScales":
+        """The same on another device."""
+        return self.mapped(lambda part: part.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "BlockScales":
+        """With each part changed."""
+        d_min, minimums = self.d_min, self.minimums
+        return BlockScales(
+            change(self.d),
+            change(self.scales),
+            None if d_min is None else change(d_min),
+            None if minimums is None else change(minimums),
+        )
+
+
+def _expanded(d: Tensor, integers: Tensor) -> Tensor:
+    return d.float().repeat_interleave(integers.shape[1] // d.shape[1], 1) * integers.float()
+
+
+@dataclass(frozen=True)
 class QuantizedTensor:
     """A quantized [N, K] matrix: dequantized[n, k] = (codes[n, k] - zero[n, g]) * scale[n, g], g = group[k].
 
-    With a codebook it is codebook[codes[n, k]] * scale[n, g].
+    With a codebook it is codebook[codes[n, k]] * scale[n, g], with minimums codes[n, k] * scale[n, g] - minimum[n, g].
     """
 
     codes: Tensor
@@ -71,6 +119,10 @@ class QuantizedTensor:
     """[1] float32: what the FP8 scales of an NVFP4 matrix are divided by; `scale` is what comes out."""
     input_scale: Tensor | None = None
     """[1] float32: what is stored of its input, where that is rounded by it: a scale, or the divisor of FP8 scales."""
+    minimum: Tensor | None = None
+    """[N, G] float32, where grids begin anywhere and not at a whole number of steps; zeros are unused then."""
+    blocks: BlockScales | None = None
+    """How `scale` and `minimum` are stored in GGML's block types; they are what it expands to."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,6 +143,10 @@ class QuantizedTensor:
         """The [N, K] matrix that a loader sees; computed in float32, then cast to `dtype`."""
         if self.codes.device.type == "cpu":
             out = torch.empty(self.codes.shape, dtype=torch.float32)
+            if self.minimum is not None:
+                parts = (self.codes, self.scale, self.minimum, self.group)
+                expand_minimum(*(a.contiguous().numpy() for a in parts), out.numpy())
+                return out.to(dtype)
             kernel, values = (
                 (kernels.expand_codebook, self.codebook)
                 if self.codebook is not None
@@ -103,6 +159,8 @@ class QuantizedTensor:
         scale = self.scale.float()[:, group]
         if self.codebook is not None:
             return (self.codebook[self.codes.long()] * scale).to(dtype)
+        if self.minimum is not None:
+            return (self.codes.float() * scale - self.minimum[:, group]).to(dtype)
         return ((self.codes.float() - self.zero.float()[:, group]) * scale).to(dtype)
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
@@ -113,7 +171,14 @@ class QuantizedTensor:
         if (start, stop) == (0, len(self.codes)):
             return self
         plain = self._with_plain_scales()
-        return replace(plain, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=self.zero[start:stop])
+        return replace(
+            plain,
+            codes=self.codes[start:stop],
+            scale=self.scale[start:stop],
+            zero=self.zero[start:stop],
+            minimum=None if self.minimum is None else self.minimum[start:stop],
+            blocks=None if self.blocks is None else self.blocks.rows(start, stop),
+        )
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
@@ -127,6 +192,8 @@ class QuantizedTensor:
             nested=None if self.nested is None else self.nested.to(device),
             divisor=None if self.divisor is None else self.divisor.to(device),
             input_scale=None if self.input_scale is None else self.input_scale.to(device),
+            minimum=None if self.minimum is None else self.minimum.to(device),
+            blocks=None if self.blocks is None else self.blocks.to(device),
         )
 
     def _with_plain_scales(self) -> "QuantizedTensor":

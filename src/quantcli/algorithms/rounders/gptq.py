@@ -10,6 +10,8 @@ Beyond the paper, each step measured (docs/algorithms.md):
 - grids by a search that weighs squared errors with diag(H);
 - `refit`: for fixed codes, the scales that minimize tr((W-Q) H (W-Q)^T), one G x G system per row;
 - `sweeps`: coordinate descent over the codes under the exact H (QuantEase, https://arxiv.org/abs/2309.01885);
+- on GGML's block types the two-level scales are chosen first, as they will be stored, and errors are fed back through
+  the codes on that grid; `refit` then moves the float16 scales of super-blocks, whose integers stay;
 - correction of earlier layers: where the input of the float model is known, W is first replaced by the least-squares
   map from the quantized model's input to the float output (GPTAQ, https://arxiv.org/abs/2504.02692; Qronos,
   https://arxiv.org/abs/2505.11695).
@@ -21,10 +23,11 @@ does. Left out: mixture of group orders (GAR), which measured behind static act-
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from quantcli.algorithms import Algorithm
+from quantcli.algorithms import UNIFORM_FORMATS, Algorithm
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ __all__ = ["ALGORITHM", "GptqOptions", "quantize"]
 
 _JUDGED_ROWS = 256
 """Rows that decide whether an improvement is kept for a stage: their errors differ by per cents."""
+_SHARED = 3
+"""Rounds of refinement of the scales of super-blocks."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,8 @@ def _grid(weight: Tensor, diagonal: Tensor, scheme: Scheme, options: GptqOptions
 
     if options.grid == "minmax":
         return span_grid(weight, scheme, divisor=divisor)
-    return searched_grid(weight, scheme, diagonal, steps=options.grid_steps, divisor=divisor)
+    refine = 0 if scheme.block_type is None else _SHARED  # scales that many groups share have to be refitted to them
+    return searched_grid(weight, scheme, diagonal, steps=options.grid_steps, refine=refine, divisor=divisor)
 
 
 def _corrected(weight: Tensor, hessian: Tensor, cross: Tensor, upper: Tensor, order: Tensor, share: float) -> Tensor:
@@ -250,19 +256,72 @@ def _round_block(
 
 
 def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Tensor) -> Grid:
-    """For fixed codes, the scales [N, G] that minimize the output error: (P^T H P) s = P^T H w per row.
+    """For fixed codes, the grid whose scales minimize the output error."""
+    at = group.long()
+    if grid.blocks is not None:
+        return _refit_blocks(weight, hessian, codes, grid, group)
 
-    P [K, G] holds a row's C - Z in the column of each weight's group. Kept per row only where the error falls.
+    def levels(rows: slice) -> Tensor:
+        return replace(grid, scale=grid.scale[rows], zero=grid.zero[rows]).steps(codes[rows], at)
+
+    def stored(scale: Tensor) -> Tensor:
+        return grid.rescaled(scale).scale
+
+    # small floats have positive scales
+    fitted = _fit_scales(weight, hessian, levels, grid.scale, group, stored, positive=grid.scheme.codebook is not None)
+    return replace(grid, scale=fitted)
+
+
+def _refit_blocks(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Tensor) -> Grid:
+    """For fixed codes and integers, d and then d_min of every super-block."""
+    from quantcli.tensors.affine import SCALE_DTYPE, stored_scale
+    from quantcli.tensors.grids import block_grid
+
+    blocks, dtype, at = grid.blocks, weight.dtype, group.long()
+    assert blocks is not None
+    minimum, integers, shifts = blocks.minimum(), blocks.scales, blocks.minimums
+    middle = grid.scheme.middle if minimum is None else 0
+    super_block = group // (integers.shape[1] // blocks.d.shape[1])
+
+    def levels(rows: slice) -> Tensor:
+        return (codes[rows].to(dtype) - middle) * integers[rows].to(dtype)[:, at]
+
+    target = weight if minimum is None else weight + minimum.to(dtype)[:, at]
+    d = _fit_scales(target, hessian, levels, blocks.d.to(dtype), super_block, stored_scale)
+    blocks = replace(blocks, d=d.to(SCALE_DTYPE))
+    if blocks.d_min is not None and shifts is not None:
+        target = weight - codes.to(dtype) * blocks.scale().to(dtype)[:, at]
+
+        def minimums(rows: slice) -> Tensor:
+            return -shifts[rows].to(dtype)[:, at]
+
+        d_min = _fit_scales(target, hessian, minimums, blocks.d_min.to(dtype), super_block, stored_scale)
+        blocks = replace(blocks, d_min=d_min.to(SCALE_DTYPE))
+    return block_grid(grid.scheme, blocks, dtype)
+
+
+def _fit_scales(
+    weight: Tensor,
+    hessian: Tensor,
+    levels_of: Callable[[slice], Tensor],
+    scale: Tensor,
+    group: Tensor,
+    stored: Callable[[Tensor], Tensor],
+    positive: bool = False,
+) -> Tensor:
+    """The scales [N, G] that minimize the output error: (P^T H P) s = P^T H w per row.
+
+    P [K, G] holds a row's levels, C - Z as a rule, in the column of each weight's group; `levels_of` gives them [n, K]
+    for a run of rows, `stored` rounds scales to what can be stored. Kept per row only where the error falls.
     """
     import torch
 
-    scale = grid.scale
     order = torch.argsort(group, stable=True)  # columns of one group side by side: sums over groups are sums over runs
     at, groups = group.long()[order], scale.shape[1]
     ends = torch.bincount(at, minlength=groups).cumsum(0).tolist()
     ridge = hessian[order][:, order]
     ridge.diagonal().add_(1e-4 * hessian.diagonal().mean())
-    weight, codes = weight[:, order], codes[:, order]
+    weight = weight[:, order]
     out = torch.empty_like(scale)
 
     def by_group(x: Tensor, count: int) -> Tensor:
@@ -274,8 +333,7 @@ def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Te
     rows = max(1, (1 << 26) // max(groups * groups, weight.shape[1]))
     for first in range(0, weight.shape[0], rows):
         part = slice(first, first + rows)
-        own = replace(grid, scale=scale[part], zero=grid.zero[part])
-        levels = own.steps(codes[part], at)
+        levels = levels_of(part)[:, order]
         right = by_group((weight[part] @ ridge) * levels, groups).double()
         system = right.new_zeros(len(levels), groups, groups)
         for g, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):  # it is symmetric: half is enough
@@ -285,17 +343,15 @@ def _refit(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Te
         trace = system.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
         system.diagonal(dim1=1, dim2=2).add_(1e-9 * trace / groups + 1e-12)
         solved = torch.linalg.solve(system, right)
-        # small floats have positive scales
-        sizes = solved.abs() if grid.scheme.codebook is None else solved
-        usable = torch.isfinite(solved) & (sizes >= 1e-8)
-        candidate = own.rescaled(torch.where(usable, solved, scale[part].double())).scale
+        usable = torch.isfinite(solved) & ((solved if positive else solved.abs()) >= 1e-8)
+        candidate = stored(torch.where(usable, solved, scale[part].double()))
 
         def error(s: Tensor, a: Tensor = system, b: Tensor = right) -> Tensor:
             return torch.einsum("ng,ngh,nh->n", s, a, s) - 2 * (b * s).sum(1)
 
         better = error(candidate) < error(scale[part].double())
         out[part] = torch.where(better[:, None], candidate, scale[part].double()).to(scale.dtype)
-    return replace(grid, scale=out)
+    return out
 
 
 def _descend(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, group: Tensor, options: GptqOptions) -> Tensor:
@@ -323,9 +379,10 @@ ALGORITHM = Algorithm(
     name="gptq",
     kind="rounder",
     summary="error feedback under the Hessian of the layer's input; needs calibration text",
-    bits=(2, 3, 4, 8),
+    bits=(2, 3, 4, 5, 6, 8),
     calibration="required",
     options=GptqOptions,
     run=quantize,
     inputs=("checkpoint", "onnx"),
+    formats=(*UNIFORM_FORMATS, "gguf"),
 )

@@ -2,8 +2,8 @@
 
 llama.cpp's k-quants (https://github.com/ggml-org/llama.cpp/pull/1684) weigh each squared error by how much the weight
 matters: by its own size where there is no data, by the mean square of its input (the "importance matrix") where there
-is. Here the search ends in one scale and one integer zero per group, so that every format can hold it; the super-blocks
-that k-quants put on top of their scales are left out.
+is. Here the search ends in one scale and one integer zero per group, so that every format can hold it. The super-blocks
+that k-quants put on top of their scales are there where the format is GGUF, which holds them (`tensors.block_grids`).
 
 Symbols: W [N, K]; h [K] mean square of each input.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantcli.algorithms import Algorithm
+from quantcli.algorithms import UNIFORM_FORMATS, Algorithm
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,4 +71,5 @@ ALGORITHM = Algorithm(
     options=KquantOptions,
     run=quantize,
     inputs=("checkpoint", "onnx"),
+    formats=(*UNIFORM_FORMATS, "gguf"),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantcli.algorithms import Algorithm
+from quantcli.algorithms import UNIFORM_FORMATS, Algorithm
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,5 +60,6 @@ ALGORITHM = Algorithm(
     run=quantize,
     on_arrays=quantize_array,
     inputs=("checkpoint", "onnx"),
+    formats=(*UNIFORM_FORMATS, "gguf"),
     beats_rtn=False,
 )

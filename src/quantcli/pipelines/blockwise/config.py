@@ -36,11 +36,12 @@ def result_config(plan: Plan) -> dict[str, Any]:
             dtype=plan.float_dtype_of(next(iter(targets.values()))) if targets else plan.dtype,
         )
     )
-    if plan.embedding is not None and quantization is not None:
-        scheme = plan.embedding.scheme
+    embedding = plan.embedding if plan.gguf is None else None  # one where others expect floats
+    if embedding is not None and quantization is not None:
+        scheme = embedding.scheme
         quantization["quantcli"] = {
             "embedding": {
-                "name": plan.embedding.name,
+                "name": embedding.name,
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
                 "sym": scheme.symmetric,
@@ -55,6 +56,6 @@ def result_config(plan: Plan) -> dict[str, Any]:
     if plan.options.dtype != "keep":
         config.pop("torch_dtype", None)
         config["dtype"] = plan.options.dtype
-    if plan.embedding is not None:  # others would take it for one that is missing, and make one up
+    if embedding is not None:  # others would take it for one that is missing, and make one up
         config = add_mark(config, "quantized_embedding", {})
     return config if plan.online is None else plan.online.mark(config)

@@ -14,10 +14,11 @@ from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
 from quantcli.models.skeleton import disk_name
 from quantcli.models.writer import CheckpointWriter
+from quantcli.pipelines.blockwise.gguf_file import join_to_gguf
 from quantcli.pipelines.planning.plan import DTYPES, Plan
 from quantcli.pipelines.planning.target import Target
 from quantcli.tensors.finite import all_finite, require_finite
-from quantcli.tensors.quantized import NestedScale, QuantizedTensor
+from quantcli.tensors.quantized import BlockScales, NestedScale, QuantizedTensor
 
 __all__ = ["ShardWriter"]
 
@@ -65,6 +66,8 @@ class ShardWriter:
         origins = plan.checkpoint.origins
         touched = {origins[disk] for disk in (*quantized, *edited) if disk in origins}
         whole = {origins[disk] for disk in names if disk in origins} - touched
+        if plan.gguf is not None:  # its file has an order of its own
+            whole = set()
         for original in dict.fromkeys(name for origin in whole for name in origin):
             tensor = plan.checkpoint.read_original(original)
             require_finite(tensor, original)
@@ -84,7 +87,10 @@ class ShardWriter:
         self._compare(path, list(quantized.values()), results, tensors)
 
     def finish(self) -> None:
-        """Joins the shards to files of the usual names and writes the index."""
+        """Joins the shards to files of the usual names and writes the index; or to one GGUF file."""
+        if self._plan.gguf is not None:
+            join_to_gguf(self._plan, self._writer.folder)
+            return
         self._writer.finish(len(self._names))
 
     def _compare(
@@ -108,8 +114,9 @@ class ShardWriter:
                 raise AssertionError(f"{path.name}: {target.stem} reads back other than it was computed")
 
     def _codec(self, target: Target) -> Codec:
-        """Embeddings are stored as gptq stores linears."""
-        return CODECS["gptq"] if target is self._plan.embedding else self._plan.codec
+        """Embeddings are stored as gptq stores linears; in a GGUF file all are alike."""
+        apart = target is self._plan.embedding and self._plan.gguf is None
+        return CODECS["gptq"] if apart else self._plan.codec
 
     def _packed(self, target: Target, result: QuantizedTensor) -> dict[str, Tensor]:
         """What is stored of one linear, by the last part of the name."""
@@ -142,7 +149,9 @@ def _assign(plan: Plan) -> list[list[str]]:
 
 
 def _same(read: QuantizedTensor, computed: QuantizedTensor) -> bool:
-    parts = ("codes", "zero", "scale", "group", "codebook", "nested", "divisor", "input_scale")
+    parts = (
+        "codes", "zero", "scale", "group", "codebook", "nested", "divisor", "input_scale", "minimum", "blocks",
+    )  # fmt: skip
     return all(_equal(getattr(read, p), getattr(computed, p)) for p in parts) and all_finite(read.scale)
 
 
@@ -150,6 +159,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         # codes for NaN stand in the codebook of FP8
         return isinstance(b, Tensor) and torch.equal(a.nan_to_num(), b.nan_to_num())
-    if isinstance(a, NestedScale) and isinstance(b, NestedScale):
+    if isinstance(a, NestedScale | BlockScales) and type(a) is type(b):
         return all(_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return bool(a == b)

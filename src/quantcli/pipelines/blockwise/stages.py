@@ -129,10 +129,10 @@ class StageSolver:
         return list(groups.values())
 
     def solve_embedding(self, target: Target) -> dict[str, QuantizedTensor]:
-        """Quantizes an embedding: to the nearest, whatever rounds the linears."""
+        """Quantizes an embedding without data, whatever rounds the linears: to the nearest, or as GGUF's files do."""
         weight = {target.name: read_weight(self._plan.checkpoint, target, target.disk).to(self._plan.device)}
-        rtn = find("rtn")
-        results, reports = solve_linears([target], weight, rtn, rtn.options(), None)
+        rounder = find("rtn" if target.scheme.block_type is None else "kquant")
+        results, reports = solve_linears([target], weight, rounder, rounder.options(), None)
         self._reports += reports
         return results
 

@@ -9,6 +9,7 @@ from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import CalibrationOptions, QuantizeOptions
 from quantcli.pipelines.planning.estimate import with_budget, with_distilling, with_memory, with_source, with_training
+from quantcli.pipelines.planning.gguf_types import resolve_gguf
 from quantcli.pipelines.planning.layout import resolve_layout
 from quantcli.pipelines.planning.opening import open_model
 from quantcli.pipelines.planning.plan import Plan
@@ -35,7 +36,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
             "--float-model is for -a distill of a folder that is quantized already; here the model itself is float",
             hint="leave it out",
         )
-    options = resolve_layout(options)
+    options = resolve_gguf(resolve_layout(options))
     steps = resolve_steps(options)
     trainer = steps.pop() if steps[-1].algorithm.kind == "trainer" else None
     *transforms, rounder = steps
@@ -54,7 +55,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
     scaling = next((step for step in transforms if step.algorithm.scope == "stage"), None)
     scaled = find_scaled(model) if scaling is not None and not targets else {}
     refuse_unmatched(getattr(scaling and scaling.settings, "patterns", ()), targets or scaled)
-    embedding = find_embedding(options, model)
+    embedding = find_embedding(options, model, storage.gguf)
     if options.calibration.moe_calibration != CalibrationOptions.moe_calibration and not model.skeleton.stacked:
         raise UsageError(f"{model.folder} has no experts, --moe-calibration would have no effect", hint="leave it out")
     share = count_share(model.skeleton, model.layout, targets, embedding, options) if targets else None
@@ -73,6 +74,7 @@ def make_plan(options: QuantizeOptions) -> Plan:
         default=storage.default,
         targets=targets,
         opens=storage.opens,
+        gguf=storage.gguf,
         scaled=scaled,
         embedding=embedding,
         untie_head=model.tied and (model.layout.head in targets or rotation is not None),

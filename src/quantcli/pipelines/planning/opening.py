@@ -13,6 +13,7 @@ from quantcli.models.conversion import as_in_model
 from quantcli.models.dequantized import as_float, float_kind
 from quantcli.models.layout import Layout, find_layout, head_size
 from quantcli.models.online import OnlineRotations, refuse_online, rotate_inputs
+from quantcli.models.opened import open_checkpoint
 from quantcli.models.rotate import RotatedCheckpoint, refuse_unrotatable, rotate
 from quantcli.models.skeleton import build_skeleton, check_counts, check_tensors, disk_name, first_names, load_config
 from quantcli.models.source import locate_model
@@ -59,7 +60,7 @@ def open_model(name: str, rotation: Step | None, *, trust_remote_code: bool) -> 
         InputError: it is not a model, is quantized already, or cannot be rotated.
     """
     folder = locate_model(name)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     kind = float_kind(checkpoint.config)
     if kind is not None:
         checkpoint = as_float(checkpoint)

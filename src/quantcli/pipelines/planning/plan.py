@@ -15,6 +15,7 @@ from quantcli.formats.opening import Obstacle
 from quantcli.formats.readers import DEFAULT_READERS
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.models.gathering import Gathering
+from quantcli.models.gguf.planned import GgufPlan
 from quantcli.models.layout import Layout
 from quantcli.models.online import OnlineRotations
 from quantcli.models.skeleton import disk_name
@@ -54,6 +55,8 @@ class Plan:
     default: Scheme
     targets: dict[str, Target]
     """By module path: block linears in order, then the head where it is quantized."""
+    gguf: GgufPlan | None
+    """What the file will hold, where that is a GGUF file."""
     opens: Mapping[str, Obstacle | None]
     """By reader, what keeps it from opening the result; None where nothing does."""
     scaled: dict[str, Target]
@@ -264,7 +267,7 @@ class Plan:
                 [("cache", "FP8, one stored scale for each layer's keys and one for its values")]
                 * bool(self.options.kv_cache)
             ),
-            ("format", self.codec.name),
+            ("format", self.codec.name + (f", {self.options.gguf_type}" if self.gguf is not None else "")),
             ("opens in", self._opens_words()),
             ("linears", f"{len(self.targets)}{self._exceptions()}"),
             *(self.share.rows() if self.share is not None else []),

@@ -89,7 +89,7 @@ def allowed_formats(asked: str | None, algorithm: Algorithm) -> tuple[str, ...]:
         UsageError: it cannot hold what the algorithm makes.
     """
     if asked is None:
-        return tuple(n for n in algorithm.formats if n != "float" and n not in LAYOUTS) or algorithm.formats
+        return tuple(n for n in algorithm.formats if n not in ("float", "gguf", *LAYOUTS)) or algorithm.formats
     if asked not in algorithm.formats:
         able = [a.name for a in algorithms.ALGORITHMS.values() if a.kind == "rounder" and asked in a.formats]
         raise UsageError(

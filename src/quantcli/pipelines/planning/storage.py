@@ -9,14 +9,18 @@ from quantcli.errors import UsageError
 from quantcli.formats import CODECS
 from quantcli.formats.opening import Contents, Obstacle, StoredLinear, opens_in
 from quantcli.formats.readers import DEFAULT_READERS, READERS
+from quantcli.models.gguf.mixes import MIXES
+from quantcli.models.gguf.planned import GgufPlan
 from quantcli.options import MIXED_BITS, QuantizeOptions
 from quantcli.pipelines.mixed_bits.widths import holds_mixed
+from quantcli.pipelines.planning.gguf_types import plan_gguf
 from quantcli.pipelines.planning.layout import weight_scheme
 from quantcli.pipelines.planning.opening import FloatModel
 from quantcli.pipelines.planning.steps import allowed_formats
 from quantcli.pipelines.planning.target import Target
 from quantcli.pipelines.planning.targets import choose_zero_points, find_targets, refuse_format
 from quantcli.scheme import Scheme
+from quantcli.tensors.block_types import scheme_of
 
 __all__ = ["Storage", "choose_storage"]
 
@@ -36,6 +40,8 @@ class Storage:
     targets: dict[str, Target]
     opens: Mapping[str, Obstacle | None]
     """By reader, what keeps it from opening the result; None where nothing does."""
+    gguf: GgufPlan | None = None
+    """What a GGUF file will hold, where that is the format."""
 
     @property
     def silent(self) -> str | None:
@@ -96,6 +102,8 @@ def _grid(options: QuantizeOptions, rounder: Step, name: str) -> bool | None:
     """Whether the grid is symmetric; None on a codebook."""
     if rounder.algorithm.codebook is not None:
         return None
+    if name == "gguf":
+        return options.symmetric
     if options.symmetric is not None or CODECS[name].layout is not None:
         return options.symmetric is not False  # layouts refuse it
     widths = tuple(options.mixed_bits or MIXED_BITS) if options.mixes else (options.weight_bits,)
@@ -123,11 +131,20 @@ def _store(options: QuantizeOptions, model: FloatModel, rounder: Step, name: str
             f"refit fits the scales of single rows, {name} has one for {default.block_rows} of them",
             hint="add --set refit=false",
         )
-    targets = find_targets(options, model, default, algorithm)
+    gguf = None
+    if options.gguf_type is not None:
+        default = scheme_of(MIXES[options.gguf_type])
+        if getattr(rounder.settings, "order", "") in ("dynamic", "desc_act"):
+            raise UsageError(
+                f"order={rounder.settings.order} chooses groups one by one, GGUF's types have scales over several",
+                hint="use order=static or order=none",
+            )
+        gguf = plan_gguf(options, model)
+    targets = find_targets(options, model, default, algorithm, gguf)
     settings = choose_zero_points(rounder.settings, codec, targets)
     refuse_format(codec, options, targets, default, Step(algorithm, settings), model)
     contents = _contents(options, model, default, targets, getattr(settings, "order", "") == "desc_act")
-    return Storage(options, default, settings, targets, opens_in(contents))
+    return Storage(options, default, settings, targets, opens_in(contents), gguf)
 
 
 def _contents(

@@ -12,6 +12,7 @@ from quantcli.errors import InputError, UsageError
 from quantcli.formats import CODECS, gptq
 from quantcli.formats.codec import Codec, Held
 from quantcli.models.experts import Expert
+from quantcli.models.gguf.planned import GgufPlan
 from quantcli.models.layout import is_transposed, weight_shape
 from quantcli.models.skeleton import disk_name
 from quantcli.options import QuantizeOptions
@@ -19,6 +20,7 @@ from quantcli.pipelines.planning.opening import FloatModel
 from quantcli.pipelines.planning.plan import DTYPES
 from quantcli.pipelines.planning.target import Target
 from quantcli.scheme import PER_CHANNEL, Scheme
+from quantcli.tensors.block_types import scheme_of
 
 __all__ = [
     "EMBEDDING_SCHEME",
@@ -38,7 +40,11 @@ _INT8 = Scheme(bits=8, group_size=PER_CHANNEL, symmetric=True)
 
 
 def find_targets(
-    options: QuantizeOptions, model: FloatModel, default: Scheme, algorithm: Algorithm
+    options: QuantizeOptions,
+    model: FloatModel,
+    default: Scheme,
+    algorithm: Algorithm,
+    gguf: GgufPlan | None = None,
 ) -> dict[str, Target]:
     """The linears that are quantized, by module path.
 
@@ -47,6 +53,7 @@ def find_targets(
         model: The linears' model.
         default: The scheme of those that `--override` does not name.
         algorithm: The rounder.
+        gguf: The type of each tensor, where the format is GGUF.
 
     Raises:
         UsageError: patterns that name nothing or leave nothing, bits that the rounder does not make.
@@ -60,6 +67,8 @@ def find_targets(
                 f"{type(skeleton).__name__} has no output head to quantize", hint="drop --quantize-lm-head"
             )
         names.append(layout.head)
+    elif gguf is not None and layout.head is not None and layout.head in gguf.types:
+        names.append(layout.head)
     if algorithm is KEEP_FLOAT:
         return {}
     used: set[str] = set()
@@ -70,10 +79,15 @@ def find_targets(
         if excluded:
             continue
         used.update(override.pattern for override in options.matching(name))
-        scheme = _overridden(options, name, default, algorithm)
+        if gguf is None:
+            scheme = _overridden(options, name, default, algorithm)
+        elif name in gguf.types:
+            scheme = scheme_of(gguf.types[name])
+        else:
+            continue
         module = skeleton.get_submodule(name)
         rows, columns = weight_shape(module)
-        if columns < scheme.group_size and CODECS[options.format or ""].layout is None:
+        if gguf is None and columns < scheme.group_size and CODECS[options.format or ""].layout is None:
             scheme = replace(scheme, group_size=PER_CHANNEL)
         disk = source = disk_name(f"{name}.weight", skeleton, checkpoint.entries)
         embedding = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
@@ -84,6 +98,8 @@ def find_targets(
         size = _stored_bytes(options, rows, columns, scheme, checkpoint.entries[source].dtype)
         clip_ratio = options.clip_ratio(name)
         targets[name] = Target(name, disk, rows, columns, is_transposed(module), scheme, size, clip_ratio)
+    if gguf is not None:
+        used.update(p for p in options.exclude if re.search(p, layout.embedding))
     for pattern in {*options.exclude, *(o.pattern for o in options.overrides)} - used:
         raise UsageError(f"no linear is named like {pattern!r}", hint="see the names with --dry-run --json")
     if not targets:
@@ -128,21 +144,27 @@ def _overridden(options: QuantizeOptions, name: str, default: Scheme, algorithm:
     return scheme
 
 
-def find_embedding(options: QuantizeOptions, model: FloatModel) -> Target | None:
-    """The embedding, where it is quantized.
+def find_embedding(options: QuantizeOptions, model: FloatModel, gguf: GgufPlan | None = None) -> Target | None:
+    """The embedding, where it is quantized; in a GGUF file it is, unless `--exclude` names it.
 
     Raises:
         InputError: the files lack it.
     """
     checkpoint, skeleton, layout = model.checkpoint, model.skeleton, model.layout
-    if not options.quantize_embeddings:
+    scheme = EMBEDDING_SCHEME
+    if gguf is not None:
+        if layout.embedding not in gguf.types or any(re.search(p, layout.embedding) for p in options.exclude):
+            return None
+        scheme = scheme_of(gguf.types[layout.embedding])
+    elif not options.quantize_embeddings:
         return None
     rows, columns = skeleton.get_submodule(layout.embedding).weight.shape
     disk = disk_name(f"{layout.embedding}.weight", skeleton, checkpoint.entries)
     if disk is None:
         raise InputError(f"tensor {layout.embedding}.weight is missing from {checkpoint.folder}")
-    size = gptq.packed_bytes(rows, columns, EMBEDDING_SCHEME)
-    return Target(layout.embedding, disk, rows, columns, False, EMBEDDING_SCHEME, size)
+    packed = CODECS["gptq" if gguf is None else "gguf"].packed_bytes
+    assert packed is not None
+    return Target(layout.embedding, disk, rows, columns, False, scheme, packed(rows, columns, scheme))
 
 
 def _stored_bytes(options: QuantizeOptions, rows: int, columns: int, scheme: Scheme, stored: torch.dtype) -> int:
@@ -224,7 +246,7 @@ def refuse_format(
             raise UsageError(
                 f"format {codec.name} cannot hold {target.name}: {why}", hint=f"use --format {' or '.join(others)}"
             )
-    if options.quantize_embeddings and codec.name != "gptq":
+    if options.quantize_embeddings and codec.name not in ("gptq", "gguf"):
         hint = "use --format gptq" if "gptq" in formats else "leave --quantize-embeddings out"
         raise UsageError(f"format {codec.name} has no quantized embedding", hint=hint)
 

@@ -1,0 +1,1 @@
+"""GGUF files: what llama.cpp calls a model's tensors, numbers and tokens; written, and read as a checkpoint."""
