@@ -174,7 +174,9 @@ def _replace(written: Path) -> None:
 def _kept(plan: ExternalPlan, written: Path, progress: Progress) -> dict[str, str]:
     """Nodes whose weights stayed float."""
     contents = read_contents(written)
-    if not any(record.quantized for record in contents.records):
+    # some leave weights as they are and round them as the graph runs
+    rounds = contents.operators["QuantizeLinear"] + contents.operators["DequantizeLinear"]
+    if not (rounds or any(record.quantized for record in contents.records)):
         raise InputError(f"{plan.backend.name} quantized nothing of {plan.options.model}", hint="see --op-types")
     left = [n for n in contents.nodes if n.op_type in _WEIGHTED and n.dtype in _FLOATS]
     kept: dict[str, str] = {n.name or n.weight: f"left float by {plan.backend.name}" for n in left}
