@@ -8,8 +8,8 @@ import literal
 from quantcli.algorithms import find, make_options
 from quantcli.algorithms.rounders.hqq import HqqOptions, quantize
 from quantcli.errors import UsageError
-from quantcli.formats import CODECS
 from quantcli.formats.codec import Held
+from quantcli.formats.codecs import CODECS
 from quantcli.scheme import Scheme
 from quantcli.tensors import half_quadratic
 from quantcli.tensors.affine import minmax_grid, round_to_grid

@@ -13,7 +13,7 @@ import transformers
 
 import tiny
 from quantcli.cli import app
-from quantcli.formats import CODECS
+from quantcli.formats.codecs import CODECS
 from quantcli.formats.layouts import LAYOUTS
 from quantcli.models.checkpoint import INDEX
 

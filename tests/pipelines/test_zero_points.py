@@ -8,7 +8,7 @@ import quantcli
 from quantcli.algorithms.rounders.hqq import ALGORITHM, HqqOptions
 from quantcli.algorithms.rounders.hqq import quantize as quantize_weight
 from quantcli.errors import UsageError
-from quantcli.formats import CODECS as EVERY_CODEC
+from quantcli.formats.codecs import CODECS as EVERY_CODEC
 from quantcli.models.checkpoint import Checkpoint
 from quantcli.options import Override, QuantizeOptions
 from quantcli.pipelines import quantize

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantcli.errors import InputError
-from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
+from quantcli.formats.codecs import CODECS
 from quantcli.models.skeleton import disk_name
 from quantcli.models.writer import CheckpointWriter
 from quantcli.pipelines.blockwise.gguf_file import join_to_gguf

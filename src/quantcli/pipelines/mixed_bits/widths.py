@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from quantcli.errors import UsageError
-from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec, Held
+from quantcli.formats.codecs import CODECS
 from quantcli.formats.readers import READERS
 from quantcli.models.writer import FILE_BYTES
 from quantcli.options import MIXED_BITS

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from quantcli.algorithms import Algorithm, Step
-from quantcli.formats import CODECS
 from quantcli.formats.codec import Codec
+from quantcli.formats.codecs import CODECS
 from quantcli.formats.opening import Obstacle
 from quantcli.formats.readers import DEFAULT_READERS
 from quantcli.models.checkpoint import Checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 from quantcli.algorithms import Step
 from quantcli.errors import UsageError
-from quantcli.formats import CODECS
+from quantcli.formats.codecs import CODECS
 from quantcli.formats.opening import Contents, Obstacle, StoredLinear, opens_in
 from quantcli.formats.readers import DEFAULT_READERS, READERS
 from quantcli.models.gguf.mixes import MIXES

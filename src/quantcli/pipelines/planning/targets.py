@@ -9,8 +9,9 @@ import torch
 
 from quantcli.algorithms import KEEP_FLOAT, Algorithm, Step
 from quantcli.errors import InputError, UsageError
-from quantcli.formats import CODECS, gptq
+from quantcli.formats import gptq
 from quantcli.formats.codec import Codec, Held
+from quantcli.formats.codecs import CODECS
 from quantcli.models.experts import Expert
 from quantcli.models.gguf.planned import GgufPlan
 from quantcli.models.layout import is_transposed, weight_shape
