@@ -103,7 +103,7 @@ class _Encoder(nn.Module):
         named = dict(zip(self.names, tensors, strict=True))
         start = torch.zeros(tensors[0].shape[0], 1, dtype=torch.long)
         cache = self.model(**named, decoder_input_ids=start, use_cache=True).past_key_values.cross_attention_cache
-        return tuple(t for layer in cache.layers for t in (layer.keys, layer.values))
+        return PlainCache.of(cache).flatten(cache)
 
 
 class _Decoder(nn.Module):
@@ -128,8 +128,7 @@ class _Decoder(nn.Module):
             use_cache=True,
             **({"attention_mask": mask} if mask is not None else {}),
         )
-        kept = out.past_key_values.self_attention_cache
-        return out.logits, *[t for layer in kept.layers for t in (layer.keys, layer.values)]
+        return out.logits, *self.own.flatten(out.past_key_values.self_attention_cache)
 
 
 def _compare(

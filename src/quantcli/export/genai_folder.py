@@ -42,7 +42,7 @@ def write_genai_config(folder: Path, target: Path, model: Any, cache: PlainCache
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
-                "head_size": cache.key_widths[0],
+                "head_size": cache.widths[0],
                 "hidden_size": config.hidden_size,
                 "inputs": {
                     **{name: name for name in inputs},

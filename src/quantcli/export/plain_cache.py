@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, EncoderDecoderCache
 
 from quantcli.errors import InputError, first_line
@@ -41,6 +42,11 @@ class PlainCache:
         )
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns that keys and values have in a graph by layer: ONNX Runtime GenAI has one width for both."""
+        return tuple(map(max, self.key_widths, self.value_widths))
+
+    @property
     def layers(self) -> int:
         """Layers that keep something."""
         return len(self.heads)
@@ -51,19 +57,27 @@ class PlainCache:
 
     def zeros(self, batch: int, positions: int) -> tuple[Tensor, ...]:
         """A past of zeros, in the order of `names`."""
-        widths = zip(self.key_widths, self.value_widths, strict=True)
         return tuple(
             torch.zeros(batch, heads, positions, width)
-            for heads, pair in zip(self.heads, widths, strict=True)
-            for width in pair
+            for heads, width in zip(self.heads, self.widths, strict=True)
+            for _ in range(2)
         )
 
     def fill(self, past: Sequence[Tensor]) -> DynamicCache:
         """A cache with a past; made without the config, so that every layer keeps all and masks do the windows."""
         cache = DynamicCache()
-        for layer in range(self.layers):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        for layer, (key, value) in enumerate(zip(self.key_widths, self.value_widths, strict=True)):
+            cache.update(past[2 * layer][..., :key], past[2 * layer + 1][..., :value], layer)
         return cache
+
+    def flatten(self, cache: Any) -> tuple[Tensor, ...]:
+        """What a cache holds, in the order of `names`, the narrower of keys and values filled up with zeros."""
+        kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        widths = [width for width in self.widths for _ in range(2)]
+        return tuple(
+            t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]))
+            for t, width in zip(kept, widths, strict=True)
+        )
 
 
 def read_cache(model: Any) -> PlainCache:

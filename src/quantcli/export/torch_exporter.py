@@ -88,8 +88,7 @@ class _Flat(nn.Module):
         named = dict(zip(self.names, known, strict=True))
         out = self.model(**named, past_key_values=self.cache.fill(past), use_cache=True)
         kept = out.past_key_values
-        kept = getattr(kept, "self_attention_cache", kept)
-        return out.logits, *[t for layer in kept.layers for t in (layer.keys, layer.values)]
+        return out.logits, *self.cache.flatten(getattr(kept, "self_attention_cache", kept))
 
 
 def trace(
@@ -120,13 +119,19 @@ def trace(
     try:
         with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings(), torch.no_grad(), _only_errors():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
+            # bounds that model code sets to lengths (a table of positions) are left to the runtime
+            traced = torch.export.export(
                 module,
                 example,
+                dynamic_shapes=(dynamic_shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            program = torch.onnx.export(
+                traced,
                 dynamo=True,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_shapes=(dynamic_shapes,),
                 opset_version=opset or _DEFAULT_OPSET,
             )
     except Exception as error:  # tracing runs model code, which raises whatever it likes
