@@ -203,7 +203,7 @@ def test_already_quantized(refused, model, tmp_path, capsys):
     assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
 
 
-@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack is not None])
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack and codec.layout is None])
 def test_already_quantized_in_each_format(refused, model, tmp_path, name):
     algorithm = {"bnb": "nf4", "bnb-int8": "llm-int8"}.get(name, "rtn")
     args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "-q"]
