@@ -14,7 +14,6 @@ import transformers
 import tiny
 from quantcli.cli import app
 from quantcli.formats.codecs import CODECS
-from quantcli.formats.layouts import LAYOUTS
 from quantcli.models.checkpoint import INDEX
 
 USAGE, INPUT, RESOURCE = 2, 3, 4
@@ -204,7 +203,7 @@ def test_already_quantized(refused, model, tmp_path, capsys):
     assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
 
 
-@pytest.mark.parametrize("name", [n for n, codec in CODECS.items() if codec.unpack is not None and n not in LAYOUTS])
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack and codec.layout is None])
 def test_already_quantized_in_each_format(refused, model, tmp_path, name):
     algorithm = {"bnb": "nf4", "bnb-int8": "llm-int8"}.get(name, "rtn")
     args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "-q"]
