@@ -84,6 +84,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": Method(("-a", "gptq"), ("gptq",)),
     "gptq, refit and sweeps": Method(("-a", "gptq", *_BEST), ("gptq",), schemes=_ABLATION),
     "best": Method(("--preset", "best"), ("awq", "gptq")),
+    "max": Method(("--preset", "max"), ("awq", "gptq", "distill")),
     "quarot,rtn": Method(("-a", "quarot,rtn"), ("quarot", "rtn"), calibrates=False),
     "quarot,gptq": Method(("-a", "quarot,gptq"), ("quarot", "gptq")),
     "quarot,best": Method(("-a", "quarot,awq,gptq", "--preset", "best"), ("quarot", "awq", "gptq")),
