@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantcli.errors import InputError
+from quantcli.formats import awq
 from quantcli.formats.codec import Described, Held
-from quantcli.formats.codecs import CODECS, awq
+from quantcli.formats.codecs import CODECS
 from quantcli.options import FORMATS
 from quantcli.scheme import FLOATS, Scheme
 from quantcli.tensors import floats

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from quantcli.errors import InputError
+from quantcli.formats import compressed_config, compressed_tensors
 from quantcli.formats.codec import Described
-from quantcli.formats.codecs import CODECS, compressed_config, compressed_tensors
+from quantcli.formats.codecs import CODECS
 from quantcli.scheme import Scheme
 from quantcli.tensors.quantized import QuantizedTensor, group_index
 

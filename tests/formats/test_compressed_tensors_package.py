@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import tiny
+from quantcli.formats import compressed_tensors
 from quantcli.formats.codec import Described
-from quantcli.formats.codecs import CODECS, compressed_tensors
+from quantcli.formats.codecs import CODECS
 from quantcli.models.linear import PackedLinear
 from quantcli.models.load import load
 from quantcli.options import Override, QuantizeOptions

@@ -31,8 +31,9 @@ from transformers import (
 
 from quantcli.errors import InputError, UsageError
 from quantcli.folder import read_manifest
+from quantcli.formats import gptq
 from quantcli.formats.codec import Codec, Described
-from quantcli.formats.codecs import CODECS, gptq
+from quantcli.formats.codecs import CODECS
 from quantcli.graphs.weights.accuracy_level import count_by_bits
 from quantcli.models.load import load
 from quantcli.options import CaptureOptions, QuantizeOptions

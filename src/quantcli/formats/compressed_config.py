@@ -6,7 +6,7 @@ from typing import Any
 
 from quantcli.errors import InputError
 from quantcli.formats.codec import Described
-from quantcli.formats.layouts import activation_args, activations_of, weight_args, weights_of
+from quantcli.formats.layouts import METHOD, activation_args, activations_of, weight_args, weights_of
 from quantcli.scheme import ActivationScheme, Scheme
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "scheme_of",
 ]
 
-METHOD = "compressed-tensors"
 INTEGER_LAYOUT = "pack-quantized"
 READ_LAYOUTS = (
     INTEGER_LAYOUT, "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",

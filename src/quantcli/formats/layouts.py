@@ -11,8 +11,10 @@ from typing import Any, Literal
 from quantcli.errors import InputError
 from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
 
-__all__ = ["LAYOUTS", "Layout", "activation_args", "activations_of", "weight_args", "weights_of"]
+__all__ = ["LAYOUTS", "METHOD", "Layout", "activation_args", "activations_of", "weight_args", "weights_of"]
 
+METHOD = "compressed-tensors"
+"""Its `quant_method`."""
 _BLOCK = 128
 _SCALE_TYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 

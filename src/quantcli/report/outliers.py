@@ -1,9 +1,13 @@
 """Outlier features of one input of linears, which is what LLM.int8() is about."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from quantcli.tensors.outliers import OutlierCounts
+if TYPE_CHECKING:  # graphs whose report holds no outliers need no torch
+    from quantcli.tensors.outliers import OutlierCounts
 
 __all__ = ["OutlierReport"]
 
@@ -37,7 +41,7 @@ class OutlierReport:
     """Whether a transform divided the input afterwards."""
 
     @classmethod
-    def of(cls, linears: Sequence[str], counts: OutlierCounts, *, scaled: bool = False) -> "OutlierReport":
+    def of(cls, linears: Sequence[str], counts: OutlierCounts, *, scaled: bool = False) -> OutlierReport:
         """What was counted of the input of these linears."""
         channels, tokens = counts.columns(), max(counts.tokens, 1)
         return cls(

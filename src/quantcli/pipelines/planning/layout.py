@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from quantcli.errors import UsageError
-from quantcli.formats.compressed_config import METHOD
-from quantcli.formats.layouts import LAYOUTS, Layout
+from quantcli.formats.layouts import LAYOUTS, METHOD, Layout
 from quantcli.options import QuantizeOptions
 from quantcli.scheme import PER_CHANNEL, ActivationScheme, Scheme
 
