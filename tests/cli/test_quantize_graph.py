@@ -172,7 +172,7 @@ def test_what_checkpoints_do_not_have_is_refused(words, message, root, capsys):
     ("words", "message"),
     [
         (["--data", "self"], "a graph does not write its own text"),
-        (["--seq-len", "512"], "add --seq-len 128"),
+        (["--seq-len", "256"], "add --seq-len 128"),
         (["--calibration-inputs", "x", "--seq-len", "64"], "exclude each other"),
     ],
 )

@@ -59,7 +59,7 @@ def refused(tmp_path, capsys):
         assert out == ""
         lines = err.splitlines()
         assert [line.split(":")[0] for line in lines] in (["error"], ["error", "hint"]), err
-        assert len(lines[0]) < 400
+        assert len(lines[0]) < 600
         after = {name: digest for name, digest in tiny.digests(tmp_path).items() if not name.startswith("cache/")}
         assert after == before  # the input is as it was, no output, nothing half-written
         assert not list(tmp_path.rglob("*.partial-*"))
@@ -203,7 +203,7 @@ def test_already_quantized(refused, model, tmp_path, capsys):
     assert "already quantized (packed weights)" in refused(tmp_path / "Q").error
 
 
-@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.unpack and codec.layout is None])
+@pytest.mark.parametrize("name", [n for n, c in CODECS.items() if c.unpack and c.layout is None and n != "gguf"])
 def test_already_quantized_in_each_format(refused, model, tmp_path, name):
     algorithm = {"bnb": "nf4", "bnb-int8": "llm-int8"}.get(name, "rtn")
     args = ["-m", str(model), "-o", str(tmp_path / "Q"), "-a", algorithm, "--format", name, "-q"]
@@ -468,11 +468,11 @@ def test_bits_that_cannot_be(refused, model, bits):
     assert refused(model, "--override", f"q_proj=bits={bits}").code == USAGE
 
 
-@pytest.mark.parametrize("bits", [5, 6, 7])
+@pytest.mark.parametrize("bits", [1, 7])
 def test_bits_that_the_algorithm_does_not_make(refused, model, bits):
     end = refused(model, "-a", "gptq", "--bits", bits)
     assert end.code == USAGE
-    assert end.error == f"gptq makes 2, 3, 4, 8 bits, not {bits}" and "algorithms" in end.hint
+    assert end.error == f"gptq makes 2, 3, 4, 5, 6, 8 bits, not {bits}" and "algorithms" in end.hint
     end = refused(model, "-a", "gptq", "--override", f"o_proj=bits={bits}")
     assert end.code == USAGE and f"not {bits}" in end.error and "o_proj" in end.error
 

@@ -244,7 +244,7 @@ def test_quantized_checkpoint_keeps_its_codes(name, llama, tmp_path):
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 def test_every_format_of_the_same_codes_is_captured_alike(llama, tmp_path, symmetric):
     plan = Plan(Scheme(4, 32, symmetric), excluded=("model.layers.0.self_attn.o_proj",))
-    uniform = [c for c in CODECS.values() if c.unpack is not None and not c.codebooks]
+    uniform = [CODECS[name] for name in ("gptq", "awq", "compressed-tensors")]
     tokens = torch.randint(2, VOCAB - 2, (20,), generator=torch.Generator().manual_seed(3)).tolist()
     found = {}
     for codec in uniform:
@@ -253,7 +253,6 @@ def test_every_format_of_the_same_codes_is_captured_alike(llama, tmp_path, symme
         found[codec.name] = onnx_logits(tmp_path / f"{codec.name}-onnx" / "model", tokens, 13)
         if codec is not gptq.CODEC:
             assert_same_function(checkpoint, tmp_path / f"{codec.name}-onnx" / "model")
-    assert {"gptq", "awq", "compressed-tensors"} <= set(found)
     for name, logits in found.items():
         np.testing.assert_array_equal(logits, found["gptq"], err_msg=name)
 

@@ -171,7 +171,7 @@ def test_the_task_is_found(config, task):
 
 REFUSED = [
     ({"task": "feature-extractoin"}, UsageError, "did you mean 'feature-extraction'"),
-    ({"task": "text-classification"}, InputError, r"lacks tensor classifier\.bias and 1 more"),
+    ({"task": "text-classification"}, InputError, r"lacks tensor classifier\.bias, classifier\.weight that"),
     ({"precision": "int4"}, UsageError, "--precision is for text-generation"),
     ({"exporter": "genai"}, UsageError, "--exporter genai is for text-generation"),
 ]

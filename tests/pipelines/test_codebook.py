@@ -94,7 +94,11 @@ def test_it_cannot_be_quantized_again_or_captured(source, tmp_path):
         ({"symmetric": False}, "nf4 has no zero points", "leave it out"),
         ({"overrides": (Override("q_proj", symmetric=False),)}, "nf4 has no zero points", "leave it out"),
         ({"bits": 3}, "nf4 makes 4 bits, not 3", "algorithms"),
-        ({"overrides": (Override("q_proj", bits=8),)}, "nf4 and fp4 of 4 bits and int8 of 8, got nf4, 8 bits", None),
+        (
+            {"overrides": (Override("q_proj", bits=8),)},
+            "codebooks are nf4 of 4, fp4 of 4, int8 of 8, e2m1 of 4, e4m3 of 8 bits, got nf4, 8 bits",
+            None,
+        ),
         ({"group_size": 64}, "down_proj: blocks of 64 do not divide 96 inputs", "--format float"),
         ({"group_size": 48}, "q_proj: blocks of 48 are not a power of two", "--format float"),
         ({"group_size": -1}, "blocks of 96", "--format float"),

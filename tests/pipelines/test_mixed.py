@@ -315,7 +315,7 @@ def test_a_dry_run_measures_nothing(models, text, tmp_path, monkeypatch):
         ({"target_bits": 3.0, "format": "awq"}, "widths cannot be mixed: format awq"),
         ({"target_bits": 4.0, "algorithm": "nf4"}, "widths cannot be mixed: nf4 makes 4 bits"),
         ({"target_size": 10**6, "format": "float"}, "does not depend on the bits"),
-        ({"target_bits": 4.0, "mixed_bits": (4, 5)}, "5 bits cannot be mixed in: gptq makes 2, 3, 4, 8 bits"),
+        ({"target_bits": 4.0, "mixed_bits": (4, 7)}, "7 bits cannot be mixed in: gptq makes 2, 3, 4, 5, 6, 8 bits"),
         ({"target_bits": 4.0, "overrides": (Override(".", bits=4),)}, "has nothing to choose"),
     ],
 )

@@ -302,7 +302,7 @@ def test_experts_that_no_token_reached_are_quantized_without_data(models, tmp_pa
     ("values", "error", "message"),
     [
         ({"algorithm": "gtpq"}, UsageError, "did you mean 'gptq'"),
-        ({"bits": 5, "algorithm": "gptq", "calibrated": True}, UsageError, "gptq makes 2, 3, 4, 8 bits, not 5"),
+        ({"bits": 7, "algorithm": "gptq", "calibrated": True}, UsageError, "gptq makes 2, 3, 4, 5, 6, 8 bits, not 7"),
         ({"preset": "best", "algorithm": "rtn"}, UsageError, "preset best is a setting of gptq"),
         ({"exclude": ("nothing_is_named_so",)}, UsageError, "no linear is named like"),
         ({"exclude": (".",)}, UsageError, "leaves nothing"),

@@ -1,15 +1,13 @@
 """`tune`: what is tried, what is refused beforehand, what is kept, and that the kept folder is quantize's own."""
 
 import json
-import os
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
+import forked
 import small_graphs
 import tiny
 from quantcli.cli import app
@@ -284,25 +282,24 @@ def test_options_that_cannot_be(root, words, message):
 def test_a_killed_search_leaves_what_the_next_one_needs(root, tmp_path):
     """SIGKILL in the middle of a trial; the trials before are not run again."""
     said = {"algorithm": "rtn", "bits": [3, 4, 8], "group_size": [32, 64]}
-    given = options(root, *space(root, said), text=False, name="killed")
-    torch.set_num_threads(1)
-    child = os.fork()
-    if not child:
-        try:
-            tune.run(given)
-        finally:
-            os._exit(1)
-    file = root / "killed.partial-work" / "trials.jsonl"
-    deadline = time.monotonic() + 60
-    while not (file.is_file() and file.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    before = read_records(file)
-    assert 2 <= len(before) < 6
-    found = tune.run(given)
-    assert [r for r in found.trials if r.number <= len(before)] == before
-    assert len({json.dumps(r.point) for r in found.trials}) == len(found.trials) == 6
+    words = ["tune", "-q", "-m", root / "m", "-o", tmp_path / "K", *space(root, said), "--eval-data", root / "eval.txt"]
+    words = [str(w) for w in (*words, *TEXT[4:])]
+    file = tmp_path / "K.partial-work" / "trials.jsonl"
+    nursery = forked.Nursery(tmp_path)
+    try:
+        assert nursery.warm([*words[:3], "nothing-there", *words[4:]]) == 3  # imports everything
+        child = nursery.start(words)
+        forked.until(lambda: file.is_file() and file.read_bytes().count(b"\n") >= 2, 120)
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        before = read_records(file)
+        assert 2 <= len(before) < 6
+        assert nursery.run(words) == 0
+    finally:
+        nursery.close()
+    trials = read_records(tmp_path / "K" / "trials.jsonl")
+    assert [r for r in trials if r.number <= len(before)] == before
+    assert len({json.dumps(r.point) for r in trials}) == len(trials) == 6
 
 
 def test_a_cluster_that_is_not_there(root):

@@ -63,8 +63,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             hint=f"pip install 'transformers>={made}'" if newer else None,
         )
     try:
-        if is_marked(raw):  # the file names a type that transformers is not to know
-            config = AutoConfig.for_model(**raw)
+        if is_marked(raw) or raw.get("auto_map", "absent") in (None, {}):
+            # the file names a type that transformers is not to know, or has an empty map, which it stumbles over
+            config = AutoConfig.for_model(**{key: value for key, value in raw.items() if key != "auto_map"})
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of configurations raise whatever they like

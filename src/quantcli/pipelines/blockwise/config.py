@@ -14,7 +14,7 @@ __all__ = ["result_config"]
 
 def result_config(plan: Plan) -> dict[str, Any]:
     """What config.json of the result says: the model's own, how its linears are quantized, and what changed."""
-    config = dict(plan.checkpoint.config)
+    config = {k: v for k, v in plan.checkpoint.config.items() if k != "auto_map" or v}  # an empty one stops readers
     targets = plan.targets
     damp = getattr(plan.settings, "damp_percent", None)
     quantization = plan.codec.config(

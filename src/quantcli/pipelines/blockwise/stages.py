@@ -73,7 +73,9 @@ class StageSolver:
             algorithm = find("kquant")
             settings = algorithm.options()
         scale = None
-        if place is not None and moments is not None and moments.tokens:
+        step = plan.scaling
+        told = statistics is not None or (step is not None and step.algorithm.sees == "channels")
+        if place is not None and moments is not None and moments.tokens and told:
             scale = self._scaling.scale(targets, list(weights.values()), Seen(statistics, moments.channels), place)
         if moments is not None and moments.outliers is not None:
             names, scaled = [t.name for t in targets], scale is not None

@@ -65,7 +65,7 @@ def quantize_graph(plan: ExternalPlan, progress: Progress) -> ExternalGraphResul
     if plan.method.calibrates:
         refuse_feeds(options, model.graph, source)
         feeds = open_feeds(options, model.graph, source, progress)
-        progress.note(f"{plan.name} reads {describe_feeds(options, model.graph)}")
+        progress.note(f"{plan.name} reads {describe_feeds(options, source)}")
     with open_graph_output(source, options, 3 * source.size_bytes) as partial:
         state, written = partial.state, partial.model / source.path.name
         state.mkdir(exist_ok=True)

@@ -174,7 +174,7 @@ def _kept_ranges(plan: GraphPlan, kept: Path) -> Path:
     """The file of ranges of all runs that measure the same tensors of the same graph on the same samples."""
     settings = {name: v for name, v in asdict(plan.step.settings).items() if name not in _RANGES_ALIKE}
     opset = getattr(plan.step.settings, "opset", None)
-    samples = describe_feeds(plan.options, plan.model.graph), asdict(plan.options.calibration)
+    samples = describe_feeds(plan.options, plan.source), asdict(plan.options.calibration)
     digest = hashlib.sha256(repr((settings, opset, samples, plan.source.digest)).encode()).hexdigest()[:16]
     kept.mkdir(parents=True, exist_ok=True)
     return kept / f"ranges-{digest}.json"

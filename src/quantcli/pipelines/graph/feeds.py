@@ -1,5 +1,6 @@
 """What a graph is run on to gather statistics: files, a user's function, or text for a language model's graph."""
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from quantcli.data.graph_inputs import Samples, npz_samples, script_samples
@@ -56,21 +57,29 @@ def refuse_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource) ->
     if calibration.data == SELF:
         raise UsageError("--data self is for checkpoints: a graph does not write its own text", hint="use --data FILE")
     longest = context_length(source)
-    if longest is not None and calibration.seq_len > longest:
+    if longest is not None and calibration.seq_len > longest and calibration.seq_len != CalibrationOptions.seq_len:
         raise UsageError(
             f"--seq-len {calibration.seq_len} is more than the {longest} positions of {source.folder}",
             hint=f"add --seq-len {longest}",
         )
 
 
-def describe_feeds(options: QuantizeOptions, graph: Graph) -> str:
+def _text(options: QuantizeOptions, source: GraphSource) -> CalibrationOptions:
+    """Of text; rows of the default length are cut where the model has fewer positions."""
+    longest = context_length(source)
+    if longest is None or options.calibration.seq_len <= longest:
+        return options.calibration
+    return replace(options.calibration, seq_len=longest)
+
+
+def describe_feeds(options: QuantizeOptions, source: GraphSource) -> str:
     """In words."""
     if options.graph.user_script is not None:
         return f"{options.graph.user_script}:{options.graph.data_function}, at most {options.calibration.num_samples}"
     if options.graph.calibration_inputs is not None:
         kind = "images" if options.graph.image_spec else "batches"
         return f"{options.graph.calibration_inputs}, {options.calibration.num_samples} {kind} or all"
-    calibration = options.calibration
+    calibration = _text(options, source)
     named = calibration.data or calibration.data_name or BUILTIN
     text = "Python's documentation" if named == BUILTIN else named
     return f"{text}, {calibration.num_samples} rows of {calibration.seq_len} tokens"
@@ -94,7 +103,7 @@ def open_feeds(options: QuantizeOptions, graph: Graph, source: GraphSource, prog
     from quantcli.data.calibration import calibration_rows
 
     rows = calibration_rows(
-        calibration,
+        _text(options, source),
         source.folder,
         source=BUILTIN,
         model_digest=source.digest,

@@ -127,7 +127,7 @@ class GraphPlan:
                 *(("float", f"{name}: {why}") for name, why in (self.kept or {}).items()),
                 *(("note", said) for said in self.notes),
             ]
-        fed = describe_feeds(options, self.model.graph) if self.calibrates else "none"
+        fed = describe_feeds(options, self.source) if self.calibrates else "none"
         return [
             *rows,
             ("calibration", fed),
@@ -143,7 +143,7 @@ class GraphPlan:
             "transforms": {step.algorithm.name: asdict(step.settings) for step in self.transforms},
             "algorithm": self.step.algorithm.name,
             "settings": asdict(self.step.settings),
-            "calibration": describe_feeds(self.options, self.model.graph) if self.calibrates else None,
+            "calibration": describe_feeds(self.options, self.source) if self.calibrates else None,
         }
         if self.targets is not None:
             plain |= {

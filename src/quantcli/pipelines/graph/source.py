@@ -10,6 +10,7 @@ from quantcli.errors import InputError
 from quantcli.folder import describe_parent, fingerprint, resolve_model_folder
 from quantcli.graphs.model.files import Model, data_files, open_graph
 from quantcli.graphs.model.genai_config import GENAI_CONFIG, GenaiConfig, read_genai_config
+from quantcli.json_files import read_json
 from quantcli.progress import Progress
 
 __all__ = ["GraphSource", "axis_lengths", "context_length", "is_graph", "locate_graph"]
@@ -125,6 +126,20 @@ def axis_lengths(source: GraphSource) -> dict[str, int]:
 
 
 def context_length(source: GraphSource) -> int | None:
-    """Tokens that a language model's graph takes; None where its folder does not say."""
+    """Tokens that a graph of text takes; None where its folder does not say.
+
+    GenAI's configuration says it; of an encoder the model's own and its tokenizer's, which knows of positions that are
+    kept for padding.
+    """
     config = source.genai_config
-    return None if config is None else config.model.context_length
+    if config is not None:
+        return config.model.context_length
+    if source.alone:
+        return None
+    found = (
+        read_json(source.folder / name, dict[str, Any], "a JSON object").get(key)
+        for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length"))
+        if (source.folder / name).is_file()
+    )
+    counts = [n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    return min(counts, default=None)

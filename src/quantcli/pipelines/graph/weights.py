@@ -118,7 +118,7 @@ def _kept_moments(plan: GraphPlan, kept: Path | None) -> Path | None:
     """A folder for the statistics of this graph on these samples."""
     if kept is None:
         return None
-    said = describe_feeds(plan.options, plan.model.graph), asdict(plan.options.calibration), plan.source.digest
+    said = describe_feeds(plan.options, plan.source), asdict(plan.options.calibration), plan.source.digest
     return kept / f"moments-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
 
 

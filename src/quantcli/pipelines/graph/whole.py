@@ -144,7 +144,7 @@ def quantize_whole(
         with TemporaryDirectory(dir=partial.root, prefix=".graph-") as temporary:
             folder, name = Path(temporary), plan.step.algorithm.name
             path = _transform(plan.transforms, source.path, folder, samples, notes)
-            progress.note(f"{name} reads {describe_feeds(options, plan.model.graph)}" if samples else name)
+            progress.note(f"{name} reads {describe_feeds(options, source)}" if samples else name)
             files = Files(path, written, folder / "ranges.json")
             work = Attempts(plan, files, samples, progress, kept)
             excluded = work.exclude_worst()

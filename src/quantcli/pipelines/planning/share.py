@@ -134,6 +134,8 @@ def _classify(
         or (is_linear(module) and path not in layout.linears and inside)
     ):
         return f"routers ({leaf})", "which expert is chosen hangs on little differences", True
+    if path in layout.linears:
+        return leaf, f"rows of {parameter.shape[-1]} fit no block of the format", True
     if not is_linear(module) and min(parameter.shape[-2:]) < _SMALL:
         return f"{what}.{name}", "no matrix: small, and used in a way of its own", False
     if not path.startswith(_text_root(layout)):
