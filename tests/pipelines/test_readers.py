@@ -71,6 +71,7 @@ def test_format_and_grid_follow_the_readers(models, values, format, symmetric):
         ({"readers": ("vllm",), "format": "gptq", "bits": 3}, "vllm does not open this .*: it takes 4, 8", "--format"),
         ({"readers": ("vllm",), "format": "gptq", "symmetric": False}, "zero points", "--format awq"),
         ({"readers": ("vllm",), "algorithm": "nf4"}, "does not read bnb", "--format"),
+        ({"readers": ("vllm",), "format": "float-quantized", "group_size": None}, "was not tried", "leave --for vllm"),
         ({"readers": ("vllm",), "group_size": 48}, "does not take groups of 48", "--group-size 32"),
         ({"readers": ("vllm",), "algorithm": "gptq", "settings": {"order": "desc_act"}}, "out of order", "--desc-act"),
         ({"readers": ("gptqmodel",), "format": "compressed-tensors"}, "does not read compressed-tensors", "gptq"),

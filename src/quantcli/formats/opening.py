@@ -85,6 +85,8 @@ def why_not(reader: Reader, contents: Contents) -> Obstacle | None:
     if contents.rounds_cache and reader.graphs and reader.name != "quantcli":
         return Obstacle("its keys and values are rounded, which no graph of ours does", "leave --kv-cache out")
     takes = reader.formats.get(contents.format)
+    if takes is None and contents.format in reader.untried:
+        return Obstacle(f"it was not tried with {contents.format}", f"leave --for {reader.name} out, and try it there")
     if takes is None:
         return Obstacle(f"it does not read {contents.format}", f"use --format {' or '.join(reader.formats)}")
     found = [_obstacle(takes, name, *words) for name, *words in _broken(takes, contents)]

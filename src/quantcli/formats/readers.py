@@ -61,11 +61,13 @@ class Reader:
     version: str
     """What was tried."""
     formats: Mapping[str, Takes]
-    """By `--format`, what it takes; the others it does not read."""
+    """By `--format`, what it takes; the others it does not read, but for those of `untried`."""
     graphs: bool = False
     """Whether it opens ONNX graphs."""
     through: str = ""
     """The command of ours that makes of a checkpoint what it opens."""
+    untried: tuple[str, ...] = ()
+    """Formats that it says it reads, and that could not be tried."""
 
 
 _RENAMES = "it renames the model's linears"
@@ -148,9 +150,13 @@ READERS: Mapping[str, Reader] = {
                 "float": Takes(),
             },
         ),
-        # its CPU build has no kernels for small floats: those layouts were not tried
-        Reader("vllm", "0.32.0, its CPU build", _SERVED | {"int-quantized": Takes(fused=True)}),
-        Reader("sglang", "0.5.23, source read, not run", _SERVED),
+        Reader(
+            "vllm",
+            "0.32.0, its CPU build",
+            _SERVED | {"int-quantized": Takes(fused=True)},
+            untried=tuple(LAYOUTS),  # the CPU build has no kernels for small floats
+        ),
+        Reader("sglang", "0.5.23, source read, not run", _SERVED, untried=tuple(LAYOUTS)),
         Reader(
             "peft",
             "0.21.2, on what transformers opens",
