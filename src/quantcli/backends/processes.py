@@ -17,6 +17,8 @@ import psutil
 __all__ = ["Ended", "Limits", "run_group"]
 
 _LOOK_SECONDS = 0.25
+_FIRST_LOOK_SECONDS = 0.02
+"""What ends at once has a peak too."""
 _GRACE_SECONDS = 3.0
 
 
@@ -81,7 +83,7 @@ def run_group(
     try:
         while True:
             with suppress(queue.Empty):
-                line = lines.get(timeout=_LOOK_SECONDS)
+                line = lines.get(timeout=_FIRST_LOOK_SECONDS if looked < 0 else _LOOK_SECONDS)
                 if line is None:
                     break
                 on_line(line)
