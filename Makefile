@@ -31,7 +31,7 @@ large: $(INSTALLED) ## 1,000 drawn graphs, 1,000 damaged files, onnx's own model
 	$(BIN)/python -m pytest -m large -s
 
 interop: $(INSTALLED) ## show what we write to those who open it, write what they made of it into docs/formats.md: 8 GB, an hour
-	PYTHONPATH=tests $(BIN)/python -m interop.run $(READERS) --folder $(INTEROP)
+	PYTHONPATH=tests:scripts $(BIN)/python -m interop.run $(READERS) --folder $(INTEROP)
 
 check: $(INSTALLED) ## format, lint, types, docs up to date
 	$(BIN)/ruff format --check $(SOURCES)

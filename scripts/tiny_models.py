@@ -126,9 +126,9 @@ def build(model_type: str, seed: int = 0) -> Any:
     return model
 
 
-def save(model: Any, folder: Path) -> Path:
+def save(model: Any, folder: Path, **settings: Any) -> Path:
     """Writes model and a byte-level tokenizer, the one kind that every family's tokenizer class takes as it is."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **settings)
     special = ["<pad>", "<s>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 import transformers as t
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tiny_models import save as save
 
 VOCABULARY = 272  # 256 bytes and a few more: unlike any layer size
 _SMALL = {
@@ -67,19 +68,6 @@ def build(family: str, seed: int = 0) -> torch.nn.Module:
             if parameter.ndim >= 2:
                 parameter.mul_(4)
     return model
-
-
-def save(model: torch.nn.Module, folder: Path, **settings) -> Path:
-    """Writes model and a byte-level tokenizer, the one kind that every family's tokenizer class takes as it is."""
-    model.save_pretrained(folder, **settings)
-    special = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return folder
 
 
 def norms_in_float64(model: torch.nn.Module) -> None:

@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{reader}: {len(asked)} folders", flush=True)
         answers(reader, python, results / "job.json", root / f"{reader}.log")
         for name, (case, family) in asked.items():
-            answer = Answer(reader, family, case.format, case.name, *judged(results, name, ours[name]))
+            answer = Answer(reader, family, case.format, case.name, *judged(results, name, ours[name], root))
             print(f"  {name}: {answer.verdict} {answer.error or answer.refusal}", flush=True)
             same = (reader, family, case.format, case.name)
             kept = [a for a in kept if (a.reader, a.family, a.format, a.case) != same] + [answer]
@@ -95,11 +95,11 @@ def shown(folder: Path, root: Path, name: str, results: Path, through_graph: boo
     return output / "model"
 
 
-def judged(results: Path, name: str, ours: np.ndarray) -> tuple[float | None, str | None]:
-    """Relative error and refusal; one of them is None."""
+def judged(results: Path, name: str, ours: np.ndarray, root: Path) -> tuple[float | None, str | None]:
+    """Relative error and refusal, in which nothing says where `root` is; one of them is None."""
     if (results / f"{name}.error").is_file():
         said = (results / f"{name}.error").read_text().partition("\n\nTraceback")[0]
-        return None, " ".join(said.split())[:240]
+        return None, " ".join(said.replace(f"{root}/", "").split())[:240]
     theirs = np.load(results / f"{name}.npy")
     width = min(theirs.shape[1], ours.shape[1])
     a, b = (x[:, :width] - x[:, :width].mean(-1, keepdims=True) for x in (theirs, ours))
