@@ -1,5 +1,7 @@
 """The backends that take ONNX graphs, and what each can be asked for."""
 
+from dataclasses import replace
+
 from quantcli.backends.backend import Backend, Method, Setting
 
 __all__ = ["AIMET", "INC", "NVMO", "ONNXRUNTIME"]
@@ -21,6 +23,15 @@ _STATIC = {
 _ACCURACY = frozenset({"accuracy_level"})
 _SLIP = "GPTQ of onnxruntime 1.31 reads its Hessian at the wrong index: no error is compensated; our own -a gptq does"
 
+_HQQ = Method(
+    "MatMulNBits, half-quadratic",
+    (4, 2),
+    group_size=32,
+    group_sizes=_BLOCKS,
+    symmetric=False,
+    grids=(False,),
+    takes=_NODES | _ACCURACY,
+)
 ONNXRUNTIME = Backend(
     "onnxruntime",
     "onnxruntime",
@@ -52,24 +63,8 @@ ONNXRUNTIME = Backend(
             symmetric=False,
             takes=_NODES | _ACCURACY,
         ),
-        "hqq": Method(
-            "MatMulNBits, half-quadratic",
-            (4, 2),
-            group_size=32,
-            group_sizes=_BLOCKS,
-            symmetric=False,
-            grids=(False,),
-            takes=_NODES | _ACCURACY,
-        ),
-        "kquant": Method(
-            "MatMulNBits, searched scales",
-            (4,),
-            group_size=32,
-            group_sizes=_BLOCKS,
-            symmetric=False,
-            grids=(False,),
-            takes=_NODES | _ACCURACY,
-        ),
+        "hqq": _HQQ,
+        "kquant": replace(_HQQ, summary="MatMulNBits, searched scales", bits=(4,)),
         "gptq": Method(
             "MatMulNBits, GPTQ",
             (4,),

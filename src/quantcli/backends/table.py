@@ -1,6 +1,7 @@
 """The backends: one table. A fact about a package, tried with the versions of `requirements/`, is changed here only."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from quantcli.backends.backend import Backend, Method, Setting
 from quantcli.backends.graph_methods import AIMET, INC, NVMO, ONNXRUNTIME
@@ -27,6 +28,17 @@ _GPTQ = Method(
     settings={"damp_percent": _DAMP, "order": _ORDER},
     formats=("gptq",),
 )
+_AWQ = Method(
+    "AWQ, stored as awq gemm",
+    (4,),
+    calibrates=True,
+    group_size=128,
+    group_sizes=_GROUPS,
+    symmetric=False,
+    grids=(False,),
+    takes=frozenset({"calibration"}),
+    formats=("awq",),
+)
 
 BACKENDS: Mapping[str, Backend] = {
     backend.name: backend
@@ -38,17 +50,9 @@ BACKENDS: Mapping[str, Backend] = {
             "AWQ by the package of its authors' followers; no longer maintained",
             "checkpoint",
             {
-                "awq": Method(
-                    "AWQ, stored as awq gemm",
-                    (4,),
-                    calibrates=True,
-                    group_size=128,
-                    group_sizes=_GROUPS,
-                    symmetric=False,
-                    grids=(False,),
-                    takes=frozenset({"calibration"}),
+                "awq": replace(
+                    _AWQ,
                     settings={"duo_scaling": Setting(True, "look at the size of weights too, not of inputs alone")},
-                    formats=("awq",),
                 )
             },
             imports=("awq", *_HF),
@@ -62,17 +66,7 @@ BACKENDS: Mapping[str, Backend] = {
             "checkpoint",
             {
                 "gptq": _GPTQ,
-                "awq": Method(
-                    "AWQ, stored as awq gemm",
-                    (4,),
-                    calibrates=True,
-                    group_size=128,
-                    group_sizes=_GROUPS,
-                    symmetric=False,
-                    grids=(False,),
-                    takes=frozenset({"calibration"}),
-                    formats=("awq",),
-                ),
+                "awq": _AWQ,
             },
             imports=("gptqmodel", *_HF),
             packages=("gptqmodel", *_HF),
