@@ -94,7 +94,7 @@ def quantize_graph(plan: ExternalPlan, progress: Progress) -> ExternalGraphResul
             outputs=beside.timed(outputs),
             versions=work.versions,
         )
-        committed = commit_graph(partial, written, source, options, result, progress, _versions(plan, work))
+        committed = commit_graph(partial, source, options, result, progress, _versions(plan, work))
     assert isinstance(committed, ExternalGraphResult)
     return committed
 

@@ -141,6 +141,7 @@ class Beside:
                 self._feeds = []
                 self._progress.warn(f"the outputs are not compared with the float graph's: {error.message}")
         if self._float is None:
+            # not onnx.checker, which refuses what GenAI has of onnxruntime's own operators in the standard's domain
             open_session(written, optimized=optimized, what="the quantized graph", error=GraphRunError)
             return None
         found = self._float.beside(written, optimized=optimized)

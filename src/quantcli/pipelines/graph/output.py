@@ -18,7 +18,6 @@ from quantcli.folder import (
     write_json,
 )
 from quantcli.graphs.checking.side_by_side import SideBySide
-from quantcli.graphs.model.files import refuse_unusable
 from quantcli.options import QuantizeOptions
 from quantcli.pipelines.graph.source import GraphSource
 from quantcli.progress import Progress
@@ -112,18 +111,16 @@ def not_smaller(size_bytes: int, source: GraphSource, options: QuantizeOptions, 
 
 def commit_graph(
     partial: PartialFolder,
-    written: Path,
     source: GraphSource,
     options: QuantizeOptions,
     result: GraphResult,
     progress: Progress,
     versions: Mapping[str, str] | None = None,
 ) -> GraphResult:
-    """Opens the written graph as its users will, then puts the folder in its place.
+    """Puts the folder in its place, once the written graph was opened as its users will (`beside.Beside.run`).
 
     Args:
         partial: The folder; nothing but the graph and its data stand in its `model` folder.
-        written: The graph there.
         source: What it was made from.
         options: As resolved, algorithm named.
         result: What was measured; sizes are filled in.
@@ -131,10 +128,8 @@ def commit_graph(
         versions: Of packages that took part beside our own.
 
     Raises:
-        InputError: onnxruntime cannot open it, or it is not smaller and has to be.
+        InputError: it is not smaller and has to be.
     """
-    if result.outputs is None:  # else it was opened and run
-        refuse_unusable(written)
     size = folder_size_bytes(partial.model)
     if size >= source.size_bytes:
         progress.warn(not_smaller(size, source, options, integers=not result.layers))

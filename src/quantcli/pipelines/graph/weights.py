@@ -95,7 +95,7 @@ def quantize_weights(plan: GraphPlan, progress: Progress, kept: Path | None = No
             bits_per_weight=8 * stored / weights,
             information_bits_per_weight=(8 * stored - spare) / weights,
         )
-        return commit_graph(partial, written, source, options, result, progress)
+        return commit_graph(partial, source, options, result, progress)
 
 
 def _solve(

@@ -186,7 +186,7 @@ def quantize_whole(
             notes=tuple(notes),
             outliers=tuple(OutlierReport.of(n, counts) for n, counts in getattr(made, "outliers", ())),
         )
-        committed = commit_graph(partial, written, source, options, result, progress)
+        committed = commit_graph(partial, source, options, result, progress)
         assert isinstance(committed, IntegerResult)
         return committed
 
